@@ -1,0 +1,1 @@
+"""What every command shares: models, loss, loop, optimiser, checkpoints."""
