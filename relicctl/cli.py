@@ -1,0 +1,197 @@
+"""The command line: options and help. Commands are imported when they run, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relicctl import __version__
+
+# click's base of all wrong usage, wherever this typer keeps click
+_WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="relicctl",
+    help="ReLICv2: image encoders trained without labels.",
+    epilog="""\b
+Examples:
+  relicctl pretrain --preset demo
+  relicctl presets ls""",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+presets = typer.Typer(
+    help="The experiments that come with relicctl.",
+    epilog="""\b
+Examples:
+  relicctl presets ls
+  relicctl presets show demo
+  relicctl presets cp demo my.yaml""",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(presets, name="presets")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  relicctl pretrain --preset demo
+  relicctl pretrain --preset demo --dry-run
+  relicctl pretrain --preset demo --set optim.max_steps=20 --out runs/short
+  relicctl pretrain --preset cifar10-r18 --download --device auto
+  relicctl pretrain --resume runs/short"""
+)
+def pretrain(
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].",
+        ),
+    ] = None,
+    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to evaluate on.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without RUN, with --out's or the newest of the preset."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="Start the encoder from these weights or this run.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train an encoder on images, without their labels; prints the run's folder."""
+    from relicctl.commands.options import PretrainOptions
+    from relicctl.config.resolve import resolve
+
+    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
+    resolved = resolve(preset, config, sets or (), options)
+    told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
+    if dry_run:
+        from relicctl.commands import plan
+
+        _emit(plan.dry_run(resolved, told))
+        return
+    from relicctl.commands import pretrain as command
+
+    result = command.pretrain(resolved, told)
+    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
+        _emit(json.dumps(result, default=str) if as_json else str(result["run"]))
+
+
+@presets.command("ls")
+def presets_ls() -> None:
+    """List the presets and what each is."""
+    from relicctl.commands.presets import listing
+
+    _emit(listing())
+
+
+@presets.command("show")
+def presets_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a preset's whole config and where each value comes from."""
+    from relicctl.commands.presets import show
+
+    _emit(show(name))
+
+
+@presets.command("cp")
+def presets_cp(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST")],
+) -> None:
+    """Copy a preset to a file or folder, to change it and pass it to --config; prints the file."""
+    from relicctl.commands.presets import copy
+
+    _emit(str(copy(name, destination)))
+
+
+def main() -> None:
+    """The console entry point: every failure ends here, as two sentences and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; its exit code."""
+    try:
+        code: Any = app(_normalised(arguments), prog_name="relicctl", standalone_mode=False)
+        return code or 0
+    except _WrongUsage as error:
+        return _report_usage(error)
+    except typer.Abort:  # what click makes of ^C
+        return _report(KeyboardInterrupt(), arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error, arguments)
+
+
+def _normalised(arguments: list[str]) -> list[str]:
+    """A bare ``--resume`` becomes ``--resume=``: click has no options whose value may be left out."""
+    return [
+        "--resume=" if argument == "--resume" and (not after or after[0].startswith("-")) else argument
+        for argument, after in ((argument, arguments[i + 1 : i + 2]) for i, argument in enumerate(arguments))
+    ]
+
+
+def _emit(result: str) -> None:
+    from relicctl.console import emit
+
+    emit(result)
+
+
+def _report(error: BaseException, arguments: list[str]) -> int:
+    from relicctl.console import report
+
+    return report(error, debug="--debug" in arguments)
+
+
+def _report_usage(error: Any) -> int:
+    """A wrong option or argument; or none at all where one is needed, which is answered with the help."""
+    from relicctl.console import report
+    from relicctl.errors import UsageError
+
+    command = error.ctx.command_path if error.ctx else "relicctl"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return int(error.exit_code)
+    what = error.format_message().rstrip(".")
+    return report(UsageError(f"{what}.", f"See `{command} --help`."))

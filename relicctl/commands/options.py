@@ -1,0 +1,20 @@
+"""What a pretraining command is told besides its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """Where a run is written, what it starts from, and what is said about it."""
+
+    out: Path | None = None  # the run's folder; None: one is named after the preset
+    resume: str | None = None  # a run's folder; "": out's, or the newest run of the preset
+    overwrite: bool = False
+    init_from: str | None = None  # weights for the encoder
+    dry_run: bool = False
+    download: bool = False
+    json: bool = False
+    quiet: bool = False

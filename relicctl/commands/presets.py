@@ -1,0 +1,37 @@
+"""``relicctl presets``: list, show and copy the experiments that come along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from relicctl.config.presets import preset_header, preset_names, preset_text
+from relicctl.config.resolve import dump_yaml, resolve
+from relicctl.errors import UsageError
+
+
+def listing() -> str:
+    """One line per preset: its name and what it is."""
+    names = preset_names()
+    width = max(map(len, names))
+    return "\n".join(f"{name:<{width}}  {preset_header(name).splitlines()[0]}" for name in names)
+
+
+def show(name: str) -> str:
+    """The preset's comment and its whole config, with the origin of every value."""
+    resolved = resolve(name)
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in preset_header(name).splitlines())
+    return f"{comment}\n{dump_yaml(resolved.config, resolved.origin)}".rstrip()
+
+
+def copy(name: str, destination: Path) -> Path:
+    """Copy the preset to a file, or into a folder under its name. Raises UsageError rather than overwrite."""
+    text = preset_text(name)
+    path = destination / f"{name}.yaml" if destination.is_dir() else destination
+    try:
+        with path.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} exists already.", "Choose another name, or remove it first.") from None
+    except OSError as reason:
+        raise UsageError(f"{path} cannot be written ({reason.strerror}).", "Choose another place.") from None
+    return path

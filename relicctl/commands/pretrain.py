@@ -1,0 +1,378 @@
+"""``relicctl pretrain``: from a folder of images to an encoder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from relicctl import __version__
+from relicctl.commands.options import PretrainOptions
+from relicctl.config.resolve import Resolved, dump_yaml, flatten, rebase
+from relicctl.config.schema import Config
+from relicctl.console import Console
+from relicctl.core import checkpoint
+from relicctl.core.counted import Stream
+from relicctl.core.distributed import World, join, leave
+from relicctl.core.loop import Plan, Progress, restore, train
+from relicctl.curves import draw_curves
+from relicctl.data.augment import MEAN, STD, Photometric
+from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize, choose_cache
+from relicctl.data.sampler import Sampler
+from relicctl.data.sources import Source, open_source
+from relicctl.encoder import load_encoder, save_encoder
+from relicctl.errors import DataError, UsageError
+from relicctl.evaluation import collapse
+from relicctl.evaluation.during import Evaluator, shuffled, split_holdout
+from relicctl.memory import check_memory
+from relicctl.pretraining import Pretraining, pick_precision
+from relicctl.runs import RunFolder, free_name, refuse_occupied
+
+# What may differ between a run and its continuation; everything else would make it another run.
+FREE_TO_CHANGE = ("runtime.", "checkpoint.", "eval.", "optim.max_steps", "data.")
+
+
+def pretrain(resolved: Resolved, options: PretrainOptions) -> dict[str, Any]:
+    """Run or resume a pretraining; returns ``run`` (its folder) and the figures of results.json."""
+    resumed = run_to_resume(options, resolved.preset) if options.resume is not None else None
+    if resumed is not None:
+        resolved = continued(resolved, resumed)
+    elif options.out is not None:
+        refuse_occupied(options.out, overwrite=options.overwrite)
+    config = resolved.config
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    device = pick_device(config.runtime.device)
+    world = join(device.type)
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
+        return _run(resolved, options, resumed, Console(options.quiet or not world.is_main), device, world)
+    finally:
+        leave()
+
+
+def _run(
+    resolved: Resolved,
+    options: PretrainOptions,
+    resumed: Path | None,
+    console: Console,
+    device: torch.device,
+    world: World,
+) -> dict[str, Any]:
+    config = resolved.config
+    check_memory(config, device, world.size)
+    data = open_data(config, options.download, console)
+    sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
+    scheduled = sampler.steps_per_epoch * config.optim.epochs
+    world.rows(config.optim.batch_size)
+    evaluator = make_evaluator(config, data, device, console)
+
+    run = open_run(resolved, options, resumed, world)
+    record = run_record(run, resolved, options, data, device)
+    bad = BadImages(len(data.train), config.data.max_bad, run.add_bad_image, run.read_bad_images())
+    feed = Feed(
+        data.train,
+        sampler,
+        view_plan(config),
+        seed=config.seed,
+        device=device,
+        world=world,
+        cache=record["cache"],
+        workers=worker_count(config, device, record["cache"]),
+        bad=bad,
+    )
+    task = Pretraining(
+        config,
+        classes=len(data.train.classes),
+        steps_per_epoch=sampler.steps_per_epoch,
+        total_steps=scheduled,
+        device=device,
+        precision=record["precision"],
+        world=world,
+    )
+    plan = Plan(
+        total=min(scheduled, config.optim.max_steps or scheduled),
+        steps_per_epoch=sampler.steps_per_epoch,
+        batch_size=config.optim.batch_size,
+        log_every=config.runtime.log_every,
+        evaluate_every=config.eval.every_epochs * sampler.steps_per_epoch,
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
+        resume_command=f"relicctl pretrain --resume {run.path}",
+    )
+    evaluate = None
+    if evaluator is not None:
+        evaluate = lambda step: evaluator(task.encoder) if world.is_main else {}  # noqa: E731
+
+    progress = go_on(run, task, console) if resumed is not None else None
+    if progress is None:
+        progress = begin(record["init_from"], task, evaluate, run, console)
+    with console.progress(plan.total, progress.step) as bar:
+        watch = CollapseWatch(console, config.optim.batch_size // world.size)
+
+        def show(step: int, figures: dict[str, Any]) -> None:
+            bar.update(step, readable(figures))
+            watch(step, figures)
+
+        progress = train(
+            task, feed, plan, run, progress=progress, device=device, world=world, evaluate=evaluate, show=show
+        )
+    results = {
+        "objective": config.objective,
+        "steps": progress.step,
+        "epochs": round(progress.step / sampler.steps_per_epoch, 4),
+        **{key: progress.facts.get(key) for key in ("untrained_knn20", "knn20", "knn200", "probe_top1")},
+        "protocol": evaluator.protocol if evaluator else None,
+        "images": len(data.train),
+        "bad_images": len(bad.seen),
+        "bgmask": config.bgmask.source,
+        "preset": resolved.preset,
+        "version": __version__,
+    }
+    if world.is_main:
+        finish(run, task, config, resolved.preset, results)
+        report(results, console)
+    return {"run": str(run.path), **results}
+
+
+# The steps of the recipe.
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    train: Source
+    held_out: Source | None
+
+
+def open_data(config: Config, download: bool, console: Console) -> PretrainData:
+    """The images to train on, and those to measure on if there are labels."""
+    if config.data.train is None:
+        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
+    train, held_out = open_source(config.data.train, split="train", download=download), None
+    if config.data.val is not None:
+        held_out = open_source(config.data.val, split="val", download=download)
+    elif config.eval.every_epochs and config.eval.holdout and len(train.classes) > 1:
+        train, held_out = split_holdout(train, config.eval.holdout, config.seed)
+        console.note(f"{len(held_out)} labelled images are held out for evaluation (eval.holdout).")
+    if config.data.subset is not None:
+        if config.data.subset > len(train):
+            raise UsageError(
+                f"data.subset is {config.data.subset}, but there are only {len(train)} images.",
+                "Lower data.subset.",
+            )
+        train = train.select(shuffled(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
+    if config.objective == "supervised" and train.labels is None:
+        raise DataError(
+            f"{config.data.train} has no labels, which supervised training needs.",
+            "Give one folder per class.",
+        )
+    return PretrainData(train, held_out)
+
+
+def make_evaluator(config: Config, data: PretrainData, device: torch.device, console: Console) -> Evaluator | None:
+    if not config.eval.every_epochs or data.held_out is None:
+        return None
+    if data.train.labels is None:
+        console.note("The training images have no labels: no kNN accuracy during this run.")
+        return None
+    size = config.eval.size or config.views.large.size
+    return Evaluator(data.train, data.held_out, config.eval, size, config.seed, device)
+
+
+def open_run(resolved: Resolved, options: PretrainOptions, resumed: Path | None, world: World) -> RunFolder:
+    keep = resolved.config.checkpoint.keep
+    if resumed is not None:
+        return RunFolder.reopen(resumed, keep=keep, writer=world.is_main)
+    path = options.out or free_name(Path("runs"), resolved.preset or "pretrain")
+    return RunFolder.create(path, overwrite=options.overwrite, keep=keep, writer=world.is_main)
+
+
+def run_record(
+    run: RunFolder, resolved: Resolved, options: PretrainOptions, data: PretrainData, device: torch.device
+) -> dict[str, Any]:
+    """What config.yaml says under ``run``: facts that a continuation must share. Written at the start."""
+    config = resolved.config
+    if run.config.is_file():
+        record = yaml.safe_load(run.config.read_text("utf-8"))["run"]
+        if record["data_fingerprint"] != data.train.fingerprint():
+            raise DataError(
+                f"The images are not those that {run.path} was started with.",
+                "Give --data the same images, or start another run with --init-from.",
+            )
+        return record
+    record = {
+        "version": __version__,
+        "preset": resolved.preset,
+        "data_fingerprint": data.train.fingerprint(),
+        "images": len(data.train),
+        "init_from": options.init_from,
+        "cache": choose_cache(config.data.cache, data.train, device),
+        "precision": pick_precision(config.runtime.precision, device),
+    }
+    run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+    return record
+
+
+def begin(init_from: str | None, task: Pretraining, evaluate: Any, run: RunFolder, console: Console) -> Progress:
+    """Step 0: weights to start from if any were given, and what the network is worth before training."""
+    if init_from is not None:
+        start = load_encoder(init_from)
+        own = task.encoder.state_dict()
+        if {k: v.shape for k, v in start.state_dict().items()} != {k: v.shape for k, v in own.items()}:
+            raise UsageError(
+                f"The weights of {init_from} do not fit this encoder.",
+                "Set model.arch, model.width and model.stem to theirs.",
+            )
+        for network in (task.state.online, task.state.target):
+            if network is not None:
+                network["encoder"].load_state_dict(start.state_dict())
+    progress = Progress()
+    if evaluate is not None:
+        figures = evaluate(0)
+        progress.facts = {f"untrained_{name}": value for name, value in figures.items()}
+        if figures:
+            run.metrics({"step": 0, "epoch": 0.0, **figures})
+            console.note(f"untrained: kNN(20) {figures['knn20']:.3f}")
+    return progress
+
+
+def go_on(run: RunFolder, task: Pretraining, console: Console) -> Progress | None:
+    """Load the newest checkpoint that can be read; None for a run that ended before its first one."""
+    found = checkpoint.newest_valid(run.checkpoints, console.warn)
+    if found is None:
+        if checkpoint.listed(run.checkpoints):
+            raise UsageError(f"No checkpoint in {run.checkpoints} can be read.", "Start another run.")
+        console.note(f"{run.path} has no checkpoint yet: starting at step 0")
+        run.rewind_metrics(-1)
+        return None
+    path, tensors, header = found
+    progress = restore(task, tensors, header, str(path))
+    run.rewind_metrics(progress.step)
+    console.note(f"resumed from {path} at step {progress.step}")
+    return progress
+
+
+def finish(run: RunFolder, task: Pretraining, config: Config, preset: str | None, results: dict[str, Any]) -> None:
+    metadata = {
+        "version": __version__,
+        "preset": preset or "",
+        "objective": config.objective,
+        "network": "online",
+        "size": str(config.eval.size or config.views.large.size),
+        "crop_ratio": str(config.eval.crop_ratio),
+        "mean": str(list(MEAN)),
+        "std": str(list(STD)),
+    }
+    save_encoder(run.encoder, task.encoder, metadata)
+    run.write_json(run.results, results)
+    draw_curves(run.read_metrics(), run.curves, f"{preset or 'pretrain'}, {results['steps']} steps")
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    if results["knn20"] is None:
+        console.note("No held-out labels: no accuracy was measured (--val, or eval.holdout on labelled data).")
+        return
+    rows = [
+        [name, results[key]]
+        for name, key in (
+            ("kNN(20), untrained network", "untrained_knn20"),
+            ("kNN(20)", "knn20"),
+            ("kNN(200)", "knn200"),
+            ("linear probe", "probe_top1"),
+        )
+        if results[key] is not None
+    ]
+    console.table(["held-out accuracy", ""], rows)
+
+
+# Small decisions.
+
+
+def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
+    """The folder that --resume means: its own value, --out, or the newest run of the preset."""
+    if options.resume:
+        return Path(options.resume)
+    if options.out is not None:
+        return options.out
+    candidates = sorted(Path("runs").glob(f"{preset or ''}*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not candidates:
+        raise UsageError("There is no run to resume under runs/.", "Name its folder: --resume RUN.")
+    return candidates[-1].parent
+
+
+def continued(resolved: Resolved, run: Path) -> Resolved:
+    """The run's own config, with what may change taken from the command line."""
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+    merged = rebase(resolved, run / "config.yaml")
+    before = flatten(rebase(Resolved(resolved.config, {}), run / "config.yaml").config.model_dump())
+    after = flatten(merged.config.model_dump())
+    changed = [k for k in after if after[k] != before[k] and not k.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise UsageError(
+            f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
+            "Leave it as it is, or start another run with --init-from.",
+        )
+    return merged
+
+
+def view_plan(config: Config) -> ViewPlan:
+    views = config.views
+    sizes = [ViewSize(views.large.count, views.large.size, views.large.area)]
+    if views.small.count:
+        sizes.append(ViewSize(views.small.count, views.small.size, views.small.area))
+    return ViewPlan(tuple(sizes), views.aspect, Photometric(**views.photometric.model_dump()))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def worker_count(config: Config, device: torch.device, cache: str) -> int:
+    """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
+    if config.runtime.workers != "auto":
+        return config.runtime.workers
+    if device.type == "cpu":
+        return 1 if cache == "none" else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, (os.cpu_count() or 1) // processes))
+
+
+class CollapseWatch:
+    """Warns once when two log lines in a row say that the representation collapses."""
+
+    def __init__(self, console: Console, rows: int) -> None:
+        self._console, self._rows, self._before, self._said = console, rows, False, False
+
+    def __call__(self, step: int, figures: dict[str, Any]) -> None:
+        if "rank_me" not in figures or self._said:
+            return
+        text = collapse.warning(figures["rank_me"], figures["deviation"], self._rows)
+        if text and self._before:
+            self._console.warn(f"step {step}: {text}")
+            self._said = True
+        self._before = text is not None
+
+
+def readable(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a log line that fit on one line of a terminal."""
+    shown: dict[str, Any] = {}
+    for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):
+        if name in figures:
+            shown[name] = figures[name]
+    if "images_per_s" in figures:
+        minutes, seconds = divmod(round(figures["eta_s"]), 60)
+        shown |= {
+            "images/s": figures["images_per_s"],
+            "data wait": f"{figures['data_wait']:.1%}",
+            "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
+        }
+    return shown

@@ -1,0 +1,78 @@
+"""YAML as configs use it: plain data only, no aliases, no key twice, and 1e-3 is a number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relicctl.errors import UsageError
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few nested aliases can stand for terabytes
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not read", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if name.value in seen:  # YAML would let the second one win in silence
+                raise yaml.MarkedYAMLError(
+                    problem=f"{name.value} stands here twice", problem_mark=name.start_mark
+                )
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a point in a number with an exponent, and reads 1e-3 as text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(text: str) -> Any:
+    """The value that ``text`` stands for. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except (RecursionError, ValueError) as reason:  # nested beyond reason; a date that is none
+        raise yaml.YAMLError(str(reason)) from None
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """The keys in a file. Raises UsageError when it is not there or holds something else."""
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise UsageError(
+            f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file."
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"The config {path} is not text.", "Give a YAML file.") from None
+    except yaml.YAMLError as reason:
+        mark = getattr(reason, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(reason, "problem", None) or reason
+        raise UsageError(
+            f"{path}{where} is not YAML that relicctl reads: {problem}.", "Correct it."
+        ) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"The config {path} holds no keys.", "Write it as `key: value` lines.")
+    return content
+
+
+def dump_value(value: Any) -> str:
+    """One value on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(
+        plain, default_flow_style=True, default_style=style, width=10**6, allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,50 @@
+"""The presets that come with relicctl: YAML files beside the code in a wheel, at the root of a checkout."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+from relicctl.errors import UsageError
+
+
+@cache
+def _folder() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """All names, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def preset_path(name: str) -> Path:
+    """The preset's file. Raises UsageError for an unknown name."""
+    names = preset_names()
+    if name in names:
+        return _folder() / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        fix = f"For a file of your own write --config {name}."
+    elif close := difflib.get_close_matches(name, names, 3, 0.4):
+        fix = f"Did you mean {' or '.join(close)}?"
+    else:
+        fix = "See the names with `relicctl presets ls`."
+    raise UsageError(f"There is no preset {name!r}.", fix)
+
+
+def preset_text(name: str) -> str:
+    """The preset's YAML. Raises UsageError for an unknown name."""
+    return preset_path(name).read_text(encoding="utf-8")
+
+
+def preset_header(name: str) -> str:
+    """The comment that the preset begins with; its first line says what the preset is."""
+    lines = []
+    for line in preset_text(name).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""From defaults, a preset, a file, --set and options to one Config, remembering where each value came from.
+
+Layers are flat: a dict from dotted key (``optim.batch_size``) to value. A later layer wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from yaml import YAMLError
+
+from relicctl.config import plain_yaml
+from relicctl.config.presets import preset_path
+from relicctl.config.schema import Config, Section
+from relicctl.errors import UsageError
+
+OPTION_KEYS = {
+    "data": "data.train",
+    "val": "data.val",
+    "device": "runtime.device",
+    "workers": "runtime.workers",
+    "seed": "seed",
+}
+
+# What an objective is by definition, taken wherever only a default or a preset says otherwise.
+_DEFINITIONS: dict[str, dict[str, Any]] = {
+    "relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"},
+}
+# Keys that an objective never reads: refused in --set, where they would be ignored in silence.
+_UNREAD = {
+    "byol": ("loss.",),
+    "simclr": ("loss.alpha", "loss.beta", "loss.negatives", "loss.invariance", "target.", "model.predictor."),
+    "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and where each value came from, by dotted key: default, preset NAME, file PATH, --set, ..."""
+
+    config: Config
+    origin: dict[str, str]
+    preset: str | None = None
+
+
+class _Layers:
+    """Values and origins while they pile up; every key is checked as it comes."""
+
+    def __init__(self) -> None:
+        self.values = flatten(Config().model_dump())
+        self.origin = dict.fromkeys(self.values, "default")
+
+    def put(self, name: str, value: Any, where: str) -> None:
+        if name not in self.values:
+            raise _unknown(name, where)
+        self.values[name] = value
+        self.origin[name] = where
+
+    def put_all(self, content: dict[str, Any], where: str) -> None:
+        for name, value in flatten(content).items():
+            self.put(name, value, where)
+
+    def put_preset(self, name: str) -> None:
+        content = plain_yaml.load_mapping(preset_path(name))
+        if (parent := content.pop("extends", None)) is not None:
+            self.put_preset(str(parent))
+        self.put_all(content, f"preset {name}")
+
+    def config(self) -> Config:
+        objective = self.values["objective"]
+        if isinstance(objective, str):
+            for name, value in _DEFINITIONS.get(objective, {}).items():
+                if self.values[name] != value and self.origin[name].startswith(("default", "preset")):
+                    self.put(name, value, f"objective {objective}")
+            for name, where in self.origin.items():
+                if where == "--set" and name.startswith(_UNREAD.get(objective, ())):
+                    raise UsageError(f"{name} means nothing to objective {objective}.", "Leave it out.")
+        return _validated(self.values, self.origin)
+
+
+def resolve(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    sets: Iterable[str] = (),
+    options: dict[str, Any] | None = None,
+) -> Resolved:
+    """Defaults < preset < file < --set < options.
+
+    ``options`` goes by OPTION_KEYS' names, None meaning not given. A preset or a file may say
+    ``extends: PRESET``. Raises UsageError for whatever is wrong.
+    """
+    layers = _Layers()
+    if preset is not None:
+        layers.put_preset(preset)
+    if config_file is not None:
+        content = _without_record(plain_yaml.load_mapping(config_file))
+        if (parent := content.pop("extends", None)) is not None:
+            if preset is not None:
+                raise UsageError(f"{config_file} already extends preset {parent}.", "Leave out --preset.")
+            layers.put_preset(str(parent))
+        layers.put_all(content, f"file {config_file}")
+    for assignment in sets:
+        layers.put(*_assignment(assignment), "--set")
+    for name, value in (options or {}).items():
+        if value is not None:
+            layers.put(OPTION_KEYS[name], value, f"--{name}")
+    return Resolved(layers.config(), layers.origin, preset)
+
+
+def rebase(resolved: Resolved, run_config: Path) -> Resolved:
+    """The config of an earlier run, with what the user gave by file, --set or option on top of it."""
+    layers = _Layers()
+    layers.put_all(_without_record(plain_yaml.load_mapping(run_config)), "run")
+    given = flatten(resolved.config.model_dump())
+    for name, where in resolved.origin.items():
+        if where.startswith(("file", "--")):
+            layers.put(name, given[name], where)
+    return Resolved(layers.config(), layers.origin, resolved.preset)
+
+
+def load_run_config(path: Path) -> Config:
+    """The config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
+    return resolve(config_file=path).config
+
+
+def dump_yaml(config: Config, origin: dict[str, str] | None = None) -> str:
+    """The config as YAML, every key written out; with ``origin``, comments say where each value came from."""
+    lines: list[tuple[str, str]] = []
+
+    def walk(content: dict[str, Any], prefix: str, indent: str) -> None:
+        for name, value in content.items():
+            if isinstance(value, dict):
+                lines.append((f"{indent}{name}:", ""))
+                walk(value, f"{prefix}{name}.", indent + "  ")
+            else:
+                comment = f"# from {origin[prefix + name]}" if origin else ""
+                lines.append((f"{indent}{name}: {plain_yaml.dump_value(value)}", comment))
+
+    walk(config.model_dump(), "", "")
+    column = min(48, max(len(line) for line, _ in lines) + 2)
+    return "".join(f"{line:<{column}}{comment}".rstrip() + "\n" for line, comment in lines)
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict of dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and f"{prefix}{name}" not in leaves():
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+@cache
+def leaves() -> dict[str, FieldInfo]:
+    """Every dotted key that holds a value, in the schema's order."""
+
+    def walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from walk(field.annotation, f"{prefix}{name}.")
+            else:
+                yield prefix + name, field
+
+    return dict(walk(Config, ""))
+
+
+def _without_record(content: dict[str, Any]) -> dict[str, Any]:
+    """RUN/config.yaml also records version and data under ``run``, which are facts and no settings."""
+    return {name: value for name, value in content.items() if name != "run"}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, split at the first "="; text keys take VALUE as it stands, others read it as YAML."""
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise UsageError(f"--set {text!r} is no KEY=VALUE.", "Write it like --set optim.batch_size=256.")
+    if name in leaves() and leaves()[name].annotation == str | None:
+        return name, None if value in ("null", "") else value
+    try:
+        return name, plain_yaml.load(value)
+    except YAMLError:
+        return name, value  # the schema says what is allowed instead
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
+
+
+def _validated(values: dict[str, Any], origin: dict[str, str]) -> Config:
+    try:
+        return Config.model_validate(_nested(values))
+    except ValidationError as reason:
+        loc = [str(part) for part in reason.errors()[0]["loc"]]
+        name = next(key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in leaves())
+        field = leaves()[name]
+        raise UsageError(
+            f"{name} cannot be {plain_yaml.dump_value(values[name])[:80]} (from {origin[name]}).",
+            f"Give {allowed(name)}: {field.description}.",
+        ) from None
+
+
+def _unknown(name: str, where: str) -> UsageError:
+    inside = [key for key in leaves() if key.startswith(f"{name}.")]
+    if inside:
+        return UsageError(
+            f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_either(inside)}."
+        )
+    last = {key: key.rpartition(".")[2] for key in leaves()}
+    close = difflib.get_close_matches(name, leaves(), 3, 0.7)
+    close += [
+        key
+        for key in leaves()
+        if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8
+        and key not in close
+    ]
+    fix = f"Did you mean {_either(close[:3])}?" if close else "`relicctl pretrain --dry-run` lists all keys."
+    return UsageError(f"There is no key {name!r} (from {where}).", fix)
+
+
+def allowed(name: str) -> str:
+    """In words, the values that a key takes: "a whole number from 1 or null"."""
+    schema = Config.model_json_schema()
+    node = schema
+    for part in name.split("."):
+        node = node["properties"][part]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return _in_words(node)
+
+
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
+_LIMITS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "up to",
+    "exclusiveMaximum": "below",
+    "multipleOf": "in steps of",
+}
+
+
+def _in_words(node: dict[str, Any]) -> str:
+    if "anyOf" in node:
+        return _either(_in_words(choice) for choice in node["anyOf"])
+    if "enum" in node or "const" in node:
+        return _either(node.get("enum") or [node["const"]])
+    if node["type"] == "array":
+        return f"a pair [a, b], each {_in_words(node['prefixItems'][0])}"
+    limits = [f"{word} {node[limit]:g}" for limit, word in _LIMITS.items() if limit in node]
+    return " ".join([_TYPES[node["type"]], *limits])
+
+
+def _either(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last

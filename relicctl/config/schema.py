@@ -1,0 +1,254 @@
+"""The keys of a pretraining run: type, allowed range, default, meaning and unit of each.
+
+Defaults are the ImageNet set-up (ResNet-50, 4 x 224 + 2 x 96 px views, batch 4096, LARS). Where no source
+could be read for a default, its meaning says "our choice".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from relicctl.errors import UsageError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+# YAML has lists only, so a pair itself is not strict; its two numbers are.
+Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
+Aspect = Annotated[tuple[Positive, Positive], Strict(False)]
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field: its default, its meaning with the unit, and limits of its value."""
+    return Field(default, description=meaning, **limits)
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys are refused and nothing is converted silently; immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Head(Section):
+    hidden: Count = key(4096, "units of the hidden layer")
+    out: Count = key(256, "dimensions of the output")
+
+
+class Model(Section):
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"] = key(
+        "resnet50", "encoder, in torchvision's layout (stride on the 3x3)"
+    )
+    width: Positive = key(1.0, "factor on all channels, the stem's too, in steps of 1/8", multiple_of=0.125)
+    stem: Literal["imagenet", "cifar", "stride2"] = key(
+        "imagenet",
+        "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, no pool; stride2: 3x3 stride 2, no pool",
+    )
+    padding: Literal["symmetric", "same"] = key(
+        "symmetric", "symmetric as in torchvision, or TensorFlow's SAME (asymmetric at stride 2)"
+    )
+    projector: Head = key(Head(), "linear, batch norm, ReLU, linear; on both networks")
+    predictor: Head = key(Head(), "built like the projector; on the online network only")
+
+
+class LargeViews(Section):
+    count: Count = key(4, "large views per image (our choice)")
+    size: int = key(224, "side in pixels", ge=8)
+    area: Pair = key((0.14, 1.0), "range of the crop's share of the image's area (our choice)")
+
+
+class SmallViews(Section):
+    count: int = key(2, "small views per image (our choice)", ge=0)
+    size: int = key(96, "side in pixels", ge=8)
+    area: Pair = key((0.05, 0.14), "range of the crop's share of the image's area (our choice)")
+
+
+class PhotometricViews(Section):
+    """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
+
+    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    jitter: Fraction = key(0.8, "probability of colour jitter, its four operations together")
+    brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
+    contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
+    saturation: Fraction = key(0.2, "factor on HSV's saturation, within 1 -+ this")
+    hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
+    grayscale: Fraction = key(0.2, "probability of dropping colour")
+    blur: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
+    solarize: Pair = key((0.0, 0.2), "probabilities of solarizing")
+
+
+class Views(Section):
+    large: LargeViews = key(LargeViews(), "views that both networks see")
+    small: SmallViews = key(SmallViews(), "views that only the online network sees")
+    aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    photometric: PhotometricViews = key(PhotometricViews(), "flip, colour and blur")
+
+
+class Loss(Section):
+    temperature: Positive = key(0.2, "divides the cosine similarities (our choice)")
+    alpha: float = key(1.0, "weight of the likelihood term (our choice)", ge=0)
+    beta: float = key(5.0, "weight of the invariance term (our choice)", ge=0)
+    negatives: Count | Literal["all"] = key(
+        10, "images drawn from the global batch as negatives of each pair, or all (our choice)"
+    )
+    invariance: Literal["transposed", "swapped"] = key(
+        "transposed",
+        "a pair's likelihood is held equal to that of the same pair read the other way, "
+        "or of the swapped pair (our choice)",
+    )
+
+
+class Target(Section):
+    ema: Fraction = key(0.996, "decay of the target's moving average at the first step; it rises to 1")
+
+
+class BgMask(Section):
+    probability: Fraction = key(0.1, "probability that a large view is cut from the masked image")
+    fill: Literal["mean", "gray", "noise"] = key(
+        "mean", "what background pixels become: the data's mean, gray or noise (our choice)"
+    )
+    source: Literal["none", "bank", "alpha"] = key(
+        "none", "where masks come from: nowhere, a mask bank, the images' alpha channel"
+    )
+
+
+class Optim(Section):
+    name: Literal["lars", "sgd", "adamw"] = key("lars", "optimiser")
+    batch_size: int = key(4096, "images per step over all processes", ge=2)
+    base_lr: Positive = key(0.3, "peak learning rate per 256 images of the batch (our choice)")
+    weight_decay: float = key(1.5e-6, "decay of weights; biases and norms are excluded (our choice)", ge=0)
+    momentum: float = key(0.9, "momentum of lars and sgd", ge=0, lt=1)
+    warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
+    epochs: Count = key(1000, "passes over the data; they set the schedules")
+    max_steps: Count | None = key(
+        None, "stop after so many steps, the schedules unchanged; null = at the end"
+    )
+    microbatch: Count | None = key(None, "images per process and forward pass; null = its share of the batch")
+
+
+class Data(Section):
+    train: str | None = key(
+        None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)"
+    )
+    val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
+    cache: Literal["auto", "none", "memory", "device"] = key(
+        "auto", "keep decoded images in host memory or on the device; auto = where they fit"
+    )
+    subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
+    max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
+
+
+class Eval(Section):
+    """kNN and a linear probe during the run, where there are labels; the networks never feel them."""
+
+    every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
+    holdout: float = key(
+        0.0, "share of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
+    )
+    size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
+    crop_ratio: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
+    train_samples: Count = key(20000, "most training images that kNN compares with")
+    val_samples: Count = key(10000, "most images that are classified")
+    probe: bool = key(True, "train a linear classifier on detached features along the way")
+
+
+class Checkpoint(Section):
+    every_steps: Count | None = key(None, "steps between two checkpoints; null = by time only")
+    every_minutes: Positive | None = key(15.0, "minutes between two checkpoints; null = by steps only")
+    keep: Count = key(2, "newest checkpoints kept")
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = cuda where there is one")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        "auto", "processes that decode and crop, beside each training process; 0 = none beside it"
+    )
+    compile: bool = key(False, "torch.compile the networks")
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "of the networks' forward pass; auto = bf16 where the hardware computes in it, else fp32"
+    )
+    activation_checkpointing: bool = key(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    threads: Count | None = key(None, "torch's CPU threads; null = torch's own choice")
+    log_every: Count = key(50, "steps between two lines of metrics")
+    tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
+
+
+class Config(Section):
+    """A whole pretraining run. Raises UsageError where keys contradict each other."""
+
+    objective: Literal["relicv2", "relic", "simclr", "byol", "supervised"] = key(
+        "relicv2", "what is minimised; relic = two large views, no small ones, all negatives"
+    )
+    model: Model = key(Model(), "the networks")
+    views: Views = key(Views(), "crops of an image and their colours")
+    loss: Loss = key(Loss(), "the objective's constants")
+    target: Target = key(Target(), "the target network")
+    bgmask: BgMask = key(BgMask(), "background removal on large views")
+    optim: Optim = key(Optim(), "optimiser and schedules")
+    data: Data = key(Data(), "the images")
+    eval: Eval = key(Eval(), "evaluation during the run")
+    checkpoint: Checkpoint = key(Checkpoint(), "saving")
+    runtime: Runtime = key(Runtime(), "how it is computed; the method is the same")
+    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Config:
+        self._check_views()
+        self._check_objective()
+        self._check_optim()
+        if self.bgmask.source != "none":
+            raise UsageError(
+                f"bgmask.source is {self.bgmask.source}, but this version cannot read masks.",
+                "Leave bgmask.source at none.",
+            )
+        return self
+
+    def _check_views(self) -> None:
+        views = self.views
+        ranges = {
+            "views.large.area": views.large.area,
+            "views.small.area": views.small.area,
+            "views.aspect": views.aspect,
+        }
+        for name, (low, high) in ranges.items():
+            if not 0 < low <= high:
+                raise UsageError(
+                    f"{name} is [{low:g}, {high:g}], which is no range above 0.",
+                    f"Give {name} as [smallest, largest], both above 0.",
+                )
+
+    def _check_objective(self) -> None:
+        large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives
+        if self.objective == "relic" and (large != 2 or small or negatives != "all"):
+            raise UsageError(
+                f"objective relic is two large views, no small ones and all negatives, not {large} large, "
+                f"{small} small and {negatives} negatives.",
+                "Leave the counts of views and loss.negatives unset, or take objective relicv2.",
+            )
+        if self.objective in ("simclr", "byol") and large + small < 2:
+            raise UsageError(
+                f"objective {self.objective} compares views of an image, but there is only one.",
+                "Set views.large.count to 2 or more.",
+            )
+        batch = self.optim.batch_size
+        if self.objective == "relicv2" and negatives != "all" and negatives >= batch:
+            raise UsageError(
+                f"loss.negatives is {negatives}, but a batch of {batch} images has only {batch - 1} others.",
+                "Lower loss.negatives, set it to all, or raise optim.batch_size.",
+            )
+
+    def _check_optim(self) -> None:
+        optim = self.optim
+        if optim.warmup_epochs > optim.epochs:
+            raise UsageError(
+                f"optim.warmup_epochs {optim.warmup_epochs:g} is longer than the run, {optim.epochs} epochs.",
+                "Lower optim.warmup_epochs, or cut the run with optim.max_steps instead of optim.epochs.",
+            )
+        if optim.microbatch is not None and optim.batch_size % optim.microbatch:
+            raise UsageError(
+                f"optim.microbatch {optim.microbatch} does not divide optim.batch_size {optim.batch_size}.",
+                "Choose an optim.microbatch that divides the batch.",
+            )

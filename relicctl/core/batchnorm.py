@@ -1,0 +1,52 @@
+"""BatchNorm over the batch of all processes, on CUDA by PyTorch's own layer, elsewhere by the one here."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def synchronised(module: M, device: torch.device) -> M:
+    """``module`` with every BatchNorm taking its statistics from all processes; the state-dict names stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.__class__ = _GlooBatchNorm  # same parameters and buffers, another forward
+    return module
+
+
+class _GlooBatchNorm(_BatchNorm):
+    """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over processes for a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        dims = [d for d in range(input.ndim) if d != 1]
+        x = input.float()
+        count = torch.full_like(x[:1].sum(dims), input.numel() / input.shape[1])
+        total, squares, count = all_reduce(torch.stack([x.sum(dims), x.square().sum(dims), count])).unbind()
+        mean = total / count
+        variance = squares / count - mean.square()
+        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        shape = [-1 if d == 1 else 1 for d in range(input.ndim)]
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum or 0.1)
+        self.running_var.lerp_(variance, self.momentum or 0.1)
+        self.num_batches_tracked += 1
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions: 1d and 2d norms become this class alike."""

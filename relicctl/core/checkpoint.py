@@ -1,0 +1,142 @@
+"""Checkpoints: one safetensors file each, tensors and a JSON header, written atomically, verified on reading.
+
+A checkpoint is either whole or absent: it is written under a temporary name, flushed to the disk, renamed,
+and the folder flushed too. A checksum over all tensors tells a flipped bit; no pickle is involved anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from relicctl.errors import UsageError
+
+FORMAT = "relicctl-checkpoint"
+FORMAT_VERSION = 1
+
+
+class BrokenCheckpoint(UsageError):
+    """The file is truncated, damaged, foreign, or of a newer format."""
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """Write ``tensors`` and the JSON-able ``header`` to ``path``, wholly or not at all."""
+    on_host = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "checksum": str(_checksum(on_host)),
+        "header": json.dumps(header),
+    }
+    atomically(path, lambda temporary: save_file(on_host, temporary, metadata=metadata))
+
+
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``; rename it only when it is safely on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors (on the host) and header of a checkpoint.
+
+    Raises BrokenCheckpoint when the file is not one of ours, of a newer format, truncated or damaged.
+    """
+    again = "Use another checkpoint, or start the run anew."
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise BrokenCheckpoint(f"{path} is not a checkpoint of relicctl.", again)
+            if int(metadata["format_version"]) > FORMAT_VERSION:
+                raise BrokenCheckpoint(
+                    f"{path} was written by a newer relicctl (format {metadata['format_version']}).",
+                    "Update relicctl to read it.",
+                )
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        header = json.loads(metadata["header"])
+    except FileNotFoundError:
+        raise BrokenCheckpoint(f"There is no checkpoint {path}.", again) from None
+    except (SafetensorError, OSError, ValueError, KeyError) as reason:
+        raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", again) from None
+    if str(_checksum(tensors)) != metadata["checksum"]:
+        raise BrokenCheckpoint(f"{path} is damaged: its checksum does not match.", again)
+    return tensors, header
+
+
+def newest_valid(
+    folder: Path, warn: Callable[[str], None]
+) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest checkpoint in ``folder`` that can be read; warns of every newer one that cannot."""
+    for path in reversed(listed(folder)):
+        try:
+            return path, *load(path)
+        except BrokenCheckpoint as broken:
+            warn(f"{broken.what} Going back to the one before.")
+    return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints in ``folder``, oldest first."""
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def file_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and temporary files that a killed process left."""
+    for path in listed(folder)[:-keep]:
+        path.unlink()
+    for path in folder.glob(".step-*.tmp"):
+        path.unlink()
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state as flat names: ``<parameter number>.<key>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if torch.is_tensor(value)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of ``optimizer_tensors``; hyper-parameters stay those of ``optimizer``."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

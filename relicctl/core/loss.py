@@ -1,0 +1,203 @@
+"""ReLICv2's loss (arXiv 2201.05119, section 3; ReLIC, arXiv 2010.07922): likelihood plus invariance.
+
+Shape letters: V views, the L large ones first; N images here, M images in all processes; D embedding size;
+n negatives; K candidates, that is an image itself and its negatives.
+
+For image i, view v and large view l, with z the online and t the target embeddings, both of unit length:
+
+    p(j) = softmax over the candidates j of <z_i^v, t_j^l> / temperature
+    r(j) = softmax over the same candidates of <t_i^l, z_j^v> / temperature
+    NLL  = - log p(i)
+    KL   = stopgrad(sum_j p(j) log p(j)) - sum_j p(j) log r(j)
+    loss = mean over v, l and i of  alpha NLL + beta KL
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# With more logits than this (V x L x N x M) the pairs (v, l) are taken one by one, and computed again for the
+# backward pass, so that only one pair's logits are in memory at a time.
+LOGITS_AT_ONCE = 2**24
+# Floyd's algorithm takes n^2 comparisons a row, a random order sorts M keys: the former up to n^2 = 64 M.
+FLOYD_UP_TO = 64
+
+
+class Gather(Protocol):
+    """What the loss needs of the other processes of a group."""
+
+    def online(self, mine_VND: Tensor) -> Tensor:
+        """[V, N, D] here -> [V, M, D] of all processes; the gradient of a row is summed over processes."""
+
+    def target(self, mine_LND: Tensor) -> Tensor:
+        """[L, N, D] here -> [L, M, D] of all processes, without gradient."""
+
+    def rows(self, local: int) -> tuple[int, int]:
+        """Our first row among all rows, and M, when ``local`` = N rows are here."""
+
+
+def relicv2_loss(
+    online: Tensor,
+    target: Tensor,
+    *,
+    large: int,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    negatives: int | Literal["all"] | Tensor,
+    generator: torch.Generator | None = None,
+    invariance: Literal["transposed", "swapped"] = "transposed",
+    gather: Gather | None = None,
+) -> dict[str, Tensor]:
+    """Scalars ``loss``, ``nll``, ``kl`` and, without gradient, ``entropy``: the mean entropy of p in nats.
+
+    ``online`` [V, N, D], the large views first, and ``target`` [L, N, D] are the networks' outputs: they are
+    brought to unit length here, ``target`` is detached, and all is computed in float32 or better under any
+    autocast. ``alpha`` weighs the likelihood term, ``beta`` the invariance term.
+
+    ``negatives``: how many other images of the global batch, drawn anew for every v, l and i by ``generator``
+    (best on the device of the outputs); or ``"all"`` others; or [V, L, N, n] rows of the global batch.
+    ``invariance``: ``transposed`` is the form above; ``swapped`` takes as r, where both views are large, the
+    likelihood of the swapped pair, <z_i^l, t_j^v>.
+    ``gather``: joins the batches of a process group. Loss and gradient, averaged over the processes, are then
+    those of one process with the joined batch.
+
+    ValueError for shapes, a temperature or negatives that make no sense.
+    """
+    views, rows = online.shape[:2]
+    if online.ndim != 3 or not 1 <= large <= views or target.shape != (large, *online.shape[1:]):
+        raise ValueError(f"online {tuple(online.shape)} and target {tuple(target.shape)} do not fit large={large}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if invariance not in ("transposed", "swapped"):
+        raise ValueError(f"unknown invariance {invariance!r}: transposed or swapped")
+
+    with torch.autocast(online.device.type, enabled=False):
+        z_VND = to_unit_length(online) / temperature  # one online factor in each logit
+        t_LND = to_unit_length(target.detach())
+        z_VMD, t_LMD = (gather.online(z_VND), gather.target(t_LND)) if gather else (z_VND, t_LND)
+        first, total = gather.rows(rows) if gather else (0, rows)
+        candidates = _candidates(negatives, views, large, first, rows, total, generator, online.device)
+
+        def terms(v: slice, l: slice) -> Tensor:
+            forward = _logits(z_VND[v], t_LMD[l])
+            if invariance == "swapped" and v.stop <= large:
+                reverse = _logits(z_VND[l], t_LMD[v]).transpose(0, 1)
+            elif gather is None:
+                reverse = forward.transpose(2, 3)
+            else:
+                reverse = _logits(t_LND[l], z_VMD[v]).transpose(0, 1)
+            picked = candidates if candidates is None else candidates[v, l]
+            return _sum_terms(forward, reverse, picked, first)
+
+        if views * large * rows * total > LOGITS_AT_ONCE:
+            pairs = [(slice(v, v + 1), slice(l, l + 1)) for v in range(views) for l in range(large)]
+            sums = [checkpoint(terms, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        elif invariance == "swapped" and large < views:
+            sums = [terms(slice(0, large), slice(0, large)), terms(slice(large, views), slice(0, large))]
+        else:
+            sums = [terms(slice(0, views), slice(0, large))]
+        nll, kl, entropy = (torch.stack(sums).sum(0) / (views * large * rows)).unbind()
+    return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
+
+
+def sample_negatives(
+    views: int,
+    large: int,
+    rows: int | Tensor,
+    total: int,
+    n: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """int64 [views, large, R, n]: for each v, l and row, n of the ``total`` images other than the row itself.
+
+    Without replacement; every set of n is equally likely (its order is not random), whatever the other draws.
+    ``rows``: which rows are wanted, or how many from the first. All ``total`` rows are drawn for, so that
+    processes with equal generators see parts of one draw. The generator, the rows and the result live on one
+    device, which is never waited for. ValueError unless 1 <= n < total.
+    """
+    if not 1 <= n < total:
+        raise ValueError(f"{n} negatives cannot be drawn from a batch of {total}: at least 1, at most {total - 1}")
+    if isinstance(rows, int):
+        rows = torch.arange(rows, device=generator.device if generator else None)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=rows.device, dtype=torch.float64)
+
+    others = total - 1
+    if n * n <= FLOYD_UP_TO * total:
+        chosen = _floyd(uniform(views, large, total, n)[:, :, rows], others)
+    else:  # the first n of a random order, pair by pair since the keys are many
+        orders = [uniform(total, others)[rows].argsort(-1)[:, :n] for _ in range(views * large)]
+        chosen = torch.stack(orders).unflatten(0, (views, large))
+    return chosen + (chosen >= rows[:, None])  # counted among the others: step over oneself
+
+
+def _floyd(u: Tensor, population: int) -> Tensor:
+    """Uniform u [..., n] -> [..., n] distinct integers below ``population``.
+
+    Floyd's algorithm (Bentley and Floyd, CACM 1987): the k-th pick is uniform from 0 to ``top``, which grows
+    with k; a pick that is taken already is replaced by ``top``, which cannot be.
+    """
+    n = u.shape[-1]
+    tops = torch.arange(population - n, population, device=u.device)
+    picks = (u * (tops + 1)).long()
+    for k in range(1, n):
+        taken = (picks[..., :k] == picks[..., k : k + 1]).any(-1)
+        picks[..., k] = torch.where(taken, tops[k], picks[..., k])
+    return picks
+
+
+def _candidates(
+    negatives: int | Literal["all"] | Tensor,
+    views: int,
+    large: int,
+    first: int,
+    rows: int,
+    total: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor | None:
+    """[V, L, N, K] rows of the global batch, the image itself first; None stands for all of them."""
+    if isinstance(negatives, str):
+        if negatives != "all":
+            raise ValueError(f"negatives must be a number, rows or 'all', got {negatives!r}")
+        return None
+    if isinstance(negatives, Tensor):
+        if negatives.shape[:-1] != (views, large, rows):
+            raise ValueError(f"negatives {tuple(negatives.shape)}: expected ({views}, {large}, {rows}, n)")
+        chosen = negatives
+        own = torch.arange(first, first + rows, device=chosen.device)
+    elif 1 <= negatives == total - 1:
+        return None
+    else:
+        own = torch.arange(first, first + rows, device=generator.device if generator else device)
+        chosen = sample_negatives(views, large, own, total, negatives, generator)
+    with_own = torch.cat([own[:, None].expand(views, large, rows, 1), chosen], dim=-1)
+    return with_own.to(device, non_blocking=True)
+
+
+def to_unit_length(x: Tensor) -> Tensor:
+    """``x`` / its length along the last dimension, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _logits(anchors: Tensor, others: Tensor) -> Tensor:
+    """[a, N, D], [b, M, D] -> [a, b, N, M], a view of one matrix product."""
+    return torch.einsum("and,bmd->abnm", anchors, others)
+
+
+def _sum_terms(forward: Tensor, reverse: Tensor, candidates: Tensor | None, first: int) -> Tensor:
+    """Logits [v, l, N, M], candidates [v, l, N, K] -> [3]: sums of NLL, KL and entropy over v, l and i."""
+    if candidates is not None:
+        forward, reverse = forward.gather(-1, candidates), reverse.gather(-1, candidates)
+    log_p, log_r = F.log_softmax(forward, -1), F.log_softmax(reverse, -1)
+    log_p_own = log_p.diagonal(offset=first, dim1=-2, dim2=-1) if candidates is None else log_p[..., 0]
+    p = log_p.exp()
+    p_log_p = (p * log_p).detach()  # only the entropy is detached, p below is not
+    return torch.stack([-log_p_own.sum(), (p_log_p - p * log_r).sum(), -p_log_p.sum()])

@@ -1,0 +1,59 @@
+"""The online network, which is trained, and the target network, its slow average (BYOL, arXiv 2006.07733).
+
+Shape letters: V views (the L large ones first), B images, F encoder features, D outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Siamese(nn.Module):
+    """``online``: encoder, projector, predictor if there is one. ``target``: encoder and projector, or None.
+
+    The target starts as a copy of the online network and is never trained: ``update_target`` moves it.
+    In train mode both run BatchNorm on the batch, each with running statistics of its own.
+    What makes a BatchNorm batch is our choice: all views of one size in the encoders, all views in the heads.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, target: bool) -> None:
+        super().__init__()
+        self.online = nn.ModuleDict({"encoder": encoder, "projector": projector})
+        self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
+        if predictor is not None:
+            self.online["predictor"] = predictor
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The trained half, ``online_forward``: what a wrapper for several processes calls."""
+        return self.online_forward(views)
+
+    def online_forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``views``: one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
+
+        V is the sum of the V_i. One encoder forward per size; the memory format of the views is kept.
+        """
+        features = torch.cat([self.online["encoder"](view.flatten(0, 1)) for view in views])
+        outputs = self.online["projector"](features)
+        if "predictor" in self.online:
+            outputs = self.online["predictor"](outputs)
+        batch = views[0].shape[1]
+        return features.unflatten(0, (-1, batch)), outputs.unflatten(0, (-1, batch))
+
+    @torch.no_grad()
+    def target_forward(self, large: Tensor) -> Tensor:
+        """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
+        assert self.target is not None, "this objective has no target network"
+        projections = self.target["projector"](self.target["encoder"](large.flatten(0, 1)))
+        return projections.unflatten(0, large.shape[:2])
+
+    @torch.no_grad()
+    def update_target(self, gamma: float) -> None:
+        """target <- gamma target + (1 - gamma) online, over all parameters, after the optimiser's step."""
+        assert self.target is not None, "this objective has no target network"
+        online: list[Tensor] = [*self.online["encoder"].parameters(), *self.online["projector"].parameters()]
+        target: list[Tensor] = list(self.target.parameters())
+        torch._foreach_lerp_(target, online, 1.0 - gamma)

@@ -1,0 +1,70 @@
+"""The other objectives of the harness, for like-for-like comparison. Each returns ``{"loss": scalar}``.
+
+Shape letters: V views, the L large ones first; N images here, M images in all processes; D embedding size.
+Like ReLICv2's loss, all compute in float32 or better under any autocast. ReLIC is that loss, with two large
+views and all negatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from relicctl.core.loss import LOGITS_AT_ONCE, Gather, to_unit_length
+
+
+def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """2 - 2 cos(online view v, target view l), the mean over images and pairs v != l.
+
+    BYOL, arXiv 2006.07733, eq. 2; it sums its two pairs, the mean is our choice for any number of views.
+    ``online`` [V, N, D], large views first; ``target`` [L, N, D], detached here. ValueError for one view.
+    """
+    views, images, _ = online.shape
+    large = len(target)
+    if views < 2:
+        raise ValueError("byol needs at least two views")
+    with torch.autocast(online.device.type, enabled=False):
+        cosines = torch.einsum("vnd,lnd->vln", to_unit_length(online), to_unit_length(target.detach()))
+        different = cosines.sum() - cosines.diagonal().sum()
+        return {"loss": 2 - 2 * different / ((views - 1) * large * images)}
+
+
+def simclr_loss(online: Tensor, *, temperature: float, gather: Gather | None = None) -> dict[str, Tensor]:
+    """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), mean over images and ordered pairs of different views.
+
+    ``online`` [V, N, D]. A positive is set against all views of all other images of the global batch. Beyond
+    two views, further views of the same image are no negatives: our choice.
+    ``gather`` as in ``relicv2_loss``. ValueError for fewer than two views.
+    """
+    views, images, _ = online.shape
+    if views < 2:
+        raise ValueError("simclr needs at least two views")
+    with torch.autocast(online.device.type, enabled=False):
+        z_VND = to_unit_length(online)
+        z_VMD = gather.online(z_VND) if gather else z_VND
+        first, total = gather.rows(images) if gather else (0, images)
+        own = torch.arange(first, first + images, device=online.device)
+        is_own = own[:, None] == torch.arange(total, device=online.device)
+
+        def terms(v: int) -> Tensor:
+            logits = torch.einsum("nd,vmd->vnm", z_VND[v], z_VMD) / temperature
+            negatives = logits.masked_fill(is_own, -torch.inf).logsumexp((0, 2))
+            positives = logits.diagonal(offset=first, dim1=1, dim2=2)  # [V, N]
+            terms_VN = F.softplus(negatives - positives)  # = -log(e^positive / (e^positive + e^negatives))
+            return terms_VN.sum() - terms_VN[v].sum()
+
+        if views * views * images * total > LOGITS_AT_ONCE:
+            sums = [checkpoint(terms, v, use_reentrant=False, preserve_rng_state=False) for v in range(views)]
+        else:
+            sums = [terms(v) for v in range(views)]
+        return {"loss": torch.stack(sums).sum() / (views * (views - 1) * images)}
+
+
+def supervised_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross entropy of class logits [V, N, classes] with labels int64 [N], mean over views and images."""
+    views = len(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        flat = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        return {"loss": F.cross_entropy(flat, labels.repeat(views))}

@@ -1,0 +1,274 @@
+"""Where the bytes of a sample lie: in a folder, a .zip or a .tar. Nothing is ever unpacked to disk.
+
+An index is made once; after that a sample is read by ``pread``, which needs no file position and so is right
+for any number of threads and processes. Nothing in an archive is trusted: names are checked, links and
+devices passed over, sizes limited before anything is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+from relicctl.data.images import BadImage
+from relicctl.data.source_names import image_name
+from relicctl.errors import DataError
+
+MAX_FILE_BYTES = 256 << 20  # no photo's file is larger; a member that claims more is never read
+NO_CRC = -1
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, OverflowError, struct.error)
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: ends with the lengths of its name and extra field
+_OPEN_FILES = 64  # archives held open at once: a thousand shards must not use up the descriptors
+
+
+class Member(NamedTuple):
+    """Where a file lies: offset and length as stored, length unpacked, zip's method, CRC-32 or NO_CRC."""
+
+    offset: int
+    stored: int
+    size: int
+    method: int = _STORED
+    crc: int = NO_CRC
+
+
+class Container(Protocol):
+    """A place that holds image files."""
+
+    def index(self) -> Iterator[tuple[str, Member]]:
+        """Every image by its safe name, relative and with ``/``. Raises DataError."""
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        """The file's bytes. Raises BadImage, and DataError if the container itself is gone."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder tree. Links are followed, except into a folder that encloses them."""
+
+    path: str
+
+    def index(self) -> Iterator[tuple[str, Member]]:
+        yield from self._walk("", frozenset())
+
+    def _walk(self, below: str, enclosing: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Member]]:
+        folder = os.path.join(self.path, below)
+        with refusing(folder):
+            here = os.stat(folder)
+            identity = here.st_dev, here.st_ino
+            if identity in enclosing:
+                return
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith("."):
+                continue
+            if _leads_on(entry):
+                yield from self._walk(name, enclosing | {identity})
+            elif usable := image_name(name):
+                yield from self._file(usable, entry)
+
+    @staticmethod
+    def _file(name: str, entry: os.DirEntry) -> Iterator[tuple[str, Member]]:
+        try:
+            found = entry.stat()
+        except OSError:  # a link to nowhere: reading it says so
+            yield name, Member(0, 0, 0)
+        else:
+            if stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
+                yield name, Member(0, found.st_size, found.st_size)
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        _limit(member)
+        try:
+            with open(os.path.join(os.fsencode(self.path), name), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that holds files. ``version`` is its length and time of change when it was indexed."""
+
+    path: str
+    version: tuple[int, int]
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        _limit(member)
+        data = self._bytes(self._start(member), member.stored)
+        if member.method == _DEFLATED:
+            data = _inflate(data, member.size)
+        elif member.method != _STORED:
+            raise BadImage(
+                "encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}"
+            )
+        if len(data) != member.size:
+            raise BadImage(f"the archive ends after {len(data)} of {member.size} bytes")
+        if member.crc not in (NO_CRC, zlib.crc32(data)):
+            raise BadImage("its checksum differs: the archive is damaged")
+        return data
+
+    def _start(self, member: Member) -> int:
+        """Where the member's data begin."""
+        return member.offset
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        file = _open_file(self.path, self.version, os.getpid())  # held until the read is done
+        try:
+            return os.pread(file.descriptor, length, offset)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+
+
+class Tar(Archive):
+    """An uncompressed .tar."""
+
+    def index(self) -> Iterator[tuple[str, Member]]:
+        try:
+            with refusing(self.path), tarfile.open(self.path, "r:") as tar:
+                before = -1
+                while (found := tar.next()) and tar.offset > before:
+                    before = tar.offset  # a header whose size leads backwards would be read for ever
+                    tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
+                    name = image_name(found.name)
+                    if name and found.isreg() and not found.issparse():
+                        yield name, _clamped(found.offset_data, found.size, found.size)
+                self._must_end_at(tar.offset)
+        except _BROKEN as error:
+            raise _damaged(self.path) from error
+
+    def _must_end_at(self, offset: int) -> None:
+        """tarfile takes a damaged header for the end; the true end is a block of zeros or the file's."""
+        if offset < 0 or offset > self.version[0] or any(self._bytes(offset, tarfile.BLOCKSIZE)):
+            raise _damaged(self.path)
+
+
+class Zip(Archive):
+    """A .zip whose members are stored or deflated."""
+
+    def index(self) -> Iterator[tuple[str, Member]]:
+        try:
+            with refusing(self.path), zipfile.ZipFile(self.path) as archive:
+                members = archive.infolist()
+        except _BROKEN as error:
+            raise _damaged(self.path) from error
+        for found in members:
+            name = image_name(found.filename)
+            if name and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
+                method = _ENCRYPTED if found.flag_bits & 1 else found.compress_type
+                place = found.header_offset, found.compress_size, found.file_size
+                yield name, _clamped(*place, method, found.CRC)
+
+    def _start(self, member: Member) -> int:
+        header = self._bytes(member.offset, _LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise BadImage("its entry in the archive is damaged")
+        return member.offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
+
+
+def open_container(path: str) -> Container:
+    """The folder or archive at ``path``, told by content. Raises DataError for anything else."""
+    if os.path.isdir(path):
+        return Folder(path)
+    with refusing(path):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path} is neither a folder nor a file.", "Give a folder, a .zip or a .tar.")
+        with open(path, "rb") as file:
+            head = file.read(tarfile.BLOCKSIZE)
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise DataError(
+                f"{path} is compressed with {name}, so the images in it cannot be read in place.",
+                "Undo the compression once and give the plain .tar; JPEG gains nothing from it.",
+            )
+    is_tar = head[257:262] == b"ustar" or path.lower().endswith(".tar")
+    return (Tar if is_tar else Zip)(path, (found.st_size, found.st_mtime_ns))
+
+
+@contextmanager
+def refusing(path: str) -> Iterator[None]:
+    """Turn the system's refusal to read ``path`` into a DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(
+            f"{path} must not be read by this user.", "Change its permissions, for example chmod -R u+rX."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.", "Check the path and the disk."
+        ) from error
+
+
+class _OpenFile:
+    """A file descriptor that closes when the last thread using it lets go."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _open_file(path: str, version: tuple[int, int], process: int) -> _OpenFile:
+    """One descriptor per process: a forked or spawned worker opens its own. Raises DataError."""
+    with refusing(path):
+        file = _OpenFile(os.open(path, os.O_RDONLY))
+        found = os.fstat(file.descriptor)
+    if (found.st_size, found.st_mtime_ns) != version:
+        raise DataError(f"{path} has changed since it was indexed.", "Start again when it is complete.")
+    return file
+
+
+def _leads_on(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _clamped(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
+    """A Member whose numbers fit 64 bits whatever the archive claims; reading refuses what is too large."""
+    offset, stored, size = (min(max(value, -1), 1 << 62) for value in (offset, stored, size))
+    return Member(offset, stored, size, method, crc)
+
+
+def _limit(member: Member) -> None:
+    if not 0 <= max(member.stored, member.size) <= MAX_FILE_BYTES:
+        raise BadImage(
+            f"claims {max(member.stored, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed"
+        )
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """Raises BadImage unless ``data`` unpack to ``size`` bytes; never unpacks more than one byte beyond."""
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        unpacked = stream.decompress(data, size + 1)
+    except zlib.error as error:
+        raise BadImage(f"cannot be unpacked: {error}") from error
+    if len(unpacked) != size or not stream.eof:
+        raise BadImage(f"does not unpack to the {size} bytes it claims")
+    return unpacked
+
+
+def _damaged(path: str) -> DataError:
+    return DataError(
+        f"{path} is no zip or tar archive, or a damaged one.",
+        "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again.",
+    )

@@ -1,0 +1,322 @@
+"""From samples to batches of views: the host decodes and crops, the device does the rest.
+
+Two roads lead to the same views. Images of one size that fit are decoded once, stay on the device and are cropped
+there. All others are cropped on the host in uint8: decoded for every batch by worker processes, or kept decoded
+in memory. Whatever the number of workers, a batch is a function of (seed, step) alone; the two roads differ by
+the rounding of a resize.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from relicctl.core.distributed import World
+from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
+from relicctl.data.crops import crop_boxes, device_crops, host_crops
+from relicctl.data.images import BadImage
+from relicctl.data.sampler import Sampler
+from relicctl.data.sources import Source
+from relicctl.errors import DataError, UsageError
+from relicctl.memory import free_host_memory
+
+ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
+TRIES = 1000  # samples looked at for one that can be decoded
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ViewSize:
+    """``count`` square crops of ``size`` pixels that cover a share of the image within ``area``."""
+
+    count: int
+    size: int
+    area: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """All views of an image: the large ones first, then the small ones if there are any."""
+
+    sizes: tuple[ViewSize, ...]
+    aspect: tuple[float, float]
+    photometric: Photometric
+
+    @property
+    def count(self) -> int:
+        return sum(size.count for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``views``: float32 ``[count, B, 3, size, size]`` per size, normalised; ``labels``: int64 ``[B]`` or None."""
+
+    views: list[torch.Tensor]
+    labels: torch.Tensor | None
+
+
+@dataclass
+class BadImages:
+    """Samples that could not be decoded. Raises DataError when they are too many of ``size``."""
+
+    size: int
+    limit: float
+    report: Callable[[str, str], None] = lambda name, reason: None
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, name: str, reason: str) -> None:
+        if name in self.seen:
+            return
+        self.seen.add(name)
+        self.report(name, reason)
+        if len(self.seen) > self.limit * self.size:
+            raise DataError(
+                f"{len(self.seen)} of {self.size} images cannot be decoded, more than the {self.limit:.1%} allowed; "
+                f"the latest is {name} ({reason}).",
+                "Repair or remove the files listed in bad_images.txt, or raise data.max_bad.",
+            )
+
+
+def load_or_next(source: Source | _Decoded, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
+    """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
+    passed: list[tuple[int, str]] = []
+    for candidate in range(index, index + min(len(source), TRIES)):
+        candidate %= len(source)
+        try:
+            return source.load(candidate), candidate, passed
+        except BadImage as bad:
+            passed.append((candidate, bad.reason))
+    raise DataError(
+        f"{len(passed)} images in a row cannot be decoded, the first because it is {passed[0][1]}.",
+        "Check that the files are images.",
+    )
+
+
+class Feed:
+    """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half."""
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: Sampler,
+        plan: ViewPlan,
+        *,
+        seed: int,
+        device: torch.device,
+        world: World,
+        cache: str,
+        workers: int,
+        bad: BadImages,
+    ) -> None:
+        self.waited = 0.0
+        self._source: Source | _Decoded = source
+        self._keys = source.key
+        self._sampler, self._plan = sampler, plan
+        self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
+        self._first, self._last = world.rows(sampler.batch_size)
+        self._labels = source.labels
+        self._resident: torch.Tensor | None = None
+        self.cache = cache
+        if cache != "none":
+            self._decode_all(cache)
+
+    def from_step(self, step: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps ``step`` to ``stop - 1``."""
+        crops = self._crop_on_device if self._resident is not None else self._crop_on_host
+        rows = np.arange(self._first, self._last)
+        for number, (views, samples) in zip(range(step, stop), crops(step, stop), strict=True):
+            draw = draw_photometry(self._plan.photometric, self._seed, number, rows, self._plan.count)
+            first, finished = 0, []
+            for size, view in zip(self._plan.sizes, views, strict=True):
+                finished.append(apply_photometry(view, draw[first : first + size.count]))
+                first += size.count
+            yield Batch(finished, self._labels_of(samples))
+
+    def _labels_of(self, samples: np.ndarray) -> torch.Tensor | None:
+        if self._labels is None:
+            return None
+        return torch.from_numpy(self._labels[samples]).to(self._device, non_blocking=True)
+
+    # -- decoded once, cropped on the device -------------------------------------------------------------------
+
+    def _decode_all(self, cache: str) -> None:
+        """Decode every image once: into one tensor on the device, or into host memory (``memory``)."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
+            loaded = list(pool.map(lambda i: load_or_next(self._source, i), range(len(self._source))))
+        for _, _, passed in loaded:
+            self._note(passed)
+        images = [image for image, _, _ in loaded]
+        if self._labels is not None:
+            self._labels = self._labels[[index for _, index, _ in loaded]]
+        if cache == "memory":
+            self._source = _Decoded(images)
+        elif len({image.shape for image in images}) > 1:
+            raise UsageError(
+                "data.cache is device, but the images differ in size.",
+                "Set data.cache to memory, auto or none.",
+            )
+        else:
+            planes = torch.empty(len(images), 3, *images[0].shape[:2], dtype=torch.uint8)
+            for row, image in zip(planes, images, strict=True):
+                row.copy_(torch.from_numpy(image).permute(2, 0, 1))
+            self._resident = planes.to(self._device)
+
+    def _crop_on_device(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
+        assert self._resident is not None
+        height, width = self._resident.shape[2:]
+        for number in range(step, stop):
+            samples = self._sampler.batch(number)[self._first : self._last]
+            picked = torch.from_numpy(samples).to(self._device, non_blocking=True)
+            images = self._resident[picked]
+            boxes = _boxes(
+                self._plan, self._seed, self._sampler.epoch(number), samples,
+                np.full(len(samples), height), np.full(len(samples), width),
+            )  # fmt: skip
+            views = [device_crops(images, b, s.size) for b, s in zip(boxes, self._plan.sizes, strict=True)]
+            yield views, samples
+
+    # -- decoded for every batch by workers --------------------------------------------------------------------
+
+    def _crop_on_host(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
+        chunks = [
+            (row, min(row + ROWS_PER_CHUNK, self._last)) for row in range(self._first, self._last, ROWS_PER_CHUNK)
+        ]
+        loader = iter(
+            DataLoader(
+                _Chunks(self._source, self._sampler, self._plan, self._seed),
+                batch_size=None,
+                sampler=_Units(step, stop, chunks),
+                num_workers=self._workers,
+                pin_memory=self._device.type == "cuda",
+                worker_init_fn=_quiet_worker,
+                prefetch_factor=4 if self._workers else None,
+            )
+        )
+        rows = self._last - self._first
+        for _ in range(step, stop):
+            views = [
+                torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
+                for s in self._plan.sizes
+            ]
+            samples = np.empty(rows, dtype=np.int64)
+            for first, last in chunks:
+                asked = time.perf_counter()
+                crops, used, passed = next(loader)
+                self.waited += time.perf_counter() - asked
+                self._note(passed)
+                here = slice(first - self._first, last - self._first)
+                samples[here] = used
+                for view, crop in zip(views, crops, strict=True):
+                    view[:, here].copy_(crop, non_blocking=True)
+            yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
+
+    def _note(self, passed: list[tuple[int, str]]) -> None:
+        for index, reason in passed:
+            self._bad.add(self._keys(index), reason)
+
+
+class _Chunks(Dataset):
+    """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
+
+    def __init__(self, source: Source | _Decoded, sampler: Sampler, plan: ViewPlan, seed: int) -> None:
+        self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
+
+    def __getitem__(self, unit: tuple[int, int, int]) -> tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]:
+        step, first, last = unit
+        samples = self._sampler.batch(step)[first:last]
+        crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.sizes]
+        used, passed = np.empty_like(samples), []
+        for row, sample in enumerate(samples):
+            image, used[row], skipped = load_or_next(self._source, int(sample))
+            passed += skipped
+            boxes = _boxes(
+                self._plan, self._seed, self._sampler.epoch(step), samples[row : row + 1],
+                np.array(image.shape[:1]), np.array(image.shape[1:2]),
+            )  # fmt: skip
+            for crop, box, size in zip(crops, boxes, self._plan.sizes, strict=True):
+                crop[:, row] = host_crops(image, box[0], size.size)
+        return [torch.from_numpy(crop) for crop in crops], used, passed
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The order in which workers' units are wanted."""
+
+    step: int
+    stop: int
+    chunks: list[tuple[int, int]]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return ((step, *chunk) for step in range(self.step, self.stop) for chunk in self.chunks)
+
+    def __len__(self) -> int:
+        return (self.stop - self.step) * len(self.chunks)
+
+
+class _Decoded:
+    """Images of different sizes that were decoded before, in the memory that workers share with their parent."""
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> np.ndarray:
+        return self._images[index]
+
+
+def _boxes(
+    plan: ViewPlan, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> list[np.ndarray]:
+    """int32 ``[B, count, 4]`` per size."""
+    first, boxes = 0, []
+    for size in plan.sizes:
+        boxes.append(
+            crop_boxes(
+                seed, epoch, samples, heights, widths,
+                first_view=first, count=size.count, area=size.area, aspect=plan.aspect,
+            )
+        )  # fmt: skip
+        first += size.count
+    return boxes
+
+
+def _quiet_worker(_: int) -> None:
+    """Signals are the training process's business: a worker goes on until it is told there is no more to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def choose_cache(cache: str, source: Source, device: torch.device) -> str:
+    """Settle ``auto``: ``device`` or ``memory`` where the decoded images take at most a quarter of what is free.
+
+    The device crops images of one size; a CPU does so only up to 64 px, above which its host's road is faster.
+    """
+    if cache != "auto":
+        return cache
+    images = []
+    for index in range(0, len(source), max(1, len(source) // 64)):
+        try:
+            images.append(source.load(index))
+        except BadImage:
+            continue
+    if not images:
+        return "none"
+    need = len(source) * sum(image.nbytes for image in images) / len(images)
+    if need > min(free_host_memory() / 4, 8 * GIB):
+        return "none"
+    if len({image.shape for image in images}) > 1:
+        return "memory"
+    if device.type == "cuda":
+        return "device" if need <= torch.cuda.mem_get_info(device)[0] / 4 else "memory"
+    return "device" if max(images[0].shape) <= 64 else "memory"

@@ -1,0 +1,100 @@
+"""From a file's bytes to the pixels every network here sees: RGB, uint8, upright."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+
+# Importing the plugins registers their formats; Pillow would otherwise load every plugin it has to find WebP.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is taken for a decompression bomb
+
+_EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """One sample cannot be read or decoded, for ``reason``; the run can go on without it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable.
+
+    The EXIF orientation is applied. Transparent pixels are laid over white, as a page would show them. Grey
+    values of 16 bits and more are scaled to 8, palettes resolved, CMYK converted without its colour profile.
+    Raises BadImage for anything that is no complete image of one of FORMATS, or has more than MAX_PIXELS.
+    """
+    try:
+        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
+        if not 0 < image.width * image.height <= MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image)
+        return np.array(image if turn is None else image.transpose(turn))
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("no image in a known format") from None
+    except Exception as error:  # on damaged files Pillow's plugins raise almost anything
+        raise BadImage(f"{error}" or type(error).__name__) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    if _EXIF_KEYS.isdisjoint(image.info):
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata beside sound pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        sixteen_bits = image.mode != "F" and (image.mode != "I" or image.format == "PNG")
+        grey = _to_8_bits(np.asarray(image), white=65535 if sixteen_bits else None)
+        image = Image.fromarray(grey)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, white: int | None) -> np.ndarray:
+    """Scale ``[H, W]`` linearly so that ``white`` becomes 255.
+
+    Files of 32-bit integers or floats do not say what white is: it is taken to be the smallest of 1 (floats
+    only), 255, 65535 and the values' maximum that no value exceeds.
+    """
+    grey = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    if white is None:
+        usual = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
+        white = next((w for w in usual if grey.max() <= w), grey.max())
+    return np.rint(grey.clip(0, white) * (255 / white)).astype(np.uint8)

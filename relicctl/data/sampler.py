@@ -1,0 +1,48 @@
+"""Which samples make the global batch of a step: a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from relicctl.core.counted import Stream, counted_uniform
+from relicctl.errors import UsageError
+
+
+class Sampler:
+    """Every epoch is a new permutation of ``size`` samples, cut into batches.
+
+    The incomplete last batch is dropped. ``batch_size`` is global: a process takes its rows of
+    ``batch(step)``. Raises UsageError if the data cannot fill one batch.
+    """
+
+    def __init__(self, seed: int, size: int, batch_size: int) -> None:
+        if batch_size < 1:
+            raise UsageError(
+                f"The batch size is {batch_size}, but a batch holds at least one image.",
+                "Set optim.batch_size to a positive number.",
+            )
+        if batch_size > size:
+            raise UsageError(
+                f"The batch of {batch_size} images is larger than the data of {size}.",
+                f"Set optim.batch_size to at most {size}, or give more images.",
+            )
+        self.seed, self.size, self.batch_size = seed, size, batch_size
+        self.steps_per_epoch = size // batch_size
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 0, that step (counted from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> np.ndarray:
+        """int64 ``[batch_size]``: the sample indices of the global batch of ``step``."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 ``[size]``: sorting counted keys permutes alike on every numpy version and platform."""
+        if self._latest is None or self._latest[0] != epoch:
+            keys = counted_uniform(self.seed, Stream.ORDER, epoch, np.arange(self.size), n=1)[:, 0]
+            self._latest = epoch, np.argsort(keys, kind="stable")
+        return self._latest[1]

@@ -1,0 +1,189 @@
+"""The encoder as a file, and as the module that comes back from it.
+
+A file of ours is safetensors with torchvision's tensor names; its metadata, all strings, say how to build the
+network (arch, width, stem, padding) and how to prepare an image (size, crop_ratio, mean, std). Torchvision's
+own ResNet weights can be read too.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models.resnet import Bottleneck
+
+from relicctl import __version__
+from relicctl.core.checkpoint import atomically
+from relicctl.core.models.resnet import ARCHITECTURES, ResNet, build_encoder
+from relicctl.data.augment import MEAN, STD
+from relicctl.data.crops import eval_box, host_crops
+from relicctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = "relicctl-encoder"
+ANOTHER_FILE = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """An image -> what the encoder expects: centre square, resized (antialiased bicubic), normalised."""
+
+    size: int
+    crop_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image | np.ndarray) -> Tensor:
+        """PIL image (converted to RGB) or uint8 [H, W, 3] -> float32 [3, size, size]; else ValueError."""
+        pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        box = eval_box(pixels.shape[0], pixels.shape[1], self.crop_ratio)
+        square = torch.from_numpy(host_crops(pixels, box[None], self.size)[0]).permute(2, 0, 1)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (square / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def save_encoder(path: Path, encoder: ResNet, metadata: dict[str, str]) -> None:
+    """Write the encoder to ``path``, wholly or not at all.
+
+    ``metadata`` has size, crop_ratio, mean, std and whatever else is worth knowing; how to build the network
+    is read off ``encoder``.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    network = {
+        "format": FORMAT,
+        "arch": encoder.arch,
+        "width": str(encoder.width),
+        "stem": encoder.stem,
+        "padding": encoder.padding,
+    }
+    everything = {"version": __version__, **metadata, **network}
+    atomically(path, lambda temporary: save_file(tensors, temporary, metadata=everything))
+
+
+def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
+    """An encoder in eval mode: images [N, 3, s, s] -> features [N, ``feature_dim``].
+
+    ``path_or_run``: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or
+    a torch file with tensors alone), whose classifier is left out. ``network``: which one the file must hold.
+    Besides ``feature_dim`` the module has ``transform``, which prepares one image, and ``metadata``.
+
+    UsageError when there is no such file, it is damaged, holds more than tensors, or does not fit: then every
+    missing, unexpected or misshapen tensor is named, and nothing is loaded in part.
+    """
+    path = Path(path_or_run)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        raise UsageError(f"There are no encoder weights at {path}.", ANOTHER_FILE)
+    tensors, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        metadata = _torchvision_metadata(path, tensors)
+        tensors = {name: t for name, t in tensors.items() if name not in ("fc.weight", "fc.bias")}
+    if metadata.get("network", network) != network:
+        raise UsageError(
+            f"{path} holds the {metadata['network']} network's encoder, not the {network} network's.",
+            "Give a file that holds it, or ask for the one that is there.",
+        )
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])
+        transform = EvalTransform(
+            int(metadata["size"]),
+            float(metadata["crop_ratio"]),
+            tuple(json.loads(metadata["mean"])),
+            tuple(json.loads(metadata["std"])),
+        )
+    except (KeyError, ValueError, TypeError) as reason:
+        raise UsageError(f"The metadata of {path} are damaged ({reason}).", ANOTHER_FILE) from None
+    encoder.load_state_dict(_fitting(path, tensors, encoder), assign=True)
+    vars(encoder).update(transform=transform, metadata=metadata)
+    return encoder.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or the tensors of a torch file."""
+    with open(path, "rb") as handle:
+        start = handle.read(4)
+    if start[:2] in (b"PK", b"\x80\x02"):  # the zip file that torch.save writes, and the pickle it used to
+        return _read_torch(path), {}
+    if start[:1] == b"\x80":
+        _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as reason:
+        raise UsageError(f"{path} is truncated or no weights file ({reason}).", ANOTHER_FILE) from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        _refuse_pickle(path)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+        raise UsageError(f"{path} is truncated or no torch file ({reason}).", ANOTHER_FILE) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")
+    return content
+
+
+def _refuse_pickle(path: Path) -> NoReturn:
+    raise UsageError(
+        f"{path} is a pickle with more than tensors, and reading it could run foreign code.",
+        "Save the network's state_dict() alone, best as safetensors.",
+    )
+
+
+def _torchvision_metadata(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """How to build and feed the torchvision ResNet that ``tensors`` belong to, read off names and shapes."""
+    depths = tuple(len({name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    stem = tensors.get("conv1.weight", torch.empty(0))
+    for arch, (block, known_depths) in ARCHITECTURES.items():
+        if known_depths == depths and (block is Bottleneck) == bottleneck and stem.shape[2:] == (7, 7):
+            return {
+                "format": "torchvision",
+                "arch": arch,
+                "width": str(stem.shape[0] / 64),
+                "stem": "imagenet",
+                "padding": "symmetric",
+                "size": "224",
+                "crop_ratio": "0.875",
+                "mean": json.dumps(MEAN),
+                "std": json.dumps(STD),
+            }
+    raise UsageError(f"{path} holds neither an encoder of relicctl nor a torchvision ResNet.", ANOTHER_FILE)
+
+
+def _fitting(path: Path, tensors: dict[str, Tensor], encoder: ResNet) -> dict[str, Tensor]:
+    """``tensors`` as float32, if they are exactly those of ``encoder``."""
+    expected = encoder.state_dict()
+    counters = {  # older files lack them, and nothing here depends on them
+        name: torch.zeros(t.shape, dtype=t.dtype)
+        for name, t in expected.items()
+        if name.endswith("num_batches_tracked")
+    }
+    tensors = {**counters, **tensors}
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(t.shape)}"
+        for name, t in expected.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if wrong:
+        raise UsageError(f"The tensors of {path} do not fit {encoder.arch}: {', '.join(wrong)}.", ANOTHER_FILE)
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}

@@ -1,0 +1,31 @@
+"""Is the representation collapsing? Figures that fall long before accuracy does."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import normalize
+
+
+def rank_me(features_NF: torch.Tensor) -> float:
+    """Effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023).
+
+    Between 1 (all features on one line) and min(N, F).
+    """
+    values = torch.linalg.svdvals(features_NF.detach().float())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float((-(share * share.log()).sum()).exp())
+
+
+def spread(outputs_ND: torch.Tensor) -> float:
+    """Standard deviation of L2-normalised outputs times sqrt(D): 1 when uniform on the sphere, 0 when collapsed."""
+    z = normalize(outputs_ND.detach().float(), dim=1)
+    return float(z.std(0).mean()) * z.shape[1] ** 0.5
+
+
+def warning(rank: float, deviation: float, rows: int) -> str | None:
+    """A sentence when the figures say collapse, else None. ``rows``: how many features the rank was taken from."""
+    if deviation < 0.05:
+        return f"outputs have almost no spread left (deviation {deviation:.3f} of 1): the network is collapsing"
+    if rows >= 16 and rank < 2:
+        return f"features span almost one dimension (RankMe {rank:.2f}): the network is collapsing"
+    return None

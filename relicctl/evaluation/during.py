@@ -1,0 +1,84 @@
+"""Evaluation while a run goes on: kNN and a linear probe on held-out images, never touching the networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from relicctl.config.schema import Eval
+from relicctl.core.counted import Stream, counted_uniform
+from relicctl.core.models.resnet import ResNet
+from relicctl.data.sources import Source
+from relicctl.errors import DataError
+from relicctl.evaluation.features import EvalImages, extract
+from relicctl.evaluation.knn import knn_accuracy
+from relicctl.evaluation.probe import probe_accuracy
+
+HOLDOUT_MOST = 5000  # images; enough to tell half a point of accuracy
+
+
+class Evaluator:
+    """Classifies held-out images by the features of training images; ``size`` is the side in pixels."""
+
+    def __init__(
+        self, train: Source, held_out: Source, config: Eval, size: int, seed: int, device: torch.device
+    ) -> None:
+        held_out_labels = aligned_labels(train, held_out)
+        bank = shuffled(len(train), seed, Stream.EVAL)[: config.train_samples]
+        asked = shuffled(len(held_out), seed, Stream.EVAL)[: config.val_samples]
+        assert train.labels is not None
+        self._config, self._device = config, device
+        self._bank = EvalImages(train.select(bank), size, config.crop_ratio)
+        self._asked = EvalImages(held_out.select(asked), size, config.crop_ratio)
+        self._bank_labels = torch.from_numpy(train.labels[bank]).to(device)
+        self._asked_labels = torch.from_numpy(held_out_labels[asked]).to(device)
+
+    def __call__(self, encoder: ResNet) -> dict[str, Any]:
+        """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly."""
+        bank = extract(encoder, self._bank, self._device)
+        queries = extract(encoder, self._asked, self._device)
+        args = bank, self._bank_labels, queries, self._asked_labels
+        figures: dict[str, Any] = {f"knn{k}": value for k, value in knn_accuracy(*args, ks=(20, 200)).items()}
+        if self._config.probe:
+            figures["probe_top1"] = probe_accuracy(*args)
+        return figures
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "knn": "cosine, weights exp(similarity / 0.07)",
+            "probe": "multinomial logistic regression on standardised frozen features" if self._config.probe else None,
+            "train_images": len(self._bank),
+            "val_images": len(self._asked),
+        }
+
+
+def shuffled(count: int, seed: int, stream: Stream) -> np.ndarray:
+    """int64 ``[count]``: a permutation that depends on (seed, stream) alone."""
+    return np.argsort(counted_uniform(seed, stream, np.arange(count), n=1)[:, 0], kind="stable")
+
+
+def split_holdout(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """What is left to train on, and the held-out part: ``share`` of the images, at most ``HOLDOUT_MOST``."""
+    order = shuffled(len(source), seed, Stream.HOLDOUT)
+    count = min(max(1, round(share * len(source))), HOLDOUT_MOST)
+    return source.select(np.sort(order[count:])), source.select(np.sort(order[:count]))
+
+
+def aligned_labels(train: Source, held_out: Source) -> np.ndarray:
+    """``held_out``'s labels in the numbering of ``train``'s classes, by name. Raises DataError when they differ."""
+    if held_out.labels is None:
+        raise DataError(
+            f"{held_out.spec} has no labels, so nothing can be measured on it.",
+            "Give --val one folder per class, or leave it out.",
+        )
+    number = {name: i for i, name in enumerate(train.classes)}
+    missing = [name for name in held_out.classes if name not in number]
+    if missing:
+        raise DataError(
+            f"{held_out.spec} has {len(missing)} classes that {train.spec} has not, {missing[0]!r} among them.",
+            "Give --val images of the same classes, in folders of the same names.",
+        )
+    return np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels]

@@ -1,0 +1,73 @@
+"""Features of whole data sets: images are prepared once, the encoder is left exactly as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from relicctl.data.augment import MEAN, STD
+from relicctl.data.crops import eval_box, host_crops
+from relicctl.data.feed import GIB, load_or_next
+from relicctl.data.sources import Source
+
+CHUNK = 128
+
+
+class EvalImages:
+    """The centre crops of a source's images, in chunks of uint8 ``[n, size, size, 3]``; kept when they are small."""
+
+    def __init__(self, source: Source, size: int, crop_ratio: float) -> None:
+        self._source, self._size, self._ratio = source, size, crop_ratio
+        self.labels = source.labels
+        self._keep = len(source) * size * size * 3 <= GIB
+        self._kept: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._kept:
+            yield from self._kept
+            return
+        made = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in range(0, len(self), CHUNK):
+                chunk = np.stack(list(pool.map(self._crop, range(first, min(first + CHUNK, len(self))))))
+                if self._keep:
+                    made.append(chunk)
+                yield chunk
+        self._kept = made
+
+    def _crop(self, index: int) -> np.ndarray:
+        image, _, _ = load_or_next(self._source, index)
+        height, width = image.shape[:2]
+        return host_crops(image, eval_box(height, width, self._ratio)[None], self._size)[0]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` in eval mode without gradients; every submodule's own mode comes back afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def extract(encoder: nn.Module, images: EvalImages, device: torch.device) -> torch.Tensor:
+    """float32 ``[N, F]`` features on ``device``, in float32 arithmetic."""
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(STD, device=device).view(3, 1, 1)
+    with frozen(encoder):
+        return torch.cat(
+            [encoder(((torch.from_numpy(c).to(device).permute(0, 3, 1, 2) / 255) - mean) / std) for c in images]
+        )

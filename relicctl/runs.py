@@ -1,0 +1,160 @@
+"""A run's folder: what lies where, who may write to it, and how its records survive a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relicctl.core import checkpoint
+from relicctl.errors import RunFailed, UsageError
+
+
+class RunFolder:
+    """RUN/ with ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``encoder.safetensors``, ``results.json``.
+
+    The folder is locked while this object lives: a second run into it is refused. Of several processes only the
+    one with ``writer`` locks and writes.
+    """
+
+    def __init__(self, path: Path, *, keep: int, writer: bool) -> None:
+        self.path, self._keep, self._writer = path, keep, writer
+        self.config = path / "config.yaml"
+        self.encoder = path / "encoder.safetensors"
+        self.results = path / "results.json"
+        self.bad_images = path / "bad_images.txt"
+        self.curves = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+        self._lock = _lock(path) if writer else None
+
+    @classmethod
+    def create(cls, path: Path, *, overwrite: bool, keep: int, writer: bool = True) -> RunFolder:
+        """A new, empty run folder. Raises UsageError when something is there already or it cannot be written."""
+        if not writer:
+            return cls(path, keep=keep, writer=False)
+        refuse_occupied(path, overwrite=overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, keep=keep, writer=True)
+            if overwrite:
+                for child in path.iterdir():
+                    if child.is_dir() and not child.is_symlink():
+                        shutil.rmtree(child)
+                    elif child.name != LOCK:
+                        child.unlink()
+            return run
+        except OSError as reason:
+            raise UsageError(
+                f"The run folder {path} cannot be written ({reason.strerror}).", "Choose another --out."
+            ) from None
+
+    @classmethod
+    def reopen(cls, path: Path, *, keep: int, writer: bool = True) -> RunFolder:
+        """The folder of a run that goes on. Raises UsageError when there is none."""
+        if not (path / "config.yaml").is_file():
+            raise UsageError(f"{path} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+        return cls(path, keep=keep, writer=writer)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        with open(self._metrics, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records so far; a last line that a kill cut short is left out."""
+        if not self._metrics.exists():
+            return []
+        records = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget records later than ``step``: a resumed run writes them again."""
+        lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+        checkpoint.atomically(self._metrics, lambda temporary: temporary.write_text("".join(lines), "utf-8"))
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step`` and remove old ones."""
+        path = self.checkpoints / checkpoint.file_name(step)
+        try:
+            checkpoint.save(path, tensors, header)
+        except OSError as reason:
+            raise RunFailed(
+                f"The checkpoint {path} could not be written ({reason.strerror or reason}); earlier ones are untouched.",
+                f"Make room or access, then go on with --resume {self.path}.",
+            ) from None
+        checkpoint.prune(self.checkpoints, self._keep)
+
+    def last_checkpoint(self) -> str | None:
+        found = checkpoint.listed(self.checkpoints)
+        return str(found[-1]) if found else None
+
+    def add_bad_image(self, name: str, reason: str) -> None:
+        """Append to bad_images.txt: sample name, tab, what is wrong with it."""
+        if self._writer:
+            with open(self.bad_images, "a", encoding="utf-8") as handle:
+                handle.write(f"{name}\t{' '.join(reason.split())}\n")
+
+    def read_bad_images(self) -> set[str]:
+        if not self.bad_images.exists():
+            return set()
+        return {line.split("\t")[0] for line in self.bad_images.read_text("utf-8").splitlines()}
+
+    def write_text(self, path: Path, text: str) -> None:
+        if self._writer:
+            checkpoint.atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        self.write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+LOCK = ".lock"
+
+
+def refuse_occupied(path: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when ``path`` is a file, or a folder with something in it that may not be overwritten."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
+    occupied = path.is_dir() and any(child.name != LOCK for child in path.iterdir())
+    if occupied and not overwrite:
+        raise UsageError(
+            f"The run folder {path} is not empty.",
+            "Go on with --resume, choose another --out, or give --overwrite to delete the run that is there.",
+        )
+    if occupied and not (path / "config.yaml").is_file():
+        raise UsageError(
+            f"{path} is not empty and no run folder, so --overwrite will not delete it.",
+            "Choose another --out.",
+        )
+
+
+def free_name(parent: Path, name: str) -> Path:
+    """``parent/name``, or the first of ``name-2``, ``name-3``, ... that does not exist yet."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def _lock(path: Path) -> int:
+    """Hold an advisory lock on the folder for the life of the process; the system drops it on any kind of death."""
+    handle = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UsageError(
+            f"Another process is writing to {path}.", "Wait for it to end, or choose another --out."
+        ) from None
+    return handle

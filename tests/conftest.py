@@ -1,0 +1,22 @@
+"""Fixtures that every test directory shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def realdata_dir() -> Path:
+    """The folder of real images: $RELICCTL_REALDATA, or ../shared/data seen from the checkout.
+
+    With $RELICCTL_REQUIRE_REALDATA set, as in CI, a missing folder is a failure and no skip.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("RELICCTL_REALDATA", checkout.parent / "shared" / "data"))
+    if not folder.is_dir():
+        missing = pytest.fail if os.environ.get("RELICCTL_REQUIRE_REALDATA") else pytest.skip
+        missing(f"no real images at {folder}; set RELICCTL_REALDATA to their folder")
+    return folder
