@@ -119,6 +119,51 @@ def pretrain(
         _emit(json.dumps(result, default=str) if as_json else str(result["run"]))
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  relicctl export runs/demo --format torchvision --out encoder.safetensors
+  relicctl export runs/demo --format timm --classifier runs/linear-demo --out encoder-timm
+  relicctl pretrain --preset demo | relicctl export - --format onnx --out encoder.onnx"""
+)
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="Where the encoder is; - reads a path from stdin.")
+    ],
+    format: Annotated[
+        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx", help="Who shall load it.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
+    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    classifier: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier goes in as the head.")
+    ] = None,
+    allow_padding_change: Annotated[
+        bool, typer.Option("--allow-padding-change", help="Accept other features where padding `same` is lost.")
+    ] = False,
+    license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write an encoder in the form of another library, and prove it there; prints its path."""
+    from relicctl.commands import export as command
+
+    result = command.export(
+        source,
+        format=format,
+        out=out,
+        network=network,
+        classifier=classifier,
+        allow_padding_change=allow_padding_change,
+        license=license,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    _emit(json.dumps(result) if as_json else result["path"])
+
+
 @presets.command("ls")
 def presets_ls() -> None:
     """List the presets and what each is."""

@@ -97,20 +97,28 @@ class _Lines:
 
 @contextmanager
 def _bar(total: int, start: int) -> Iterator[Progress]:
+    """A bar, and below it the figures, which wrap on a narrow terminal."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, MofNCompleteColumn
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-    with RichProgress(*columns, console=RichConsole(stderr=True), redirect_stdout=False) as rich:
+    known: dict[str, Any] = {}
+
+    class BarAndFigures(RichProgress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            yield Text(_figures(known))
+
+    class Bar:
+        def update(self, step: int, values: Mapping[str, Any]) -> None:
+            known.update(values)
+            rich.update(task, completed=step)
+
+    columns = (BarColumn(), MofNCompleteColumn())
+    with BarAndFigures(*columns, console=RichConsole(stderr=True), redirect_stdout=False) as rich:
         task = rich.add_task("", total=total, completed=start)
-        known: dict[str, Any] = {}
-
-        class Bar:
-            def update(self, step: int, values: Mapping[str, Any]) -> None:
-                known.update(values)
-                rich.update(task, completed=step, description=_figures(known))
-
         yield Bar()
 
 

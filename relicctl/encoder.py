@@ -115,11 +115,12 @@ def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, or the tensors of a torch file."""
     with open(path, "rb") as handle:
-        start = handle.read(4)
-    if start[:2] in (b"PK", b"\x80\x02"):  # the zip file that torch.save writes, and the pickle it used to
-        return _read_torch(path), {}
-    if start[:1] == b"\x80":
-        _refuse_pickle(path)
+        start = handle.read(9)
+    if start[8:] != b"{":  # a safetensors file has its JSON header behind eight bytes of length, which may be any
+        if start[:2] in (b"PK", b"\x80\x02"):  # the zip file that torch.save writes, and the pickle it used to
+            return _read_torch(path), {}
+        if start[:1] == b"\x80":
+            _refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()

@@ -59,7 +59,7 @@ class Pretraining:
                 self.state.target["encoder"].compile()
         self._online: nn.Module = self.state
         if world.size > 1:
-            self._online = DistributedDataParallel(self.state, broadcast_buffers=False)
+            self._online = DistributedDataParallel(self.state)
         self.optimizer = build_optimizer(
             optim.name, self.state.online.named_parameters(), self._peak, optim.momentum, optim.weight_decay
         )

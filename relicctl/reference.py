@@ -52,7 +52,7 @@ def named(source: str) -> str:
         raise UsageError("- reads a path from stdin, but nothing is piped in.", fix)
     lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not lines:
-        raise UsageError("- reads a path from stdin, but stdin was empty: did the command before it fail?", fix)
+        raise UsageError("- reads a path from stdin, but nothing came: the command before it may have failed.", fix)
     return lines[-1].strip()
 
 

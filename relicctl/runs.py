@@ -61,6 +61,12 @@ class RunFolder:
             raise UsageError(f"{path} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
         return cls(path, keep=keep, writer=writer)
 
+    def close(self) -> None:
+        """Let others write here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
         with open(self._metrics, "a", encoding="utf-8") as handle:
@@ -90,8 +96,8 @@ class RunFolder:
             checkpoint.save(path, tensors, header)
         except OSError as reason:
             raise RunFailed(
-                f"The checkpoint {path} could not be written ({reason.strerror or reason}); earlier ones are untouched.",
-                f"Make room or access, then go on with --resume {self.path}.",
+                f"The checkpoint {path} could not be written ({reason.strerror or reason}).",
+                f"Earlier ones are untouched: make room, then go on with --resume {self.path}.",
             ) from None
         checkpoint.prune(self.checkpoints, self._keep)
 

@@ -47,9 +47,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> N
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["pretrain", "--help"], ["presets", "--help"], ["--version"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["presets", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; from relicctl.cli import run; code = run({arguments}); "
@@ -95,9 +93,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["presets"]])
-def test_no_command_is_answered_with_the_help(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_command_is_answered_with_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -108,9 +104,7 @@ def test_no_command_is_answered_with_the_help(
 
 
 def test_options_reach_the_command(calls: Calls) -> None:
-    arguments = (
-        "--preset demo --set loss.beta=2 --set data.cache=none --data a=b --val c --seed 3 --workers 0"
-    )
+    arguments = "--preset demo --set loss.beta=2 --set data.cache=none --data a=b --val c --seed 3 --workers 0"
     arguments += " --device cpu --out d --overwrite --init-from w --download --json --quiet"
     assert cli.run(["pretrain", *arguments.split()]) == 0
     ((resolved, options),) = calls

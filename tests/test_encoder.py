@@ -80,9 +80,7 @@ def test_loaded_encoder_can_be_trained(saved):
 
 
 def test_a_run_folder_stands_for_its_encoder(saved):
-    assert torch.equal(
-        load_encoder(saved[0].parent)(images()), relicctl.load_encoder(str(saved[0]))(images())
-    )
+    assert torch.equal(load_encoder(saved[0].parent)(images()), relicctl.load_encoder(str(saved[0]))(images()))
 
 
 def test_the_file_has_torchvision_s_names_and_says_how_to_build(saved):
@@ -145,9 +143,7 @@ def test_weights_without_batch_counters_load(tmp_path, torchvision_weights):
 
 
 def test_half_precision_weights_become_float32(tmp_path, torchvision_weights):
-    save_file(
-        {k: v.half() if v.is_floating_point() else v for k, v in torchvision_weights.items()}, tmp_path / "w"
-    )
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in torchvision_weights.items()}, tmp_path / "w")
     assert load_encoder(tmp_path / "w").conv1.weight.dtype == torch.float32
 
 
@@ -230,9 +226,7 @@ def test_wide_resnets_of_torchvision_are_refused(tmp_path):
     """They widen only the inner convolutions: another network than ours of width 2."""
     with torch.device("meta"):
         shapes = torchvision.models.wide_resnet50_2().state_dict()
-    torch.save(
-        {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in shapes.items()}, tmp_path / "w.pth"
-    )
+    torch.save({k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in shapes.items()}, tmp_path / "w.pth")
     assert "layer1.0.conv1.weight is [128" in refusal(tmp_path / "w.pth")
 
 

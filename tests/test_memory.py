@@ -57,9 +57,7 @@ def test_the_estimate_needs_no_memory_and_leaves_no_hook() -> None:
 
 def test_checkpointing_needs_less() -> None:
     networks = build_networks(config())
-    assert (
-        activations(networks, 64, checkpointing=True) < activations(networks, 64, checkpointing=False) / 1.5
-    )
+    assert activations(networks, 64, checkpointing=True) < activations(networks, 64, checkpointing=False) / 1.5
 
 
 def test_parts_of_a_step() -> None:

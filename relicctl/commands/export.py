@@ -98,12 +98,13 @@ def export_reference(
         sha256 = hash_file(temporary / target.WEIGHTS)
         if largest is None:
             statement = f"Not verified: {', '.join(missing)} was not installed."
-            console.warn(f"unverified: install {', '.join(missing)} to have the export checked ({pip(missing)})")
+            console.warn(f"the export is unverified: {pip(missing)} lets it be checked")
         else:
             library = f"{target.READS_WITH[0]} {version(target.READS_WITH[0])}"
-            statement = f"Loaded with {library}: largest difference {largest:.1e} on {where} (relative above 1)."
+            statement = f"Loaded with {library}: largest difference {largest:.1e} on {where}."
         card = out / "README.md" if target.FOLDER else out.with_name(f"{out.stem}.card.md")
-        text = model_card(out.stem, format, bundle, usage, Checked(sha256, statement, padding))
+        shown = target.usage(Path(out.name), bundle)  # a card travels, and not with this machine's folders
+        text = model_card(out.stem, format, bundle, shown, Checked(sha256, statement, padding))
         if target.FOLDER:
             (temporary / "README.md").write_text(text, "utf-8")
     if not target.FOLDER:

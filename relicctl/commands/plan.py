@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from relicctl.commands.common import pick_device
+from relicctl.commands.data import open_data
 from relicctl.commands.options import PretrainOptions
-from relicctl.commands.pretrain import continued, open_data, pick_device, run_to_resume
+from relicctl.commands.resuming import continued, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Config
 from relicctl.console import Console

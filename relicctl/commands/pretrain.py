@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +9,27 @@ import torch
 import yaml
 
 from relicctl import __version__
+from relicctl.commands.common import pick_device, readable, worker_count
+from relicctl.commands.data import PretrainData, open_data
 from relicctl.commands.options import PretrainOptions
-from relicctl.config.resolve import Resolved, dump_yaml, flatten, rebase
+from relicctl.commands.resuming import continued, run_to_resume
+from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Config
 from relicctl.console import Console
 from relicctl.core import checkpoint
-from relicctl.core.counted import Stream
 from relicctl.core.distributed import World, join, leave
 from relicctl.core.loop import Plan, Progress, restore, train
 from relicctl.curves import draw_curves
 from relicctl.data.augment import MEAN, STD, Photometric
 from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize, choose_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import Source, open_source
 from relicctl.encoder import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError
-from relicctl.evaluation import collapse
-from relicctl.evaluation.during import Evaluator, shuffled, split_holdout
+from relicctl.evaluation.collapse import CollapseWatch
+from relicctl.evaluation.during import Evaluator
 from relicctl.memory import check_memory
 from relicctl.pretraining import Pretraining, pick_precision
 from relicctl.runs import RunFolder, free_name, refuse_occupied
-
-# What may differ between a run and its continuation; everything else would make it another run.
-FREE_TO_CHANGE = ("runtime.", "checkpoint.", "eval.", "optim.max_steps", "data.")
 
 
 def pretrain(resolved: Resolved, options: PretrainOptions) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def _run(
         device=device,
         world=world,
         cache=record["cache"],
-        workers=worker_count(config, device, record["cache"]),
+        workers=worker_count(config.runtime, device, record["cache"]),
         bad=bad,
     )
     task = Pretraining(
@@ -114,7 +110,7 @@ def _run(
     if progress is None:
         progress = begin(record["init_from"], task, evaluate, run, console)
     with console.progress(plan.total, progress.step) as bar:
-        watch = CollapseWatch(console, config.optim.batch_size // world.size)
+        watch = CollapseWatch(console.warn, config.optim.batch_size // world.size)
 
         def show(step: int, figures: dict[str, Any]) -> None:
             bar.update(step, readable(figures))
@@ -138,41 +134,11 @@ def _run(
     if world.is_main:
         finish(run, task, config, resolved.preset, results)
         report(results, console)
+    run.close()
     return {"run": str(run.path), **results}
 
 
 # The steps of the recipe.
-
-
-@dataclass(frozen=True)
-class PretrainData:
-    train: Source
-    held_out: Source | None
-
-
-def open_data(config: Config, download: bool, console: Console) -> PretrainData:
-    """The images to train on, and those to measure on if there are labels."""
-    if config.data.train is None:
-        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    train, held_out = open_source(config.data.train, split="train", download=download), None
-    if config.data.val is not None:
-        held_out = open_source(config.data.val, split="val", download=download)
-    elif config.eval.every_epochs and config.eval.holdout and len(train.classes) > 1:
-        train, held_out = split_holdout(train, config.eval.holdout, config.seed)
-        console.note(f"{len(held_out)} labelled images are held out for evaluation (eval.holdout).")
-    if config.data.subset is not None:
-        if config.data.subset > len(train):
-            raise UsageError(
-                f"data.subset is {config.data.subset}, but there are only {len(train)} images.",
-                "Lower data.subset.",
-            )
-        train = train.select(shuffled(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
-    if config.objective == "supervised" and train.labels is None:
-        raise DataError(
-            f"{config.data.train} has no labels, which supervised training needs.",
-            "Give one folder per class.",
-        )
-    return PretrainData(train, held_out)
 
 
 def make_evaluator(config: Config, data: PretrainData, device: torch.device, console: Console) -> Evaluator | None:
@@ -294,85 +260,9 @@ def report(results: dict[str, Any], console: Console) -> None:
 # Small decisions.
 
 
-def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
-    """The folder that --resume means: its own value, --out, or the newest run of the preset."""
-    if options.resume:
-        return Path(options.resume)
-    if options.out is not None:
-        return options.out
-    candidates = sorted(Path("runs").glob(f"{preset or ''}*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not candidates:
-        raise UsageError("There is no run to resume under runs/.", "Name its folder: --resume RUN.")
-    return candidates[-1].parent
-
-
-def continued(resolved: Resolved, run: Path) -> Resolved:
-    """The run's own config, with what may change taken from the command line."""
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
-    merged = rebase(resolved, run / "config.yaml")
-    before = flatten(rebase(Resolved(resolved.config, {}), run / "config.yaml").config.model_dump())
-    after = flatten(merged.config.model_dump())
-    changed = [k for k in after if after[k] != before[k] and not k.startswith(FREE_TO_CHANGE)]
-    if changed:
-        raise UsageError(
-            f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
-            "Leave it as it is, or start another run with --init-from.",
-        )
-    return merged
-
-
 def view_plan(config: Config) -> ViewPlan:
     views = config.views
     sizes = [ViewSize(views.large.count, views.large.size, views.large.area)]
     if views.small.count:
         sizes.append(ViewSize(views.small.count, views.small.size, views.small.area))
     return ViewPlan(tuple(sizes), views.aspect, Photometric(**views.photometric.model_dump()))
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def worker_count(config: Config, device: torch.device, cache: str) -> int:
-    """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
-    if config.runtime.workers != "auto":
-        return config.runtime.workers
-    if device.type == "cpu":
-        return 1 if cache == "none" else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, (os.cpu_count() or 1) // processes))
-
-
-class CollapseWatch:
-    """Warns once when two log lines in a row say that the representation collapses."""
-
-    def __init__(self, console: Console, rows: int) -> None:
-        self._console, self._rows, self._before, self._said = console, rows, False, False
-
-    def __call__(self, step: int, figures: dict[str, Any]) -> None:
-        if "rank_me" not in figures or self._said:
-            return
-        text = collapse.warning(figures["rank_me"], figures["deviation"], self._rows)
-        if text and self._before:
-            self._console.warn(f"step {step}: {text}")
-            self._said = True
-        self._before = text is not None
-
-
-def readable(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a log line that fit on one line of a terminal."""
-    shown: dict[str, Any] = {}
-    for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):
-        if name in figures:
-            shown[name] = figures[name]
-    if "images_per_s" in figures:
-        minutes, seconds = divmod(round(figures["eta_s"]), 60)
-        shown |= {
-            "images/s": figures["images_per_s"],
-            "data wait": f"{figures['data_wait']:.1%}",
-            "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
-        }
-    return shown

@@ -14,18 +14,14 @@ from relicctl.errors import UsageError
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few nested aliases can stand for terabytes
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not read", problem_mark=self.peek_event().start_mark
-            )
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for name, _ in node.value:
             if name.value in seen:  # YAML would let the second one win in silence
-                raise yaml.MarkedYAMLError(
-                    problem=f"{name.value} stands here twice", problem_mark=name.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"{name.value} stands here twice", problem_mark=name.start_mark)
             seen.add(name.value)
         return super().construct_mapping(node, deep)
 
@@ -49,18 +45,14 @@ def load_mapping(path: Path) -> dict[str, Any]:
     try:
         content = load(path.read_text(encoding="utf-8"))
     except OSError as reason:
-        raise UsageError(
-            f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file."
-        ) from None
+        raise UsageError(f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file.") from None
     except UnicodeDecodeError:
         raise UsageError(f"The config {path} is not text.", "Give a YAML file.") from None
     except yaml.YAMLError as reason:
         mark = getattr(reason, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(reason, "problem", None) or reason
-        raise UsageError(
-            f"{path}{where} is not YAML that relicctl reads: {problem}.", "Correct it."
-        ) from None
+        raise UsageError(f"{path}{where} is not YAML that relicctl reads: {problem}.", "Correct it.") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

@@ -219,16 +219,13 @@ def _validated(values: dict[str, Any], origin: dict[str, str]) -> Config:
 def _unknown(name: str, where: str) -> UsageError:
     inside = [key for key in leaves() if key.startswith(f"{name}.")]
     if inside:
-        return UsageError(
-            f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_either(inside)}."
-        )
+        return UsageError(f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_either(inside)}.")
     last = {key: key.rpartition(".")[2] for key in leaves()}
     close = difflib.get_close_matches(name, leaves(), 3, 0.7)
     close += [
         key
         for key in leaves()
-        if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8
-        and key not in close
+        if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8 and key not in close
     ]
     fix = f"Did you mean {_either(close[:3])}?" if close else "`relicctl pretrain --dry-run` lists all keys."
     return UsageError(f"There is no key {name!r} (from {where}).", fix)

@@ -121,16 +121,12 @@ class Optim(Section):
     momentum: float = key(0.9, "momentum of lars and sgd", ge=0, lt=1)
     warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
     epochs: Count = key(1000, "passes over the data; they set the schedules")
-    max_steps: Count | None = key(
-        None, "stop after so many steps, the schedules unchanged; null = at the end"
-    )
+    max_steps: Count | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
     microbatch: Count | None = key(None, "images per process and forward pass; null = its share of the batch")
 
 
 class Data(Section):
-    train: str | None = key(
-        None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)"
-    )
+    train: str | None = key(None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)")
     val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
     cache: Literal["auto", "none", "memory", "device"] = key(
         "auto", "keep decoded images in host memory or on the device; auto = where they fit"

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from relicctl.core.distributed import sum_over_processes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,29 +24,32 @@ def synchronised(module: M, device: torch.device) -> M:
 
 
 class _GlooBatchNorm(_BatchNorm):
-    """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over processes for a CPU."""
+    """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over processes for a CPU.
+
+    Sums are in float64: the difference of two large ones then costs no digits of the variance.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         dims = [d for d in range(input.ndim) if d != 1]
-        x = input.float()
-        count = torch.full_like(x[:1].sum(dims), input.numel() / input.shape[1])
-        total, squares, count = all_reduce(torch.stack([x.sum(dims), x.square().sum(dims), count])).unbind()
+        x = input.double()
+        count = torch.full_like(x.sum(dims), input.numel() / input.shape[1])
+        total, squares, count = sum_over_processes(torch.stack([x.sum(dims), x.square().sum(dims), count])).unbind()
         mean = total / count
         variance = squares / count - mean.square()
         self._remember(mean.detach(), variance.detach() * count / (count - 1))
         shape = [-1 if d == 1 else 1 for d in range(input.ndim)]
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        self.running_mean.lerp_(mean, self.momentum or 0.1)
-        self.running_var.lerp_(variance, self.momentum or 0.1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum or 0.1)
         self.num_batches_tracked += 1
 
     def _check_input_dim(self, input: Tensor) -> None:

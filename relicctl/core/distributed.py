@@ -83,6 +83,27 @@ def _all_rows(mine_VND: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' values; every process's gradient reaches every process's values."""
+
+    @staticmethod
+    def forward(ctx, mine: torch.Tensor) -> torch.Tensor:
+        total = mine.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_processes(mine: torch.Tensor) -> torch.Tensor:
+    """Differentiable sum of equally shaped tensors, one from each process."""
+    return _SumOverProcesses.apply(mine)
+
+
 @dataclass(frozen=True)
 class Gather:
     """What the loss needs of the other processes: their outputs, and where our rows lie among all rows.

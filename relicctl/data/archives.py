@@ -112,9 +112,7 @@ class Archive:
         if member.method == _DEFLATED:
             data = _inflate(data, member.size)
         elif member.method != _STORED:
-            raise BadImage(
-                "encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}"
-            )
+            raise BadImage("encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}")
         if len(data) != member.size:
             raise BadImage(f"the archive ends after {len(data)} of {member.size} bytes")
         if member.crc not in (NO_CRC, zlib.crc32(data)):
@@ -209,9 +207,7 @@ def refusing(path: str) -> Iterator[None]:
             f"{path} must not be read by this user.", "Change its permissions, for example chmod -R u+rX."
         ) from error
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}.", "Check the path and the disk."
-        ) from error
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
 
 
 class _OpenFile:
@@ -250,9 +246,7 @@ def _clamped(offset: int, stored: int, size: int, method: int = _STORED, crc: in
 
 def _limit(member: Member) -> None:
     if not 0 <= max(member.stored, member.size) <= MAX_FILE_BYTES:
-        raise BadImage(
-            f"claims {max(member.stored, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed"
-        )
+        raise BadImage(f"claims {max(member.stored, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed")
 
 
 def _inflate(data: bytes, size: int) -> bytes:

@@ -201,8 +201,8 @@ def _beetle(u: Array, v: Array, a: float) -> tuple[Array, Array]:
 def _snail(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     radius, angle = np.hypot(u - 0.1, v + 0.1), np.arctan2(v + 0.1, u - 0.1)
     shell = radius - 0.66
-    foot = _box(u, v, -0.1, 0.62, 0.85, 0.2)
-    neck = _box(u, v, -0.8, 0.3, 0.14, 0.4)
+    foot = _box(u, v, -0.1, 0.62, 0.89, 0.2)
+    neck = _box(u, v, -0.86, 0.3, 0.13, 0.45)
     return np.minimum(np.minimum(shell, foot), neck), np.where(
         shell < 0, _wave(radius * (2.6 + a) - angle / (2 * np.pi)), 0.9
     )

@@ -104,9 +104,7 @@ def expand_braces(text: str) -> list[str]:
     pieces = _BRACES.split(text)  # literal, inside, literal, inside, ..., literal
     choices = [_alternatives(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     if math.prod(map(len, choices)) > MAX_SHARDS:
-        raise DataError(
-            f"{text} stands for more than {MAX_SHARDS} names.", "Check the numbers in the braces."
-        )
+        raise DataError(f"{text} stands for more than {MAX_SHARDS} names.", "Check the numbers in the braces.")
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 

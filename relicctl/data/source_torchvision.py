@@ -111,9 +111,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(found).parameters) if inspect.isclass(found) else {}
 
 
-def _split_arguments(
-    name: str, parameters: dict[str, Any], split: Split, own_split: str
-) -> list[dict[str, Any]]:
+def _split_arguments(name: str, parameters: dict[str, Any], split: Split, own_split: str) -> list[dict[str, Any]]:
     """The constructor's arguments to try, one after the other."""
     if "train" in parameters and own_split in ("", "train", "val", "test"):
         return [{"train": (own_split or split) == "train"}]
@@ -154,9 +152,7 @@ def _labels(dataset: Any) -> np.ndarray | None:
 
 def _classes(dataset: Any) -> tuple[str, ...]:
     """Names of the classes; of several names for one the first."""
-    return tuple(
-        known if isinstance(known, str) else known[0] for known in _attribute(dataset, "classes") or ()
-    )
+    return tuple(known if isinstance(known, str) else known[0] for known in _attribute(dataset, "classes") or ())
 
 
 def _paths(dataset: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn.functional import normalize
 
@@ -29,3 +32,19 @@ def warning(rank: float, deviation: float, rows: int) -> str | None:
     if rows >= 16 and rank < 2:
         return f"features span almost one dimension (RankMe {rank:.2f}): the network is collapsing"
     return None
+
+
+class CollapseWatch:
+    """Warns once when two log lines in a row say that the representation collapses."""
+
+    def __init__(self, warn: Callable[[str], None], rows: int) -> None:
+        self._warn, self._rows, self._before, self._said = warn, rows, False, False
+
+    def __call__(self, step: int, figures: dict[str, Any]) -> None:
+        if "rank_me" not in figures or self._said:
+            return
+        text = warning(figures["rank_me"], figures["deviation"], self._rows)
+        if text and self._before:
+            self._warn(f"step {step}: {text}")
+            self._said = True
+        self._before = text is not None

@@ -125,4 +125,4 @@ def _byob_name(name: str, stem: str) -> str:
     name = re.sub(r"^fc\.", "head.fc.", name)
     name = re.sub(r"^layer(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.", name)
     name = re.sub(r"downsample\.([01])", lambda m: f"shortcut.{('conv', 'bn')[int(m[1])]}", name)
-    return re.sub(r"\.(conv|bn)([123])\.", lambda m: f".{_BYOB_CONVOLUTIONS[m[2]]}.{m[1]}.", name)
+    return re.sub(r"(?<=\d)\.(conv|bn)([123])\.", lambda m: f".{_BYOB_CONVOLUTIONS[m[2]]}.{m[1]}.", name)

@@ -63,9 +63,7 @@ def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
         ("r50-100ep-1gpu", 100, 512, 0.4, 1e-6, 0.9995),
     ],
 )
-def test_lengths_follow_byol(
-    name: str, epochs: int, batch: int, base_lr: float, decay: float, ema: float
-) -> None:
+def test_lengths_follow_byol(name: str, epochs: int, batch: int, base_lr: float, decay: float, ema: float) -> None:
     config = resolve(name).config
     optim = config.optim
     assert (optim.epochs, optim.batch_size, optim.base_lr, optim.weight_decay, config.target.ema) == (

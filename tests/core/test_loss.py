@@ -163,9 +163,7 @@ def test_order_of_images_does_not_matter(invariance):
     online, target = outputs(4, 2)
     order = torch.tensor([3, 0, 4, 2, 1])
     value, gradient = value_and_gradient(relic(online, target, invariance=invariance)["loss"], online)
-    shuffled = value_and_gradient(
-        relic(online[:, order], target[:, order], invariance=invariance)["loss"], online
-    )
+    shuffled = value_and_gradient(relic(online[:, order], target[:, order], invariance=invariance)["loss"], online)
     assert_same((value, gradient), shuffled)
 
 
@@ -224,9 +222,8 @@ def test_two_halves_equal_the_joined_batch(n, invariance):
             generator=torch.Generator().manual_seed(5),
         )["loss"]
 
-    joined = relic(
-        online, target, negatives=n, invariance=invariance, generator=torch.Generator().manual_seed(5)
-    )["loss"]
+    draw = torch.Generator().manual_seed(5)
+    joined = relic(online, target, negatives=n, invariance=invariance, generator=draw)["loss"]
     assert_same(value_and_gradient((half(0) + half(1)) / 2, online), value_and_gradient(joined, online))
 
 
@@ -241,9 +238,7 @@ def test_the_generator_decides_the_negatives():
     online, target = outputs(4, 2)
 
     def value(seed):
-        return relic(online, target, negatives=2, generator=torch.Generator().manual_seed(seed))[
-            "loss"
-        ].item()
+        return relic(online, target, negatives=2, generator=torch.Generator().manual_seed(seed))["loss"].item()
 
     assert value(0) == value(0)
     assert value(0) != value(1)

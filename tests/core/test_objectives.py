@@ -45,10 +45,7 @@ def simclr_loop(z, temperature):
         for i in range(images):
             positive = (cosine(z[v, i], z[w, i]) / temperature).exp()
             negatives = [
-                (cosine(z[v, i], z[u, j]) / temperature).exp()
-                for u in range(views)
-                for j in range(images)
-                if j != i
+                (cosine(z[v, i], z[u, j]) / temperature).exp() for u in range(views) for j in range(images) if j != i
             ]
             terms.append(-(positive / (positive + sum(negatives))).log())
     return sum(terms) / len(terms)

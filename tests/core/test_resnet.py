@@ -113,9 +113,7 @@ def test_same_padding_is_tensorflow_s(size, stem):
     encoder(images(size=size))
     assert len(seen) == 53
     for module, x, out in seen:
-        torch.testing.assert_close(
-            out, reference_same(x, module.weight, module.stride[0]), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(out, reference_same(x, module.weight, module.stride[0]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [6, 7])

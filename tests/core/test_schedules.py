@@ -40,9 +40,7 @@ def test_learning_rate_when_warmup_is_as_long_as_the_run():
 def test_ema_gamma(gamma0):
     assert ema_gamma(0, gamma0=gamma0, total_steps=1000) == gamma0
     assert ema_gamma(500, gamma0=gamma0, total_steps=1000) == pytest.approx((1 + gamma0) / 2)
-    assert ema_gamma(250, gamma0=gamma0, total_steps=1000) == pytest.approx(
-        1 - (1 - gamma0) * (math.sqrt(0.5) + 1) / 2
-    )
+    assert ema_gamma(250, gamma0=gamma0, total_steps=1000) == pytest.approx(1 - (1 - gamma0) * (math.sqrt(0.5) + 1) / 2)
     assert ema_gamma(1000, gamma0=gamma0, total_steps=1000) == 1.0
     assert ema_gamma(2000, gamma0=gamma0, total_steps=1000) == 1.0
 

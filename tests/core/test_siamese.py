@@ -116,9 +116,7 @@ def test_target_forward_uses_the_batch_and_statistics_of_its_own():
     out = net.target_forward(x)
     assert out.shape == (2, 3, 8)
     assert not out.requires_grad
-    torch.testing.assert_close(
-        out, net.online["projector"](net.online["encoder"](x.flatten(0, 1))).view(2, 3, 8)
-    )
+    torch.testing.assert_close(out, net.online["projector"](net.online["encoder"](x.flatten(0, 1))).view(2, 3, 8))
     net = pair()
     net.target_forward(x)
     assert all(torch.equal(a, b) for a, b in zip(online_buffers, net.online.buffers(), strict=True))

@@ -228,9 +228,7 @@ def test_other_packings_and_passwords_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
-@pytest.mark.parametrize(
-    "kept", [1000, 7168 + 100, 7168 + 2000, 60000]
-)  # a member of the tar takes 3584 bytes
+@pytest.mark.parametrize("kept", [1000, 7168 + 100, 7168 + 2000, 60000])  # a member of the tar takes 3584 bytes
 def test_a_cut_archive_is_refused(tmp_path, write, kept):
     path = write(tmp_path / "a", {f"{n}.jpg": bytes(3000) for n in range(20)})
     path.write_bytes(path.read_bytes()[:kept])

@@ -149,9 +149,7 @@ def test_pictures_stand_upright(pixels, form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](pixels)))
-    decoded = decode_rgb(
-        encode(stored, form, exif=exif, **LOSSLESS.get(form, {"quality": 100, "subsampling": 0}))
-    )
+    decoded = decode_rgb(encode(stored, form, exif=exif, **LOSSLESS.get(form, {"quality": 100, "subsampling": 0})))
     assert decoded.shape == pixels.shape
     assert np.abs(decoded.astype(int) - pixels).max() <= (4 if form == "JPEG" else 0)
 
@@ -197,9 +195,7 @@ def test_damage_raises_nothing_but_bad_image(data):
     assert decoded.shape[2] == 3
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"no image", b"GIF89a", b"\xff\xd8\xff", b"%PDF-1.4", b"P6 1 1 255\n123"]
-)
+@pytest.mark.parametrize("data", [b"", b"no image", b"GIF89a", b"\xff\xd8\xff", b"%PDF-1.4", b"P6 1 1 255\n123"])
 def test_what_is_no_image_is_refused_with_a_stable_reason(data):
     reasons = set()
     for _ in range(2):

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from relicctl.data.images import BadImage
-from relicctl.data.source_names import PackedNames, expand_braces, image_name
 from relicctl.data.sources import open_source
 from relicctl.errors import DataError
 
@@ -150,15 +147,6 @@ def test_sources_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
-def test_packed_names_are_a_list_of_names(names):
-    packed = PackedNames(names)
-    assert list(packed) == names
-    assert list(pickle.loads(pickle.dumps(packed))) == names
-    with pytest.raises(IndexError):
-        packed[len(names)]
-
-
 # ---------------------------------------------------------------- what is a class
 
 LAYOUTS = {
@@ -189,9 +177,7 @@ def test_the_class_is_the_first_folder_level(tmp_path, layout, make):
 
 @pytest.mark.parametrize("wrapper", ["", "data/"])
 def test_splits_are_not_taken_for_classes(tmp_path, wrapper):
-    tree = {
-        f"{wrapper}{split}/{kind}/1.png": png(0) for split in ("Train", "test") for kind in ("cat", "dog")
-    }
+    tree = {f"{wrapper}{split}/{kind}/1.png": png(0) for split in ("Train", "test") for kind in ("cat", "dog")}
     path = make_zip(tmp_path / "data", tree)
     error = refused(path)
     assert "Train, test" in error.what
@@ -237,47 +223,6 @@ def test_folders_and_archives_mix(tmp_path):
     assert keys(source) == ["a/cat/1.png", "b.zip/dog/1.png"]
     assert [source.load(index)[0, 0, 0] for index in range(2)] == [1, 2]
     assert classes(source) == ["cat", "dog"]
-
-
-BRACES = {
-    "plain": ["plain"],
-    "{0..2}": ["0", "1", "2"],
-    "a{08..11}b": ["a08b", "a09b", "a10b", "a11b"],
-    "{8..11}": ["8", "9", "10", "11"],
-    "{2..0}": ["2", "1", "0"],
-    "{5..5}": ["5"],
-    "{x,y}-{0..1}": ["x-0", "x-1", "y-0", "y-1"],
-    "{a,}": ["a", ""],
-    "{a}{}{0...2}{-1..2}": ["{a}{}{0...2}{-1..2}"],
-    "{": ["{"],
-    "}{": ["}{"],
-}
-
-
-@pytest.mark.parametrize("text", BRACES)
-def test_braces_expand_as_in_a_shell(text):
-    assert expand_braces(text) == BRACES[text]
-
-
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 5))
-def test_a_range_counts_every_number_once(first, last, width):
-    names = expand_braces(f"{{{first:0{width}d}..{last:0{width}d}}}")
-    assert sorted(map(int, names)) == list(range(min(first, last), max(first, last) + 1))
-    assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("text", ["{0..99999999999999999999999}", "{0..999}{0..999}"])
-def test_a_mistyped_range_is_refused(text):
-    assert "more than" in refused(text).what
-
-
-@given(st.text(alphabet="ab./\\:C", max_size=12))
-def test_no_name_leads_out_of_its_root(name):
-    usable = image_name(name + ".jpg")
-    if usable is not None:
-        assert not os.path.isabs(usable)
-        assert os.path.normpath(os.path.join("/root", usable)).startswith("/root/")
-        assert image_name(usable) == usable
 
 
 # ---------------------------------------------------------------- what cannot be used

@@ -1,0 +1,337 @@
+"""Pickles read as data: nothing that a pickle names is imported, looked up or called.
+
+A pickle is a program for a small stack machine, and Python's own machine lets it call whatever it names. This one
+knows plain containers and numpy arrays, and rebuilds these itself. A class that it does not know becomes an
+``Instance``, which only notes what the class would have been given. Every other name is refused.
+
+An opcode costs one step, and steps are limited; bytes decoded from text are limited to the file's size; arrays are
+views of bytes that lie in the file; keys are text or small integers, whose hashing is cheap. So a hostile file can
+ask for little more time and memory than an honest one of its size, and no structure is walked recursively.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import pickletools
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from relicctl.errors import UsageError
+
+MAX_STEPS = 2_000_000  # a ResNet-200 with optimiser state takes about a tenth
+MAX_AXES = 32
+
+ANOTHER_FILE = "Give an undamaged pickle of numpy arrays in plain containers."
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the pickle names; ``fields`` where it also says those of a named tuple."""
+
+    module: str
+    name: str
+    fields: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ascii(f"{self.module}.{self.name}")[1:-1][:100]
+
+
+@dataclass(eq=False)
+class Instance:
+    """Stands for an instance of a class that was not loaded: what its ``__new__`` and ``__setstate__`` would get."""
+
+    type: Name
+    args: tuple[Any, ...]
+    state: Any = None
+
+
+@dataclass(eq=False)
+class _Unfinished:
+    """An array or dtype between its REDUCE and its BUILD."""
+
+    finish: Callable[[Any], Any]
+    value: Any = None
+
+
+class _Refused(Exception):
+    """The pickle wants something that is not admitted; the message is a clause about it."""
+
+
+def load_pickle(path: Path) -> Any:
+    """The content of a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``Instance``s.
+
+    Arrays are read-only or not, as numpy finds them, and may have a foreign byte order. UsageError if the file
+    cannot be read, is no whole pickle, or names what is not admitted: the name is in the message.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Machine(data).run()
+    except OSError as reason:
+        raise UsageError(f"{path} cannot be read ({reason.strerror}).", ANOTHER_FILE) from None
+    except _Refused as reason:
+        raise UsageError(
+            f"{path} is refused: {reason}.", "Nothing in it was run; give a file that holds only arrays and containers."
+        ) from None
+    except MemoryError:
+        raise UsageError(f"{path} does not fit into memory.", "Read it on a machine with more memory.") from None
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError):  # what malformed opcodes lead to
+        raise UsageError(f"{path} is truncated, damaged or no pickle.", ANOTHER_FILE) from None
+
+
+class _Machine:
+    """The stack machine. ``data``: the whole file; it is read once, from its start."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.steps = 0
+        self.text_bytes = len(data)  # how many more bytes may be decoded from text
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        for opcode, argument, _ in pickletools.genops(self.data):  # checks lengths against the file
+            self.spend(1)
+            if opcode.name == "STOP":
+                break
+            self.step(opcode.name, argument)
+        return self.stack.pop()
+
+    def spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise _Refused(f"it takes more than {MAX_STEPS:,} steps to read")
+
+    def step(self, opcode: str, argument: Any) -> None:
+        stack = self.stack
+        match opcode:
+            case _ if opcode in _PUSHES:
+                stack.append(argument)
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
+                stack.append({"LIST": list, "DICT": dict, "SET": set, "TUPLE": tuple}[opcode[6:]]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(opcode[5:]))]
+                stack.append(tuple(reversed(items)))
+            case "MARK":
+                self.marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(self.marked()))
+            case "LIST":
+                stack.append(self.marked())
+            case "DICT":
+                items = self.marked()
+                stack.append({})
+                self.update(items)
+            case "FROZENSET":
+                stack.append(frozenset(map(_key, self.marked())))
+            case "APPEND":
+                self.extend([stack.pop()])
+            case "APPENDS":
+                self.extend(self.marked())
+            case "ADDITEMS":
+                items = self.marked()
+                _exactly(stack[-1], set).update(map(_key, items))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self.update([key, value])
+            case "SETITEMS":
+                self.update(self.marked())
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self.marked()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                known = self.memo[argument]
+                finished = isinstance(known, _Unfinished) and known.value is not None
+                stack.append(known.value if finished else known)
+            case "GLOBAL":
+                stack.append(_admitted(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_admitted(module, name))
+            case "INST":
+                stack.append(self.call(_admitted(*argument.split(" ", 1)), tuple(self.marked())))
+            case "OBJ":
+                name, *arguments = self.marked()
+                stack.append(self.call(name, tuple(arguments)))
+            case "REDUCE":
+                arguments, name = stack.pop(), stack.pop()
+                stack.append(self.call(name, arguments))
+            case "NEWOBJ":
+                arguments, name = stack.pop(), stack.pop()
+                stack.append(Instance(_foreign(_exactly(name, Name)), _exactly(arguments, tuple)))
+            case "BUILD":
+                self.build(stack.pop())
+            case _:
+                raise _Refused(f"it uses the opcode {opcode}, which arrays and containers do not need")
+
+    def marked(self) -> list[Any]:
+        """Pops what lies above the last mark."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def extend(self, items: list[Any]) -> None:
+        _exactly(self.stack[-1], list).extend(items)
+
+    def update(self, items: list[Any]) -> None:
+        """``items``: key, value, key, value, ..."""
+        target = _exactly(self.stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def build(self, state: Any) -> None:
+        target = self.stack[-1]
+        if isinstance(target, _Unfinished):
+            self.stack[-1] = target.value = target.finish(state)
+        else:
+            _exactly(target, Instance).state = state
+
+    def call(self, name: Name, arguments: tuple[Any, ...]) -> Any:
+        """What the call would return, for the few that are known; a class that is not becomes an ``Instance``."""
+        arguments = _exactly(arguments, tuple)
+        match (_exactly(name, Name).module, name.name), arguments:
+            case ("_codecs", "encode"), (str(text), "latin1" | "latin-1"):
+                self.text_bytes -= len(text)
+                if self.text_bytes < 0:
+                    raise _Refused("it decodes more bytes than it has")
+                return text.encode("latin-1")
+            case ("builtins", "bytes"), ():
+                return b""
+            case ("builtins", "set" | "frozenset"), (list(items),):
+                self.spend(len(items))
+                return set(map(_key, items))
+            case ("collections", "OrderedDict"), ():
+                return {}
+            case ("collections", "defaultdict"), () | (Name(),):
+                return {}
+            case ("haiku._src.data_structures", "FlatMapping" | "FlatMap" | "frozendict"), (dict(mapping),):
+                return mapping
+            case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), *_):
+                return _Unfinished(_array)
+            case ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar"), (np.dtype() as dtype, bytes(data)):
+                return _view(data, dtype, (), "C")[()]
+            case ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer"), (
+                data,
+                dtype,
+                shape,
+                "C" | "F" as order,
+            ):
+                return _view(data, dtype, shape, order)
+            case ("numpy", "dtype"), (str(code), *_):
+                return _Unfinished(lambda state: _dtype(code, state))
+            case _, (Name() as function, _, tuple(state), _) if (name.module, name.name) in _WRAPPERS:
+                if function.name != "_reconstruct":
+                    _refuse(function)
+                return _array(state)
+            case ("dill._dill", "_load_type"), (str(builtin),):
+                return _admitted("builtins", builtin)
+            case ("dill._dill", "_create_namedtuple"), (str(class_name), tuple(fields), str(module), *_):
+                self.spend(len(fields))
+                found = _foreign(_admitted(module, class_name))
+                return Name(found.module, found.name, tuple(_exactly(field, str) for field in fields))
+        return Instance(_foreign(name), arguments)
+
+
+_PUSHES = frozenset(
+    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
+    SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split()
+)
+_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
+# functions that take numpy's (function, arguments, state, something of their own) and return the array
+_WRAPPERS = {
+    ("dill._dill", "_create_array"),
+    ("jax._src.array", "_reconstruct_array"),
+    ("jax._src.device_array", "reconstruct_device_array"),
+}
+_KNOWN = {
+    *_WRAPPERS,
+    *((module, name) for module in _ARRAY_MODULES for name in ("_reconstruct", "scalar")),
+    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
+    *(("numpy", name) for name in ("dtype", "ndarray")),
+    *(("haiku._src.data_structures", name) for name in ("FlatMapping", "FlatMap", "frozendict")),
+    *(("collections", name) for name in ("OrderedDict", "defaultdict")),
+    *(("builtins", name) for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "set", "str")),
+    *(("dill._dill", name) for name in ("_load_type", "_create_namedtuple")),
+    ("_codecs", "encode"),
+}
+# Packages whose classes get no stand-in. It would be harmless, but a file that names them is not what it should be.
+_NEVER_FOREIGN = sys.stdlib_module_names | {"__builtin__", "numpy", "torch", "dill", "cloudpickle"}
+
+
+def _admitted(module: Any, name: Any) -> Name:
+    """The name, if it is known or looks like a class (capitalised) of a package outside the standard library."""
+    found = Name(_exactly(module, str), _exactly(name, str))
+    if len(module) + len(name) > 500:
+        raise ValueError
+    if found.module == "__builtin__":  # Python 2's name, which protocols up to 2 use
+        found = Name("builtins", found.name)
+    return found if (found.module, found.name) in _KNOWN else _foreign(found)
+
+
+def _foreign(name: Name) -> Name:
+    package = name.module.partition(".")[0]
+    is_class = re.fullmatch(r"(\w+\.)*_*[A-Z]\w*", name.name)
+    if package in _NEVER_FOREIGN or not is_class or (name.module, name.name) in _KNOWN:
+        _refuse(name)
+    return name
+
+
+def _refuse(name: Name) -> NoReturn:
+    raise _Refused(f"it asks for {name}, which arrays and containers do not need")
+
+
+def _exactly(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _key(value: Any) -> str | int:
+    if not (isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**31)):
+        raise _Refused("it has keys or set members that are neither text nor small integers")
+    return value
+
+
+def _array(state: Any) -> np.ndarray:
+    _, shape, dtype, fortran, data = _exactly(state, tuple)
+    return _view(data, dtype, shape, "F" if fortran else "C")
+
+
+def _view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """The array whose elements are ``data``, not copied. ValueError or TypeError if they do not match exactly."""
+    if not isinstance(dtype, np.dtype) or type(data) not in (bytes, bytearray):
+        raise TypeError
+    if len(_exactly(shape, tuple)) > MAX_AXES or any(not 0 <= _exactly(size, int) <= sys.maxsize for size in shape):
+        raise ValueError
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError
+    return np.ndarray(shape, dtype, buffer=data, order=order)
+
+
+def _dtype(code: str, state: Any) -> np.dtype:
+    """Of numbers and booleans; objects, text, records and types of other packages are refused."""
+    if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
+        raise _Refused(f"it has an array of type {ascii(code[:20])}, not of numbers")
+    _, order, *compound = _exactly(state, tuple)[:5]
+    if order not in ("<", ">", "|", "=") or compound != [None, None, None]:
+        raise ValueError
+    return np.dtype(code).newbyteorder(order)

@@ -1,0 +1,159 @@
+"""``relicctl export`` around the formats: where encoders come from, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from relicctl import load_encoder
+from relicctl.commands import export as command
+from relicctl.commands.export import export
+from relicctl.errors import RunFailed, UsageError
+from relicctl.export import torchvision
+from relicctl.export.bundle import Outputs
+from relicctl.export.verify import difference
+from relicctl.reference import open_reference
+
+
+@pytest.fixture
+def run(make_run) -> Path:
+    return make_run("resnet18")
+
+
+def exported(source: object, out: Path, **options: object) -> dict:
+    return export(str(source), format="torchvision", out=out, quiet=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_run_a_checkpoint_and_weights_give_the_same_online_encoder(run, tmp_path):
+    sources = [run, run / "checkpoints" / "step-00000005.safetensors", run / "encoder.safetensors"]
+    hashes = set()
+    for number, source in enumerate(sources):
+        exported(source, tmp_path / f"{number}.safetensors")
+        hashes.add(tensor_bytes(load_file(tmp_path / f"{number}.safetensors")))
+    assert len(hashes) == 1
+
+
+def test_the_target_network_is_another_one_and_comes_from_the_checkpoint(run, tmp_path):
+    result = exported(run, tmp_path / "t.safetensors", network="target")
+    stored = load_file(run / "checkpoints" / "step-00000005.safetensors")
+    written = load_file(tmp_path / "t.safetensors")
+    assert result["network"] == "target"
+    assert all(torch.equal(t, stored[f"state.target.encoder.{name}"]) for name, t in written.items())
+    assert not torch.equal(written["conv1.weight"], stored["state.online.encoder.conv1.weight"])
+
+
+def test_a_run_that_has_not_ended_gives_its_newest_checkpoint(run):
+    expected = load_encoder(run).state_dict()
+    (run / "encoder.safetensors").unlink()
+    (run / "checkpoints" / "step-00000009.safetensors").write_bytes(b"cut short")
+    warnings: list[str] = []
+    found = open_reference(str(run), warn=warnings.append).encoder.state_dict()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    assert len(warnings) == 1
+
+
+def test_a_dash_reads_the_last_line_of_stdin(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"some words\n{run}\n\n"))
+    assert exported("-", tmp_path / "o.safetensors")["path"] == str(tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_dash_with_nothing_on_stdin_says_so(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(UsageError, match="nothing came"):
+        exported("-", tmp_path / "o.safetensors")
+
+
+def test_metadata_and_card_say_where_the_weights_are_from(run, make_classifier, tmp_path):
+    out = tmp_path / "r18.safetensors"
+    result = exported(run, out, classifier=make_classifier(512), license="mit")
+    with safe_open(out, framework="pt") as handle:
+        metadata = handle.metadata()
+    assert metadata["preset"] == "demo"
+    assert metadata["version"] == "0.1.0"
+    assert metadata["data_fingerprint"] == "f1e2d3"
+    assert metadata["license"] == "mit"
+    assert json.loads(metadata["figures"]) == {"pretraining": {"knn20": 0.471}, "classifier": {"top1": 0.625}}
+    card = Path(result["card"]).read_text("utf-8")
+    assert all(text in card for text in ("mit", "f1e2d3", "0.471", "0.625", result["sha256"], "r18.safetensors"))
+    assert str(tmp_path) not in card
+
+
+def test_an_export_that_differs_leaves_nothing(run, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "r18.safetensors"
+    monkeypatch.setattr(torchvision, "read", lambda path, bundle: lambda x: Outputs(bundle(x).features + 1e-3, None))
+    with pytest.raises(RunFailed, match="other features"):
+        exported(run, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_good_export(run, tmp_path, monkeypatch):
+    out = tmp_path / "r18.safetensors"
+    out.write_text("precious")
+    with pytest.raises(UsageError, match="exists already"):
+        exported(run, out)
+    with monkeypatch.context() as broken:
+        broken.setattr(torchvision, "read", lambda path, bundle: lambda x: Outputs(bundle(x).features * 2, None))
+        with pytest.raises(RunFailed):
+            exported(run, out, overwrite=True)
+    assert out.read_text() == "precious"
+    exported(run, out, overwrite=True)
+    assert "fc.weight" not in load_file(out)
+
+
+def test_overwrite_deletes_no_folder_that_is_no_export(run, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(UsageError, match="will not delete"):
+        export(str(run), format="timm", out=tmp_path / "home", overwrite=True, quiet=True)
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_tensorflow_padding_is_refused_or_its_loss_is_measured(make_run, tmp_path):
+    run = make_run("resnet18", padding="same")
+    with pytest.raises(UsageError, match="--allow-padding-change"):
+        exported(run, tmp_path / "o.safetensors")
+    result = exported(run, tmp_path / "o.safetensors", allow_padding_change=True)
+    assert "mean cosine" in result["padding_change"]
+    assert "mean relative change 0.0%" not in result["padding_change"]
+    assert result["padding_change"] in Path(result["card"]).read_text("utf-8")
+
+
+def test_an_absent_library_leaves_the_export_unverified_or_is_named_with_its_pip_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "absent", lambda libraries: list(libraries))
+    result = export(str(run), format="timm", out=tmp_path / "timm", quiet=True)
+    assert result["largest_difference"] is None
+    assert "Not verified" in (tmp_path / "timm" / "README.md").read_text("utf-8")
+    with pytest.raises(UsageError, match="pip install onnx onnxscript"):
+        export(str(run), format="onnx", out=tmp_path / "net.onnx", quiet=True)
+
+
+def test_a_classifier_of_another_encoder_is_refused(run, make_classifier, tmp_path):
+    with pytest.raises(UsageError, match="512 features"):
+        exported(run, tmp_path / "o.safetensors", classifier=make_classifier(100))
+
+
+def test_values_that_are_no_numbers_differ():
+    ones = Outputs(torch.ones(2, 3), None)
+    assert difference(ones, Outputs(torch.full((2, 3), torch.nan), None)) == float("inf")
+    assert difference(ones, ones) == 0
+
+
+@pytest.mark.realdata
+def test_the_run_s_own_images_are_compared_where_they_can_be_read(run, tmp_path, realdata_dir):
+    data = realdata_dir / "imagenette128-val.zip"
+    config = (run / "config.yaml").read_text("utf-8").replace("train: null", f"train: {data}")
+    (run / "config.yaml").write_text(config)
+    result = exported(run, tmp_path / "o.safetensors")
+    assert result["images"] == f"4 images of {data}"
+    assert result["largest_difference"] < 1e-4
+
+
+def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))

@@ -1,0 +1,471 @@
+"""Laws of a run: resumed = never killed, any workers = the same run, evaluation touches nothing; and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from relicctl.cli import run as relicctl
+from relicctl.core import checkpoint
+
+TINY = """
+model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
+views: {large: {count: 2, size: 16}, small: {count: 1, size: 8}}
+loss: {negatives: 4}
+optim: {name: lars, batch_size: 8, base_lr: 2.0, epochs: 2, warmup_epochs: 0.5}
+data: {train: "shapes:size=16,train=64,val=40", val: "shapes:size=16,train=64,val=40"}
+eval: {every_epochs: 1}
+checkpoint: {every_steps: 3, every_minutes: null}
+runtime: {device: cpu, log_every: 2, precision: fp32, threads: 1}
+"""
+STEPS = 16
+TIMINGS = {"images_per_s", "data_wait", "eta_s"}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def pretrain(tiny: Path, out: Path, *arguments: str) -> int:
+    return relicctl(["pretrain", "--config", str(tiny), "--out", str(out), "--quiet", *arguments])
+
+
+def final(run: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Everything a run ends with: all tensors of its last checkpoint, and its metrics but for the timings."""
+    tensors, header = checkpoint.load(run / "checkpoints" / checkpoint.file_name(STEPS))
+    assert header["step"] == STEPS
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    metrics = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+    return tensors, metrics
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    (tensors, metrics), (others, other_metrics) = final(one), final(other)
+    assert tensors.keys() == others.keys()
+    different = [name for name in tensors if not torch.equal(tensors[name], others[name])]
+    assert not different
+    assert metrics == other_metrics
+
+
+def encoder_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder.safetensors")
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# What a run leaves.
+
+
+def test_a_run_leaves_what_the_docs_promise(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pretrain(tiny, run) == 0
+    out = capsys.readouterr().out
+    assert out == f"{run}\n"  # nothing else on stdout
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == STEPS
+    for key in ("knn20", "knn200", "probe_top1", "untrained_knn20"):
+        assert 0 <= results[key] <= 1
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in steps if "loss" in record]
+    assert [record["step"] for record in trained] == list(range(2, STEPS + 1, 2))
+    assert trained[-1].keys() >= {
+        "step", "epoch", "loss", "nll", "kl", "entropy", "lr", "ema", "images_per_s", "data_wait", "rank_me",
+    }  # fmt: skip
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "data_fingerprint" in (run / "config.yaml").read_text()
+
+    import relicctl as package
+
+    encoder = package.load_encoder(run)
+    with torch.no_grad():
+        features = encoder(encoder.transform(np.zeros((20, 30, 3), np.uint8))[None])
+    assert features.shape == (1, 512 // 8)
+
+
+def test_json_prints_one_object_with_the_figures(tiny, tmp_path, capsys):
+    assert pretrain(tiny, tmp_path / "run", "--json", "--set", "optim.max_steps=2") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["run"] == str(tmp_path / "run")
+    assert printed["steps"] == 2
+
+
+def test_max_steps_cuts_short_without_changing_the_schedule(tiny, tmp_path):
+    assert pretrain(tiny, tmp_path / "short", "--set", "optim.max_steps=5") == 0
+    assert pretrain(tiny, tmp_path / "whole") == 0
+    short, whole = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("short", "whole")
+    )
+    of = [{r["step"]: (r["lr"], r["ema"], r["loss"]) for r in records if "lr" in r} for records in (short, whole)]
+    assert of[0][4] == of[1][4]
+
+
+# Laws.
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert pretrain(tiny, tmp_path / name, "--seed", seed) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert not torch.equal(encoder_of(tmp_path / "a")["conv1.weight"], encoder_of(tmp_path / "c")["conv1.weight"])
+
+
+def test_any_number_of_workers_gives_the_same_run(tiny, tmp_path):
+    for workers in ("0", "1", "3"):
+        assert pretrain(tiny, tmp_path / workers, "--workers", workers, "--set", "data.cache=none") == 0
+    assert pretrain(tiny, tmp_path / "memory", "--set", "data.cache=memory") == 0
+    for other in ("1", "3", "memory"):
+        assert_same_run(tmp_path / "0", tmp_path / other)
+
+
+def test_evaluation_leaves_the_networks_alone(tiny, tmp_path):
+    assert pretrain(tiny, tmp_path / "on") == 0
+    assert pretrain(tiny, tmp_path / "no-probe", "--set", "eval.probe=false") == 0
+    assert pretrain(tiny, tmp_path / "off", "--set", "eval.every_epochs=0") == 0
+    for other in ("no-probe", "off"):
+        assert_same_tensors(final(tmp_path / "on")[0], final(tmp_path / other)[0])
+
+
+@pytest.mark.parametrize("cut", [1, 7, 8, 15])
+def test_a_run_cut_at_any_step_and_resumed_is_the_run_never_cut(tiny, tmp_path, cut):
+    """Cut by max_steps: before the first checkpoint falls due, between two, and at an evaluation."""
+    assert pretrain(tiny, tmp_path / "whole") == 0
+    run = tmp_path / "cut"
+    assert pretrain(tiny, run, "--set", f"optim.max_steps={cut}", "--set", "runtime.log_every=2") == 0
+    # a last step always logs and evaluates; a cut run is compared by what it trains
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.max_steps=16", "--quiet"]) == 0
+    whole, resumed = final(tmp_path / "whole")[0], final(run)[0]
+    assert_same_tensors(whole, resumed)
+
+
+def start(arguments: list[str], **more) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "relicctl", "pretrain", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run has logged a step as late as ``step``, or has ended."""
+    while process.poll() is None:
+        if (run / "metrics.jsonl").exists():
+            steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines() if x.endswith("}")]
+            if steps and steps[-1] >= step:
+                return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(tiny, tmp_path):
+    """SIGKILL at random moments, among them during a checkpoint's write; bit for bit, metrics too."""
+    slow = ["--config", str(tiny), "--quiet"]
+    assert pretrain(tiny, tmp_path / "whole") == 0
+    run, moments = tmp_path / "killed", random.Random(0)
+    arguments = [*slow, "--out", str(run)]
+    for step in (0, 4, 9):
+        process = start(arguments)
+        wait_for_step(run, step, process)
+        time.sleep(moments.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        arguments = [*slow, "--resume", str(run)]
+    process = start(arguments)
+    assert process.wait() == 0, process.stderr.read()
+    assert process.stdout.read() == f"{run}\n"
+    assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number, code):
+    undecoded = ["--set", "data.cache=none", "--workers", "1"]
+    assert pretrain(tiny, tmp_path / "whole", *undecoded) == 0
+    run = tmp_path / "run"
+    process = start(["--config", str(tiny), "--out", str(run), *undecoded])
+    wait_for_step(run, 4, process)
+    process.send_signal(number)
+    assert process.wait() == code
+    error = process.stderr.read()
+    assert f"relicctl pretrain --resume {run}" in error
+    assert "Traceback" not in error
+    assert process.stdout.read() == ""
+    saved = checkpoint.listed(run / "checkpoints")
+    assert relicctl(["pretrain", "--resume", str(run), "--quiet"]) == 0
+    assert saved
+    assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["objective=relic", "views.small.count=0", "loss.negatives=all"],
+        ["objective=simclr"],
+        ["objective=byol"],
+        ["objective=supervised"],
+        ["loss.invariance=swapped"],
+        ["loss.negatives=all"],
+        ["views.large.count=4", "views.small.count=2"],
+        ["views.large.count=2", "views.small.count=6"],
+        ["views.small.count=0", "optim.name=adamw", "optim.base_lr=0.01"],
+        ["model.stem=cifar", "optim.name=sgd", "optim.base_lr=0.1", "runtime.activation_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_every_objective_and_setup_trains_through_the_same_loop(tiny, tmp_path, sets):
+    assignments = [argument for assignment in [*sets, "optim.max_steps=4"] for argument in ("--set", assignment)]
+    assert pretrain(tiny, tmp_path / "run", *assignments) == 0
+    losses = [json.loads(x).get("loss") for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(loss) for loss in losses if loss is not None)
+
+
+def test_weights_to_start_from_are_in_the_network_at_step_zero(tiny, tmp_path):
+    assert pretrain(tiny, tmp_path / "first") == 0
+    still = ["--set", "optim.base_lr=1e-30", "--set", "optim.weight_decay=0", "--set", "optim.max_steps=1"]
+    assert pretrain(tiny, tmp_path / "second", "--init-from", str(tmp_path / "first"), *still, "--seed", "9") == 0
+    first, second = encoder_of(tmp_path / "first"), encoder_of(tmp_path / "second")
+    assert torch.equal(first["layer4.1.conv2.weight"], second["layer4.1.conv2.weight"])
+    untrained = json.loads((tmp_path / "second" / "results.json").read_text())["untrained_knn20"]
+    assert untrained == json.loads((tmp_path / "first" / "results.json").read_text())["knn20"]
+
+
+def test_divergence_is_told_with_the_last_good_checkpoint(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    blow_up = ["--set", "optim.name=sgd", "--set", "optim.base_lr=1e12", "--set", "optim.warmup_epochs=1"]
+    # every step is checked before it is saved: checkpoints hold finite numbers only
+    assert pretrain(tiny, run, *blow_up, "--set", "checkpoint.every_steps=1") == 4
+    error = capsys.readouterr().err
+    assert "not finite at step" in error
+    kept = checkpoint.listed(run / "checkpoints")
+    assert str(kept[-1]) in error
+    tensors, _ = checkpoint.load(kept[-1])
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+# Bad images.
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty small photos in two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "photos" / ("left", "right")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
+def test_a_corrupt_image_is_replaced_listed_and_the_run_goes_on(tiny, tmp_path, photos, cache):
+    (photos / "left" / "04.png").write_bytes(b"not a picture")
+    arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", f"data.cache={cache}"]
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, *arguments, "--set", "data.max_bad=0.05") == 0
+    listed = (run / "bad_images.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["left/04.png"]
+    assert json.loads((run / "results.json").read_text())["bad_images"] == 1
+    assert pretrain(tiny, tmp_path / "strict", *arguments) == 3
+
+
+def test_the_device_and_the_host_make_the_same_views_up_to_rounding(tiny, tmp_path, photos):
+    """The decoded-once road trains like the other: losses differ by resampling's rounding alone."""
+    losses = []
+    for cache in ("none", "device"):
+        run = tmp_path / cache
+        sets = ["--set", "eval.every_epochs=0", "--set", f"data.cache={cache}", "--set", "optim.max_steps=2"]
+        assert pretrain(tiny, run, "--data", str(photos), *sets) == 0
+        losses.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+# Bad input: exit code, two sentences, nothing left behind.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--data", "nowhere"], 3, "nowhere"),
+        (["--data", "EMPTY"], 3, "empty"),
+        (["--data", "NOARCHIVE"], 3, "archive"),
+        (["--set", "optim.batch_size=65"], 2, "larger than the data"),
+        (["--set", "optim.batch_size=1"], 2, "optim.batch_size"),
+        (["--set", "loss.negatives=8"], 2, "loss.negatives"),
+        (["--set", "views.large.size=100000"], 2, "memory"),
+        (["--set", "loss.temprature=1"], 2, "loss.temperature"),
+        (["--set", "loss.temperature=warm"], 2, "loss.temperature"),
+        (["--preset", "cifar10-r81"], 2, "cifar10-r18"),
+        (["--device", "cuda"], 2, "CUDA"),
+        (["--init-from", "PICKLE"], 2, "PICKLE"),
+        (["--init-from", "nowhere"], 2, "nowhere"),
+        (["--set", "data.subset=1000"], 2, "data.subset"),
+        (["--no-such-option"], 2, "--no-such-option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_gets_two_sentences_and_its_code(tiny, tmp_path, capsys, monkeypatch, arguments, code, says):
+    import pickle
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").mkdir()
+    Path("NOARCHIVE.zip").write_bytes(b"no archive at all")
+    Path("PICKLE").write_bytes(pickle.dumps({"weight": 1}))
+    arguments = [a + ".zip" if a == "NOARCHIVE" else a for a in arguments]
+    assert pretrain(tiny, Path("run"), *arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert says in captured.err
+    assert [line.split(":")[0].strip() for line in captured.err.splitlines()[-2:]] == ["error", "fix"]
+
+
+def test_a_folder_in_use_is_refused_with_the_ways_on(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=2") == 0
+    before = (run / "results.json").read_bytes()
+    assert pretrain(tiny, run) == 2
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("--resume", "--out", "--overwrite"))
+    assert (run / "results.json").read_bytes() == before
+    assert pretrain(tiny, run, "--overwrite", "--set", "optim.max_steps=3") == 0
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert pretrain(tiny, precious, "--overwrite") == 2  # not a run's folder: never deleted
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unwritable_out_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert pretrain(tiny, tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tiny, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=4") == 0
+    assert pretrain(tiny, other, "--set", "optim.max_steps=4", "--set", "model.width=0.25") == 0
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "model.width=0.25"]) == 2
+    assert "model.width" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+    assert relicctl(["pretrain", "--resume", str(run)]) == 2
+    assert "another architecture" in capsys.readouterr().err
+
+
+def test_a_broken_newest_checkpoint_costs_no_more_than_the_way_from_the_one_before(tiny, tmp_path, capsys):
+    assert pretrain(tiny, tmp_path / "whole") == 0
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=8") == 0
+    newest = checkpoint.listed(run / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.max_steps=16"]) == 0
+    assert newest.name in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", run)
+    for path in checkpoint.listed(run / "checkpoints"):
+        path.write_bytes(b"")
+    assert relicctl(["pretrain", "--resume", str(run)]) == 2
+
+
+def test_a_run_goes_on_only_with_the_images_it_was_started_with(tiny, tmp_path, photos, capsys):
+    run = tmp_path / "run"
+    arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", "optim.max_steps=2"]
+    assert pretrain(tiny, run, *arguments) == 0
+    moved = tmp_path / "moved"
+    photos.rename(moved)
+    assert relicctl(["pretrain", "--resume", str(run), "--data", str(moved), "--set", "optim.max_steps=3"]) == 0
+    (moved / "left" / "04.png").unlink()
+    assert relicctl(["pretrain", "--resume", str(run), "--data", str(moved), "--set", "optim.max_steps=4"]) == 3
+    assert "images are not those" in capsys.readouterr().err
+
+
+def test_two_runs_cannot_write_into_one_folder(tiny, tmp_path, capsys):
+    from relicctl.runs import RunFolder
+
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=2") == 0
+    holder = RunFolder.reopen(run, keep=2)
+    assert relicctl(["pretrain", "--resume", str(run)]) == 2
+    assert "Another process" in capsys.readouterr().err
+    holder.close()
+    assert relicctl(["pretrain", "--resume", str(run), "--quiet"]) == 0
+
+
+# Several processes.
+
+
+@pytest.mark.slow
+def test_torchrun_makes_one_run_of_two_processes(tiny, tmp_path):
+    """The weights after one step are those of one process up to float32's rounding; only one process writes."""
+    gentle = ["--set", "optim.name=sgd", "--set", "optim.warmup_epochs=0", "--set", "optim.max_steps=1"]
+    assert pretrain(tiny, tmp_path / "one", *gentle) == 0
+    two = torchrun(tiny, tmp_path / "two", *gentle)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == f"{tmp_path / 'two'}\n"
+    one, other = (checkpoint.load(checkpoint.listed(tmp_path / n / "checkpoints")[-1])[0] for n in ("one", "two"))
+    assert one.keys() == other.keys()
+    whole = torch.cat([t.flatten().double() for n, t in one.items() if n.startswith("optim.")]).norm()
+    for name, tensor in one.items():
+        if name.startswith("optim."):  # after one step the momentum is the gradient
+            assert (tensor - other[name]).norm() < 1e-4 * whole, name
+        assert (tensor.double() - other[name].double()).norm() < 1e-3 * tensor.double().norm().clamp_min(1), name
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_split_over_processes_is_refused(tiny, tmp_path):
+    two = torchrun(tiny, tmp_path / "two", "--set", "optim.batch_size=7")
+    assert two.returncode != 0
+    assert "cannot be split evenly over 2 processes" in two.stderr
+    assert not (tmp_path / "two").exists()
+
+
+def torchrun(tiny: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        *launch,
+        "-m",
+        "relicctl",
+        "pretrain",
+        "--config",
+        str(tiny),
+        "--out",
+        str(out),
+        "--quiet",
+    ]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], env=alone, capture_output=True, text=True, check=False)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
