@@ -21,6 +21,7 @@ app = typer.Typer(
     epilog="""\b
 Examples:
   relicctl pretrain --preset demo
+  relicctl linear-eval runs/demo
   relicctl presets ls""",
     rich_markup_mode=None,
     add_completion=False,
@@ -117,6 +118,85 @@ def pretrain(
     result = command.pretrain(resolved, told)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
         _emit(json.dumps(result, default=str) if as_json else str(result["run"]))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  relicctl linear-eval runs/demo
+  relicctl linear-eval random:runs/demo
+  relicctl linear-eval runs/demo --test swapped=shapes:backgrounds=swapped
+  relicctl linear-eval runs/demo random:runs/demo pixels:runs/demo --analysis
+  relicctl linear-eval torchvision:resnet50 --data photos.zip#train --val photos.zip#val
+  relicctl linear-eval --preset linear-imagenet runs/r50 --data imagenet/train --val imagenet/val
+  relicctl pretrain --preset demo | relicctl linear-eval -"""
+)
+def linear_eval(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN|WEIGHTS|-",
+            help="The encoder; - reads a path from stdin. Also random[:RUN], pixels[:RUN], torchvision:NAME. "
+            "More than one with --analysis.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Labelled training images; the run's where not given.")
+    ] = None,
+    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to test on.")] = None,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="NAME=DATA", help="Further test set, its classes known by name; repeatable."),
+    ] = None,
+    analysis: Annotated[
+        bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
+    ] = False,
+    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol; none is the fast one."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.rates=[0.3]; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one in the encoder's run.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="[DIR]", help="Go on with an evaluation; without DIR, with --out's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
+    from functools import partial
+
+    from relicctl.commands import linear_eval as command
+    from relicctl.commands.options import LinearOptions
+    from relicctl.config.linear import LinearConfig
+    from relicctl.config.resolve import resolve
+
+    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
+    ask = partial(resolve, preset, config, sets or (), options, schema=LinearConfig)
+    told = LinearOptions(
+        tuple(sources or ()), network, tuple(tests or ()), analysis, out, resume, overwrite, download, quiet
+    )
+    if dry_run:
+        _emit(command.dry_run(ask, told))
+        return
+    result = command.linear_eval(ask, told)
+    _emit(json.dumps(result) if as_json else result["run"])
 
 
 @app.command(

@@ -50,7 +50,7 @@ def step_memory(config: Config, networks: Siamese, precision: str, processes: in
         "gradients": weights,
         "optimiser": optimizer_states(config) * weights,
         "target": 4 * count(networks.target.parameters()) if networks.target is not None else 0,
-        "activations": (2 if precision == "bf16" else 4) * images * per_image,
+        "activations": (2 if precision == "bf16" else 4) * min(images, config.optim.microbatch or images) * per_image,
         "views": view_bytes(config, processes),
     }
 

@@ -126,18 +126,19 @@ class Pretraining:
 
 def build_networks(config: Config, classes: int = 0) -> Siamese:
     """Encoder, heads and target of an objective, initialised as a pure function of the seed."""
-    model, objective = config.model, config.objective
+    model, objective, microbatch = config.model, config.objective, config.optim.microbatch
     with seeded(counted_seed(config.seed, Stream.INIT)):
         encoder = build_encoder(
             model.arch, model.width, model.stem, model.padding, config.runtime.activation_checkpointing
         )
         head, predictor = model.projector, model.predictor
         if objective == "supervised":
-            return Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, target=False)
+            return Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False, microbatch)
         projector = MLPHead(encoder.feature_dim, head.hidden, head.out)
         if objective == "simclr":
-            return Siamese(encoder, projector, None, target=False)
-        return Siamese(encoder, projector, MLPHead(head.out, predictor.hidden, predictor.out), target=True)
+            return Siamese(encoder, projector, None, False, microbatch)
+        onward = MLPHead(head.out, predictor.hidden, predictor.out)
+        return Siamese(encoder, projector, onward, True, microbatch)
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

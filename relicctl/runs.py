@@ -32,6 +32,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
         self._lock = _lock(path) if writer else None
+        self._board: Any = None
 
     @classmethod
     def create(cls, path: Path, *, overwrite: bool, keep: int, writer: bool = True) -> RunFolder:
@@ -63,14 +64,31 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others write here."""
+        if self._board is not None:
+            self._board.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def write_tensorboard(self) -> None:
+        """From now on metrics go to RUN/tensorboard too. Raises UsageError when TensorBoard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                "runtime.tensorboard is true, but TensorBoard is not installed.", "pip install 'relicctl[tensorboard]'."
+            ) from None
+        if self._writer:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
         with open(self._metrics, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records so far; a last line that a kill cut short is left out."""

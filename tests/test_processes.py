@@ -23,15 +23,16 @@ from relicctl.pretraining import Pretraining
 BATCH, STEPS = 8, 5
 TINY = [
     "model.arch=resnet18", "model.width=0.125", "model.stem=stride2", "optim.batch_size=8", "optim.epochs=2",
-    "model.projector.hidden=16", "model.projector.out=8", "optim.warmup_epochs=0", "optim.base_lr=1.0",
+    "optim.warmup_epochs=0", "optim.base_lr=1.0",
 ]  # fmt: skip
-HEAD = ["model.predictor.hidden=16", "model.predictor.out=8"]
+PROJECTOR = ["model.projector.hidden=16", "model.projector.out=8"]
+HEADS = [*PROJECTOR, "model.predictor.hidden=16", "model.predictor.out=8"]
 CASES = {
-    "relicv2 sampled": ["loss.negatives=3", *HEAD],
-    "relicv2 all, swapped": ["loss.negatives=all", "loss.invariance=swapped", *HEAD],
-    "relic": ["objective=relic", *HEAD],
-    "byol": ["objective=byol", *HEAD],
-    "simclr": ["objective=simclr"],
+    "relicv2 sampled": ["loss.negatives=3", *HEADS],
+    "relicv2 all, swapped": ["loss.negatives=all", "loss.invariance=swapped", *HEADS],
+    "relic": ["objective=relic", *HEADS],
+    "byol": ["objective=byol", *HEADS],
+    "simclr": ["objective=simclr", *PROJECTOR],
     "supervised": ["objective=supervised"],
 }
 
@@ -44,11 +45,12 @@ def views(step: int) -> list[torch.Tensor]:
 def train(case: str, world: World) -> dict[str, torch.Tensor]:
     """Loss of every step, gradients of the first, and everything the networks hold after the last."""
     config = resolve(sets=[*TINY, *CASES[case]]).config
+    torch.set_default_dtype(torch.float64)
     task = Pretraining(
         config, classes=4, steps_per_epoch=10, total_steps=20,
         device=torch.device("cpu"), precision="fp32", world=world,
     )  # fmt: skip
-    task.state.double()
+    torch.set_default_dtype(torch.float32)
     first, last = world.rows(BATCH)
     seen: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
@@ -97,7 +99,9 @@ def test_k_processes_are_one(size, tmp_path):
             several = np.load(tmp_path / f"{case}-{rank}.npz")
             assert set(several) == set(one)
             for name, tensor in one.items():
-                np.testing.assert_allclose(several[name], tensor.numpy(), rtol=1e-6, atol=1e-9, err_msg=f"{case} {name}")
+                np.testing.assert_allclose(
+                    several[name], tensor.numpy(), rtol=1e-6, atol=1e-9, err_msg=f"{case} {name}"
+                )
 
 
 def test_rows_are_shared_out_evenly_or_the_batch_is_refused():

@@ -1,4 +1,4 @@
-"""What a pretraining command is told besides its config."""
+"""What a command is told besides its config."""
 
 from __future__ import annotations
 
@@ -17,4 +17,19 @@ class PretrainOptions:
     dry_run: bool = False
     download: bool = False
     json: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Which encoders are evaluated, on what further images, and where the results are written."""
+
+    sources: tuple[str, ...] = ()  # the first is evaluated; others stand beside it in the analysis
+    network: str = "online"
+    tests: tuple[str, ...] = ()  # NAME=DATA each
+    analysis: bool = False
+    out: Path | None = None  # None: a new folder linear-eval in the encoder's run
+    resume: str | None = None  # a folder of results; "": out
+    overwrite: bool = False
+    download: bool = False
     quiet: bool = False

@@ -70,6 +70,8 @@ def _run(
     evaluator = make_evaluator(config, data, device, console)
 
     run = open_run(resolved, options, resumed, world)
+    if config.runtime.tensorboard:
+        run.write_tensorboard()
     record = run_record(run, resolved, options, data, device)
     bad = BadImages(len(data.train), config.data.max_bad, run.add_bad_image, run.read_bad_images())
     feed = Feed(

@@ -24,14 +24,14 @@ def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
     return candidates[-1].parent
 
 
-def continued(resolved: Resolved, run: Path) -> Resolved:
-    """The run's own config, with what may change taken from the command line."""
+def continued(resolved: Resolved, run: Path, free: tuple[str, ...] = FREE_TO_CHANGE) -> Resolved:
+    """The run's own config, with what may change (keys that begin like ``free``) taken from the command line."""
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
     merged = rebase(resolved, run / "config.yaml")
     before = flatten(rebase(Resolved(resolved.config, {}), run / "config.yaml").config.model_dump())
     after = flatten(merged.config.model_dump())
-    changed = [k for k in after if after[k] != before[k] and not k.startswith(FREE_TO_CHANGE)]
+    changed = [k for k in after if after[k] != before[k] and not k.startswith(free)]
     if changed:
         raise UsageError(
             f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",

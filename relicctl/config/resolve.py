@@ -1,6 +1,7 @@
-"""From defaults, a preset, a file, --set and options to one Config, remembering where each value came from.
+"""From defaults, a preset, a file, --set and options to one config, remembering where each value came from.
 
-Layers are flat: a dict from dotted key (``optim.batch_size``) to value. A later layer wins.
+Layers are flat: a dict from dotted key (``optim.batch_size``) to value. A later layer wins. A preset or a file
+says with ``command:`` which command it is for, and so which keys there are; a preset without is for pretrain.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from relicctl.config import plain_yaml
+from relicctl.config.linear import LinearConfig
 from relicctl.config.presets import preset_path
 from relicctl.config.schema import Config, Section
 from relicctl.errors import UsageError
+
+SCHEMAS: dict[str, type[Section]] = {"pretrain": Config, "linear-eval": LinearConfig}
 
 OPTION_KEYS = {
     "data": "data.train",
@@ -33,11 +37,12 @@ OPTION_KEYS = {
 _DEFINITIONS: dict[str, dict[str, Any]] = {
     "relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"},
 }
-# Keys that an objective never reads: refused in --set, where they would be ignored in silence.
+# Keys that an objective or a protocol never reads: refused in --set, where they would be ignored in silence.
 _UNREAD = {
     "byol": ("loss.",),
     "simclr": ("loss.alpha", "loss.beta", "loss.negatives", "loss.invariance", "target.", "model.predictor."),
     "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
+    "fast": ("crop.", "data.cache", "runtime.precision"),
 }
 
 
@@ -45,7 +50,7 @@ _UNREAD = {
 class Resolved:
     """A config and where each value came from, by dotted key: default, preset NAME, file PATH, --set, ..."""
 
-    config: Config
+    config: Any
     origin: dict[str, str]
     preset: str | None = None
 
@@ -53,36 +58,32 @@ class Resolved:
 class _Layers:
     """Values and origins while they pile up; every key is checked as it comes."""
 
-    def __init__(self) -> None:
-        self.values = flatten(Config().model_dump())
+    def __init__(self, schema: type[Section]) -> None:
+        self.schema = schema
+        self.values = flatten(schema().model_dump(), schema=schema)
         self.origin = dict.fromkeys(self.values, "default")
 
     def put(self, name: str, value: Any, where: str) -> None:
         if name not in self.values:
-            raise _unknown(name, where)
+            raise _unknown(name, where, self.schema)
         self.values[name] = value
         self.origin[name] = where
 
     def put_all(self, content: dict[str, Any], where: str) -> None:
-        for name, value in flatten(content).items():
+        for name, value in flatten(content, schema=self.schema).items():
             self.put(name, value, where)
 
-    def put_preset(self, name: str) -> None:
-        content = plain_yaml.load_mapping(preset_path(name))
-        if (parent := content.pop("extends", None)) is not None:
-            self.put_preset(str(parent))
-        self.put_all(content, f"preset {name}")
-
-    def config(self) -> Config:
-        objective = self.values["objective"]
-        if isinstance(objective, str):
-            for name, value in _DEFINITIONS.get(objective, {}).items():
+    def config(self) -> Any:
+        kind = "objective" if "objective" in self.values else "protocol"
+        choice = self.values[kind]
+        if isinstance(choice, str):
+            for name, value in _DEFINITIONS.get(choice, {}).items():
                 if self.values[name] != value and self.origin[name].startswith(("default", "preset")):
-                    self.put(name, value, f"objective {objective}")
+                    self.put(name, value, f"{kind} {choice}")
             for name, where in self.origin.items():
-                if where == "--set" and name.startswith(_UNREAD.get(objective, ())):
-                    raise UsageError(f"{name} means nothing to objective {objective}.", "Leave it out.")
-        return _validated(self.values, self.origin)
+                if where == "--set" and name.startswith(_UNREAD.get(choice, ())):
+                    raise UsageError(f"{name} means nothing to {kind} {choice}.", "Leave it out.")
+        return _validated(self.values, self.origin, self.schema)
 
 
 def resolve(
@@ -90,24 +91,31 @@ def resolve(
     config_file: Path | None = None,
     sets: Iterable[str] = (),
     options: dict[str, Any] | None = None,
+    *,
+    schema: type[Section] | None = None,
+    base: dict[str, Any] | None = None,
 ) -> Resolved:
-    """Defaults < preset < file < --set < options.
+    """Defaults < ``base`` < preset < file < --set < options.
 
     ``options`` goes by OPTION_KEYS' names, None meaning not given. A preset or a file may say
-    ``extends: PRESET``. Raises UsageError for whatever is wrong.
+    ``extends: PRESET``. ``schema``: the keys of the command that asks; None = of the command that preset or
+    file are for. ``base``: dotted keys taken from the run that is worked on. Raises UsageError for whatever is wrong.
     """
-    layers = _Layers()
-    if preset is not None:
-        layers.put_preset(preset)
+    contents = _preset_contents(preset) if preset is not None else []
     if config_file is not None:
         content = _without_record(plain_yaml.load_mapping(config_file))
         if (parent := content.pop("extends", None)) is not None:
             if preset is not None:
                 raise UsageError(f"{config_file} already extends preset {parent}.", "Leave out --preset.")
-            layers.put_preset(str(parent))
-        layers.put_all(content, f"file {config_file}")
+            contents = _preset_contents(str(parent))
+        contents.append((f"file {config_file}", content))
+    layers = _Layers(_schema_of(contents, schema))
+    for name, value in (base or {}).items():
+        layers.put(name, value, "run")
+    for where, content in contents:
+        layers.put_all(content, where)
     for assignment in sets:
-        layers.put(*_assignment(assignment), "--set")
+        layers.put(*_assignment(assignment, layers.schema), "--set")
     for name, value in (options or {}).items():
         if value is not None:
             layers.put(OPTION_KEYS[name], value, f"--{name}")
@@ -116,9 +124,10 @@ def resolve(
 
 def rebase(resolved: Resolved, run_config: Path) -> Resolved:
     """The config of an earlier run, with what the user gave by file, --set or option on top of it."""
-    layers = _Layers()
-    layers.put_all(_without_record(plain_yaml.load_mapping(run_config)), "run")
-    given = flatten(resolved.config.model_dump())
+    content = _without_record(plain_yaml.load_mapping(run_config))
+    layers = _Layers(_schema_of([(str(run_config), content)], type(resolved.config)))
+    layers.put_all(content, "run")
+    given = flatten(resolved.config.model_dump(), schema=layers.schema)
     for name, where in resolved.origin.items():
         if where.startswith(("file", "--")):
             layers.put(name, given[name], where)
@@ -127,12 +136,13 @@ def rebase(resolved: Resolved, run_config: Path) -> Resolved:
 
 def load_run_config(path: Path) -> Config:
     """The config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
-    return resolve(config_file=path).config
+    return resolve(config_file=path, schema=Config).config
 
 
-def dump_yaml(config: Config, origin: dict[str, str] | None = None) -> str:
+def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
     """The config as YAML, every key written out; with ``origin``, comments say where each value came from."""
-    lines: list[tuple[str, str]] = []
+    command = command_of(type(config))
+    lines = [] if command == "pretrain" else [(f"command: {command}", "")]
 
     def walk(content: dict[str, Any], prefix: str, indent: str) -> None:
         for name, value in content.items():
@@ -148,19 +158,19 @@ def dump_yaml(config: Config, origin: dict[str, str] | None = None) -> str:
     return "".join(f"{line:<{column}}{comment}".rstrip() + "\n" for line, comment in lines)
 
 
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = Config) -> dict[str, Any]:
     """Nested sections as one dict of dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in leaves():
-            flat |= flatten(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and f"{prefix}{name}" not in leaves(schema):
+            flat |= flatten(value, f"{prefix}{name}.", schema)
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
 @cache
-def leaves() -> dict[str, FieldInfo]:
+def leaves(schema: type[Section] = Config) -> dict[str, FieldInfo]:
     """Every dotted key that holds a value, in the schema's order."""
 
     def walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
@@ -170,7 +180,38 @@ def leaves() -> dict[str, FieldInfo]:
             else:
                 yield prefix + name, field
 
-    return dict(walk(Config, ""))
+    return dict(walk(schema, ""))
+
+
+def command_of(schema: type[Section]) -> str:
+    """The command whose keys these are."""
+    return next(name for name, known in SCHEMAS.items() if known is schema)
+
+
+def _preset_contents(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """What a preset says, after what it extends: pairs of origin and content."""
+    content = plain_yaml.load_mapping(preset_path(name))
+    parent = content.pop("extends", None)
+    return [*(_preset_contents(str(parent)) if parent is not None else []), (f"preset {name}", content)]
+
+
+def _schema_of(contents: list[tuple[str, dict[str, Any]]], schema: type[Section] | None) -> type[Section]:
+    """The one schema that all ``contents`` are for, whose ``command`` is taken out. UsageError if they differ.
+
+    Presets and runs without one are pretrain's; a user's file may leave it to the command that reads it.
+    """
+    for where, content in contents:
+        command = content.pop("command", None if where.startswith("file") else "pretrain")
+        if command is None:
+            continue
+        if command not in SCHEMAS:
+            raise UsageError(f"command cannot be {command!r} (from {where}).", f"Write {_either(SCHEMAS)}.")
+        if schema not in (None, SCHEMAS[command]):
+            raise UsageError(
+                f"{where} is for `relicctl {command}`, not for {command_of(schema)}.", "Give another, or none."
+            )
+        schema = SCHEMAS[command]
+    return schema or Config
 
 
 def _without_record(content: dict[str, Any]) -> dict[str, Any]:
@@ -178,13 +219,13 @@ def _without_record(content: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != "run"}
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def _assignment(text: str, schema: type[Section]) -> tuple[str, Any]:
     """KEY=VALUE, split at the first "="; text keys take VALUE as it stands, others read it as YAML."""
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
         raise UsageError(f"--set {text!r} is no KEY=VALUE.", "Write it like --set optim.batch_size=256.")
-    if name in leaves() and leaves()[name].annotation == str | None:
+    if name in leaves(schema) and leaves(schema)[name].annotation == str | None:
         return name, None if value in ("null", "") else value
     try:
         return name, plain_yaml.load(value)
@@ -203,42 +244,44 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _validated(values: dict[str, Any], origin: dict[str, str]) -> Config:
+def _validated(values: dict[str, Any], origin: dict[str, str], schema: type[Section]) -> Section:
     try:
-        return Config.model_validate(_nested(values))
+        return schema.model_validate(_nested(values))
     except ValidationError as reason:
         loc = [str(part) for part in reason.errors()[0]["loc"]]
-        name = next(key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in leaves())
-        field = leaves()[name]
+        name = next(key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in leaves(schema))
+        field = leaves(schema)[name]
         raise UsageError(
             f"{name} cannot be {plain_yaml.dump_value(values[name])[:80]} (from {origin[name]}).",
-            f"Give {allowed(name)}: {field.description}.",
+            f"Give {allowed(name, schema)}: {field.description}.",
         ) from None
 
 
-def _unknown(name: str, where: str) -> UsageError:
-    inside = [key for key in leaves() if key.startswith(f"{name}.")]
+def _unknown(name: str, where: str, schema: type[Section]) -> UsageError:
+    known = leaves(schema)
+    inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
         return UsageError(f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_either(inside)}.")
-    last = {key: key.rpartition(".")[2] for key in leaves()}
-    close = difflib.get_close_matches(name, leaves(), 3, 0.7)
+    last = {key: key.rpartition(".")[2] for key in known}
+    close = difflib.get_close_matches(name, known, 3, 0.7)
     close += [
         key
-        for key in leaves()
+        for key in known
         if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8 and key not in close
     ]
-    fix = f"Did you mean {_either(close[:3])}?" if close else "`relicctl pretrain --dry-run` lists all keys."
+    listing = f"`relicctl {command_of(schema)} --dry-run` lists all keys."
+    fix = f"Did you mean {_either(close[:3])}?" if close else listing
     return UsageError(f"There is no key {name!r} (from {where}).", fix)
 
 
-def allowed(name: str) -> str:
+def allowed(name: str, schema: type[Section] = Config) -> str:
     """In words, the values that a key takes: "a whole number from 1 or null"."""
-    schema = Config.model_json_schema()
-    node = schema
+    whole = schema.model_json_schema()
+    node = whole
     for part in name.split("."):
         node = node["properties"][part]
         if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+            node = whole["$defs"][node["$ref"].rpartition("/")[2]]
     return _in_words(node)
 
 
@@ -263,6 +306,8 @@ def _in_words(node: dict[str, Any]) -> str:
         return _either(_in_words(choice) for choice in node["anyOf"])
     if "enum" in node or "const" in node:
         return _either(node.get("enum") or [node["const"]])
+    if node["type"] == "array" and "items" in node:
+        return f"a list, each {_in_words(node['items'])}"
     if node["type"] == "array":
         return f"a pair [a, b], each {_in_words(node['prefixItems'][0])}"
     limits = [f"{word} {node[limit]:g}" for limit, word in _LIMITS.items() if limit in node]

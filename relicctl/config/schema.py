@@ -36,7 +36,7 @@ class Head(Section):
     out: Count = key(256, "dimensions of the output")
 
 
-class Model(Section):
+class Network(Section):
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"] = key(
         "resnet50", "encoder, in torchvision's layout (stride on the 3x3)"
     )
@@ -48,6 +48,9 @@ class Model(Section):
     padding: Literal["symmetric", "same"] = key(
         "symmetric", "symmetric as in torchvision, or TensorFlow's SAME (asymmetric at stride 2)"
     )
+
+
+class Model(Network):
     projector: Head = key(Head(), "linear, batch norm, ReLU, linear; on both networks")
     predictor: Head = key(Head(), "built like the projector; on the online network only")
 
@@ -122,7 +125,11 @@ class Optim(Section):
     warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
     epochs: Count = key(1000, "passes over the data; they set the schedules")
     max_steps: Count | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
-    microbatch: Count | None = key(None, "images per process and forward pass; null = its share of the batch")
+    microbatch: Count | None = key(
+        None,
+        "images per process that pass the networks at a time, computed twice to save memory: the loss is that of the "
+        "whole batch, BatchNorm is over the microbatch; null = all at once",
+    )
 
 
 class Data(Section):
@@ -155,20 +162,23 @@ class Checkpoint(Section):
     keep: Count = key(2, "newest checkpoints kept")
 
 
-class Runtime(Section):
+class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = cuda where there is one")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
         "auto", "processes that decode and crop, beside each training process; 0 = none beside it"
     )
-    compile: bool = key(False, "torch.compile the networks")
     precision: Literal["auto", "fp32", "bf16"] = key(
         "auto", "of the networks' forward pass; auto = bf16 where the hardware computes in it, else fp32"
     )
+    threads: Count | None = key(None, "torch's CPU threads; null = torch's own choice")
+    log_every: Count = key(50, "steps between two lines of metrics")
+
+
+class Runtime(Machine):
+    compile: bool = key(False, "torch.compile the networks")
     activation_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
     )
-    threads: Count | None = key(None, "torch's CPU threads; null = torch's own choice")
-    log_every: Count = key(50, "steps between two lines of metrics")
     tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -20,13 +20,17 @@ CHUNK = 128
 
 
 class EvalImages:
-    """The centre crops of a source's images, in chunks of uint8 ``[n, size, size, 3]``; kept when they are small."""
+    """The centre crops of a source's images, in chunks of uint8 ``[n, size, size, 3]``; kept when they are small.
+
+    ``bad``: after a pass, what is wrong with each image that could not be decoded and was replaced by the next.
+    """
 
     def __init__(self, source: Source, size: int, crop_ratio: float) -> None:
         self._source, self._size, self._ratio = source, size, crop_ratio
         self.labels = source.labels
         self._keep = len(source) * size * size * 3 <= GIB
         self._kept: list[np.ndarray] = []
+        self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -45,7 +49,8 @@ class EvalImages:
         self._kept = made
 
     def _crop(self, index: int) -> np.ndarray:
-        image, _, _ = load_or_next(self._source, index)
+        image, _, passed = load_or_next(self._source, index)
+        self.bad.update(passed)
         height, width = image.shape[:2]
         return host_crops(image, eval_box(height, width, self._ratio)[None], self._size)[0]
 
@@ -63,8 +68,8 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             m.training = mode
 
 
-def extract(encoder: nn.Module, images: EvalImages, device: torch.device) -> torch.Tensor:
-    """float32 ``[N, F]`` features on ``device``, in float32 arithmetic."""
+def extract(encoder: nn.Module, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
+    """float32 ``[N, F]`` features on ``device``, in float32 arithmetic; ``images`` as EvalImages gives them."""
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(STD, device=device).view(3, 1, 1)
     with frozen(encoder):

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 TEMPERATURE = 0.07
-CHUNK = 1024
+SIMILARITIES = 2**27  # held at once
 
 
 def knn_accuracy(
@@ -22,12 +22,13 @@ def knn_accuracy(
     bank = normalize(bank_NF.float(), dim=1)
     classes = int(torch.cat([bank_labels, labels]).max()) + 1
     right = dict.fromkeys(ks, 0)
-    for first in range(0, len(queries_MF), CHUNK):
-        queries = normalize(queries_MF[first : first + CHUNK].float(), dim=1)
+    chunk = max(1, min(1024, SIMILARITIES // len(bank)))
+    for first in range(0, len(queries_MF), chunk):
+        queries = normalize(queries_MF[first : first + chunk].float(), dim=1)
         similarity, nearest = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
         weights = (similarity / temperature).exp()
         for k in ks:
             votes = weights.new_zeros(len(queries), classes)
             votes.scatter_add_(1, bank_labels[nearest[:, :k]], weights[:, :k])
-            right[k] += int((votes.argmax(1) == labels[first : first + CHUNK]).sum())
+            right[k] += int((votes.argmax(1) == labels[first : first + chunk]).sum())
     return {k: count / len(labels) for k, count in right.items()}

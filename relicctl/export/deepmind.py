@@ -40,7 +40,7 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     params, state = _online(path, load_pickle(path))
     arrays = {**_arrays(params), **_arrays(state)}
-    prefix, arch, channels, device_axis = _network(path, arrays)
+    prefix, arch, channels = _network(path, arrays)
     width = channels / 64
     with torch.device("meta"):
         expected = build_encoder(arch, width, padding="same").state_dict()
@@ -54,7 +54,7 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         elif not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             wrong.append(f"{names[name]} is {'missing' if array is None else 'no array of floats'}")
         else:
-            array = _first_device(array) if device_axis else array
+            array = array[0] if array.ndim == 5 and len(array) else array  # Haiku's own have four axes
             ours = array.transpose(3, 2, 0, 1) if array.ndim == like.ndim == 4 else array.reshape(-1)
             if ours.shape != like.shape:
                 wrong.append(f"{names[name]} is {list(array.shape)}, not fit for {list(like.shape)}")
@@ -64,7 +64,8 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     known |= {key.replace(" average", f" {other}") for key in known for other in ("counter", "hidden")}
     wrong += [f"{key} is unexpected" for key in arrays if key.startswith(prefix) and key not in known]
     if wrong:
-        raise UsageError(f"The tensors of {path} do not fit {arch} of width {width:g}: {', '.join(wrong)}.", FIX)
+        listed = ascii(", ".join(wrong))[1:-1]  # names from a file may hold anything
+        raise UsageError(f"The tensors of {path} do not fit {arch} of width {width:g}: {listed}.", FIX)
     return tensors, {
         "arch": arch,
         "width": str(width),
@@ -98,8 +99,9 @@ def _fields(experiment: Instance) -> Tree:
     if experiment.type.fields:
         return dict(zip(experiment.type.fields, experiment.args, strict=False))
     trees = [tree for tree in experiment.args if isinstance(tree, dict)]
-    first = lambda part: next((tree for tree in trees if any(part in str(module) for module in tree)), None)  # noqa
-    return {"online_params": first("initial_conv"), "online_state": first("mean_ema")}
+    params = (tree for tree in trees if any("initial_conv" in str(module) for module in tree))
+    states = (tree for tree in trees if any("mean_ema" in str(module) for module in tree))
+    return {"online_params": next(params, None), "online_state": next(states, None)}
 
 
 def _arrays(tree: Tree) -> dict[str, Any]:
@@ -113,8 +115,8 @@ def _arrays(tree: Tree) -> dict[str, Any]:
     }
 
 
-def _network(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int, bool]:
-    """Prefix of the ResNet's names, arch, the stem's channels, and whether arrays have a device axis."""
+def _network(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int]:
+    """Prefix of the ResNet's names, arch, and the stem's channels."""
     stems = [key for key in arrays if re.fullmatch(r"(.*/)?initial_conv w", key)]
     if len(stems) == 1:
         stem, prefix = arrays[stems[0]], stems[0].removesuffix("initial_conv w")
@@ -124,8 +126,8 @@ def _network(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int, bool]:
         version_1 = f"{prefix}initial_batchnorm scale" in arrays
         for arch, (block, depths) in ARCHITECTURES.items():
             fits = depths == tuple(map(groups.count, "0123")) and (block is Bottleneck) == bottleneck and version_1
-            if fits and isinstance(stem, np.ndarray) and stem.ndim in (4, 5) and stem.shape[-1]:
-                return prefix, arch, stem.shape[-1], stem.ndim == 5
+            if fits and isinstance(stem, np.ndarray) and stem.ndim in (4, 5) and stem.size:
+                return prefix, arch, stem.shape[-1]
     raise UsageError(f"The online network of {path} is no ResNet v1 of a known depth.", FIX)
 
 
@@ -137,11 +139,10 @@ def _haiku_name(name: str) -> str:
         module = {"conv1": "initial_conv", "bn1": "initial_batchnorm"}[module]
     else:
         stage, block, kind, number, shortcut = place.groups()
-        kind = kind or ("conv", "bn")[int(shortcut)]
-        layer = {"conv": "conv", "bn": "batchnorm"}[kind]
+        layer = "conv" if kind == "conv" or shortcut == "0" else "batchnorm"
         layer = f"{layer}_{int(number) - 1}" if number else f"shortcut_{layer}"
         module = f"block_group_{int(stage) - 1}/block_{block}/{layer}"
-    if module.rpartition("/")[2].count("conv"):
+    if "batchnorm" not in module:
         return f"{module} w"
     parts = {"weight": " scale", "bias": " offset"}
     return module + (parts.get(parameter) or f"/{parameter.removeprefix('running_')}_ema average")

@@ -16,10 +16,11 @@ import mmap
 import pickletools
 import re
 import sys
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 import numpy as np
 
@@ -67,7 +68,8 @@ class _Refused(Exception):
 def load_pickle(path: Path) -> Any:
     """The content of a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``Instance``s.
 
-    Arrays are read-only or not, as numpy finds them, and may have a foreign byte order. UsageError if the file
+    JAX's arrays come as numpy's; ordered and default dictionaries, and Haiku's, as plain ones. Arrays may be
+    read-only and have a foreign byte order. UsageError if the file
     cannot be read, is no whole pickle, or names what is not admitted: the name is in the message.
     """
     try:
@@ -97,7 +99,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for opcode, argument, _ in pickletools.genops(self.data):  # checks lengths against the file
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], self.data)):  # checks lengths against the file
             self.spend(1)
             if opcode.name == "STOP":
                 break
@@ -112,7 +114,7 @@ class _Machine:
     def step(self, opcode: str, argument: Any) -> None:
         stack = self.stack
         match opcode:
-            case _ if opcode in _PUSHES:
+            case _ if opcode in _LITERALS:
                 stack.append(argument)
             case "PROTO" | "FRAME":
                 pass
@@ -225,16 +227,11 @@ class _Machine:
                 return {}
             case ("haiku._src.data_structures", "FlatMapping" | "FlatMap" | "frozendict"), (dict(mapping),):
                 return mapping
-            case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), *_):
+            case ("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), *_):
                 return _Unfinished(_array)
-            case ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar"), (np.dtype() as dtype, bytes(data)):
+            case ("numpy.core.multiarray", "scalar"), (np.dtype() as dtype, bytes(data)):
                 return _view(data, dtype, (), "C")[()]
-            case ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer"), (
-                data,
-                dtype,
-                shape,
-                "C" | "F" as order,
-            ):
+            case ("numpy.core.numeric", "_frombuffer"), (data, dtype, shape, order):
                 return _view(data, dtype, shape, order)
             case ("numpy", "dtype"), (str(code), *_):
                 return _Unfinished(lambda state: _dtype(code, state))
@@ -251,11 +248,12 @@ class _Machine:
         return Instance(_foreign(name), arguments)
 
 
-_PUSHES = frozenset(
-    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
-    SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split()
-)
-_ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
+# the opcodes that push their argument, as it stands in the file
+_LITERALS = {
+    opcode.name
+    for opcode in pickletools.opcodes
+    if opcode.arg and not opcode.stack_before and opcode.stack_after not in ([], [pickletools.anyobject])
+}
 # functions that take numpy's (function, arguments, state, something of their own) and return the array
 _WRAPPERS = {
     ("dill._dill", "_create_array"),
@@ -264,9 +262,11 @@ _WRAPPERS = {
 }
 _KNOWN = {
     *_WRAPPERS,
-    *((module, name) for module in _ARRAY_MODULES for name in ("_reconstruct", "scalar")),
-    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
-    *(("numpy", name) for name in ("dtype", "ndarray")),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
     *(("haiku._src.data_structures", name) for name in ("FlatMapping", "FlatMap", "frozendict")),
     *(("collections", name) for name in ("OrderedDict", "defaultdict")),
     *(("builtins", name) for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "set", "str")),
@@ -274,16 +274,15 @@ _KNOWN = {
     ("_codecs", "encode"),
 }
 # Packages whose classes get no stand-in. It would be harmless, but a file that names them is not what it should be.
-_NEVER_FOREIGN = sys.stdlib_module_names | {"__builtin__", "numpy", "torch", "dill", "cloudpickle"}
+_NEVER_FOREIGN = sys.stdlib_module_names | {"numpy", "torch", "dill", "cloudpickle"}
 
 
 def _admitted(module: Any, name: Any) -> Name:
     """The name, if it is known or looks like a class (capitalised) of a package outside the standard library."""
-    found = Name(_exactly(module, str), _exactly(name, str))
-    if len(module) + len(name) > 500:
+    if len(_exactly(module, str)) + len(_exactly(name, str)) > 500:
         raise ValueError
-    if found.module == "__builtin__":  # Python 2's name, which protocols up to 2 use
-        found = Name("builtins", found.name)
+    module = IMPORT_MAPPING.get(module, module)  # protocols up to 2 write Python 2's names
+    found = Name(module.replace("numpy._core.", "numpy.core."), name)  # since numpy 2, and before
     return found if (found.module, found.name) in _KNOWN else _foreign(found)
 
 
@@ -322,7 +321,7 @@ def _view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         raise TypeError
     if len(_exactly(shape, tuple)) > MAX_AXES or any(not 0 <= _exactly(size, int) <= sys.maxsize for size in shape):
         raise ValueError
-    if math.prod(shape) * dtype.itemsize != len(data):
+    if order not in ("C", "F") or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError
     return np.ndarray(shape, dtype, buffer=data, order=order)
 
@@ -330,7 +329,7 @@ def _view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 def _dtype(code: str, state: Any) -> np.dtype:
     """Of numbers and booleans; objects, text, records and types of other packages are refused."""
     if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
-        raise _Refused(f"it has an array of type {ascii(code[:20])}, not of numbers")
+        raise _Refused(f"it has an array of type {code[:20]!a}, not of numbers")
     _, order, *compound = _exactly(state, tuple)[:5]
     if order not in ("<", ">", "|", "=") or compound != [None, None, None]:
         raise ValueError

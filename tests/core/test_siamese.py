@@ -148,3 +148,28 @@ def test_any_module_serves_as_projector():
     encoder = build_encoder("resnet18", 0.125, "cifar")
     net = Siamese(encoder, nn.Linear(encoder.feature_dim, 10), None, target=False)
     assert net.online_forward([views(2, 8)])[1].shape == (2, 3, 10)
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_norm():
+    """Against the parts run one by one and kept: same outputs, gradients and running statistics, bit for bit."""
+    views = [torch.randn(2, 6, 3, 16, 16), torch.randn(1, 6, 3, 8, 8)]
+    weights = torch.randn(3, 6, 8)
+
+    def build(microbatch):
+        with seeded(0):
+            encoder = build_encoder("resnet18", 0.125, "stride2")
+            return Siamese(encoder, MLPHead(64, 16, 8), MLPHead(8, 16, 8), True, microbatch)
+
+    cached, plain = build(2), build(None)
+    outputs = cached.online_forward(views)[1]
+    (outputs * weights).sum().backward()
+    parts = [plain.online_forward([view[:, i : i + 2] for view in views])[1] for i in (0, 2, 4)]
+    (torch.cat(parts, 1) * weights).sum().backward()
+
+    assert torch.equal(outputs, torch.cat(parts, 1))
+    for (name, p), q in zip(cached.online.named_parameters(), plain.online.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, p), q in zip(cached.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(p, q), name
+    expected = torch.cat([plain.target_forward(views[0][:, i : i + 2]) for i in (0, 2, 4)], 1)
+    assert torch.equal(cached.target_forward(views[0]), expected)

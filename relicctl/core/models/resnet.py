@@ -12,15 +12,15 @@ Convolutions start from He's normal distribution over the fan-out, as in torchvi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from relicctl.core.models.recompute import recomputed
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -70,11 +70,7 @@ class ResNet(nn.Module):
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
             return block(x)
-        # Compiled code moves the running statistics once by itself, and takes no context.
-        keys: dict[str, Any] = {}
-        if not torch.compiler.is_compiling():
-            keys["context_fn"] = lambda: (nullcontext(), _running_statistics_untouched(block))
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **keys)
+        return recomputed(block, block, x)
 
 
 def build_encoder(
@@ -123,21 +119,6 @@ def _stage(
         downsample = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
     first = block(channels, planes, stride, downsample)
     return nn.Sequential(first, *(block(out, planes) for _ in range(1, depth)))
-
-
-@contextmanager
-def _running_statistics_untouched(block: nn.Module) -> Iterator[None]:
-    """For the second computation of a block: batch statistics as the first time, but not counted twice."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm in norms:
-        for name, buffer in norm.named_buffers(recurse=False):
-            norm._buffers[name] = buffer.clone()  # copies take the second update
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
 
 
 def _pad_same(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from relicctl.core.models.recompute import recomputed
+
 
 class Siamese(nn.Module):
     """``online``: encoder, projector, predictor if there is one. ``target``: encoder and projector, or None.
@@ -18,10 +20,22 @@ class Siamese(nn.Module):
     The target starts as a copy of the online network and is never trained: ``update_target`` moves it.
     In train mode both run BatchNorm on the batch, each with running statistics of its own.
     What makes a BatchNorm batch is our choice: all views of one size in the encoders, all views in the heads.
+
+    With ``microbatch`` so many images pass at a time and leave only their outputs; the backward pass computes each
+    microbatch again. The loss still sees the whole batch and its gradient is exact, but each microbatch has
+    BatchNorm statistics of its own. (Gao et al., arXiv 2101.06983, cache gradients to the same end.)
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, target: bool) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module | None,
+        target: bool,
+        microbatch: int | None = None,
+    ) -> None:
         super().__init__()
+        self.microbatch = microbatch
         self.online = nn.ModuleDict({"encoder": encoder, "projector": projector})
         self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
         if predictor is not None:
@@ -36,6 +50,14 @@ class Siamese(nn.Module):
 
         V is the sum of the V_i. One encoder forward per size; the memory format of the views is kept.
         """
+        parts = self._microbatches(views)
+        if len(parts) == 1:
+            return self._online_part(*views)
+        made = [recomputed(self._online_part, self.online, *part) for part in parts]
+        features, outputs = zip(*made, strict=True)
+        return torch.cat(features, 1), torch.cat(outputs, 1)
+
+    def _online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         features = torch.cat([self.online["encoder"](view.flatten(0, 1)) for view in views])
         outputs = self.online["projector"](features)
         if "predictor" in self.online:
@@ -47,8 +69,14 @@ class Siamese(nn.Module):
     def target_forward(self, large: Tensor) -> Tensor:
         """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
         assert self.target is not None, "this objective has no target network"
-        projections = self.target["projector"](self.target["encoder"](large.flatten(0, 1)))
-        return projections.unflatten(0, large.shape[:2])
+        parts = [part.flatten(0, 1) for (part,) in self._microbatches([large])]
+        projections = [self.target["projector"](self.target["encoder"](part)) for part in parts]
+        return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
+
+    def _microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The views, cut along their images."""
+        images = self.microbatch or views[0].shape[1]
+        return list(zip(*(view.split(images, 1) for view in views), strict=True))
 
     @torch.no_grad()
     def update_target(self, gamma: float) -> None:

@@ -1,0 +1,38 @@
+"""Compute twice to keep less: the part's input is kept for the backward pass, everything inside is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Any], module: nn.Module, *inputs: Any) -> Any:
+    """``function(*inputs)``, which runs ``module`` and draws no random numbers; same values and gradients.
+
+    BatchNorm sees the batch twice but counts it once in its running statistics.
+    """
+    # Compiled code moves the running statistics once by itself, and takes no context.
+    keys: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        keys["context_fn"] = lambda: (nullcontext(), _running_statistics_untouched(module))
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **keys)
+
+
+@contextmanager
+def _running_statistics_untouched(module: nn.Module) -> Iterator[None]:
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        for name, buffer in norm.named_buffers(recurse=False):
+            norm._buffers[name] = buffer.clone()  # copies take the second update
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

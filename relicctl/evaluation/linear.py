@@ -1,0 +1,139 @@
+"""Linear classifiers on frozen features, one for each learning rate, trained side by side by the training loop.
+
+All rates see the same batches, and one matrix product serves them all. That each has its own rate costs nothing:
+momentum SGD without weight decay is linear in its gradients, so a rate is a weight of its classifier's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from relicctl.core.schedules import learning_rate
+from relicctl.data.feed import Feed
+from relicctl.data.sampler import Sampler
+
+
+class Classifiers(nn.Module):
+    """Features ``[B, F]`` -> logits ``[B, C, R]``. All start at zero; ``rates`` ``[R]`` go into checkpoints too."""
+
+    rates: Tensor
+
+    def __init__(self, features: int, classes: int, rates: tuple[float, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features, classes * len(rates)))
+        self.bias = nn.Parameter(torch.zeros(classes * len(rates)))
+        self.register_buffer("rates", torch.tensor(rates, dtype=torch.float64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.addmm(self.bias, features, self.weight).unflatten(1, (-1, len(self.rates)))
+
+    def linear(self, number: int) -> Linear:
+        """The classifier of one rate."""
+        weight, bias = (p.detach().unflatten(-1, (-1, len(self.rates)))[..., number] for p in (self.weight, self.bias))
+        return Linear(weight.T.contiguous(), bias.contiguous())
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``weight`` ``[C, F]``, ``bias`` ``[C]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return nn.functional.linear(features, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Features brought to mean 0 and deviation 1 over the training images; constant ones stay 0."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standard:
+        deviation = features.std(0)
+        return cls(features.mean(0), torch.where(deviation > 1e-6, deviation, 1.0))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.deviation
+
+    def folded(self, linear: Linear) -> Linear:
+        """The classifier of raw features that equals ``linear`` on standardised ones."""
+        weight = linear.weight / self.deviation
+        return Linear(weight, linear.bias - weight @ self.mean)
+
+
+class LinearTask:
+    """The loop's task. ``rates`` are per 256 images; each falls along a cosine to 0 over ``total_steps``."""
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        rates: tuple[float, ...],
+        *,
+        batch_size: int,
+        momentum: float,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.state = Classifiers(features, classes, rates).to(device)
+        self.optimizer = torch.optim.SGD(self.state.parameters(), 0.0, momentum, nesterov=True, foreach=True)
+        self._peak, self._total = max(rates) * batch_size / 256, total_steps
+        self._shares = (self.state.rates / max(rates)).float()
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        """``nll``: mean cross-entropy of the rate that fits the batch best; ``loss``: all, weighted by their rates."""
+        features, labels = batch
+        targets = labels[:, None].expand(-1, len(self._shares))
+        nll_R = cross_entropy(self.state(features), targets, reduction="none").mean(0)
+        return {"loss": self._shares @ nll_R, "nll": nll_R.amin()}
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, peak=self._peak, warmup_steps=0, total_steps=self._total)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+
+class FeatureBatches:
+    """Batches of features ``[N, F]`` that are there already."""
+
+    waited = 0.0
+
+    def __init__(self, features: Tensor, labels: Tensor, sampler: Sampler) -> None:
+        self._features, self._labels, self._sampler = features, labels, sampler
+
+    def from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(step, stop):
+            rows = torch.from_numpy(self._sampler.batch(number)).to(self._labels.device)
+            yield self._features[rows], self._labels[rows]
+
+
+class EncodedBatches:
+    """The features of a feed's images, made as they come. The encoder is in eval mode, and only looked through."""
+
+    def __init__(self, feed: Feed, encoder: nn.Module, autocast: torch.autocast) -> None:
+        self._feed, self._encoder, self._autocast = feed, encoder, autocast
+
+    @property
+    def waited(self) -> float:
+        return self._feed.waited
+
+    def from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._feed.from_step(step, stop):
+            assert not any(module.training for module in self._encoder.modules()), "the encoder left eval mode"
+            assert batch.labels is not None
+            with torch.no_grad(), self._autocast:
+                features = self._encoder(batch.views[0][0])
+            yield features.float(), batch.labels
