@@ -104,9 +104,10 @@ def pretrain(
     """Train an encoder on images, without their labels; prints the run's folder."""
     from relicctl.commands.options import PretrainOptions
     from relicctl.config.resolve import resolve
+    from relicctl.config.schema import Config
 
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve(preset, config, sets or (), options)
+    resolved = resolve(preset, config, sets or (), options, schema=Config)
     told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
     if dry_run:
         from relicctl.commands import plan
@@ -211,16 +212,16 @@ def export(
         str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="Where the encoder is; - reads a path from stdin.")
     ],
     format: Annotated[
-        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx", help="Who shall load it.")
+        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Who shall load it.")
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
     network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    origin: Annotated[
+        str, typer.Option("--from", metavar="relicctl|deepmind", help="Who wrote it; deepmind: the authors' .pkl.")
+    ] = "relicctl",
     classifier: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier goes in as the head.")
     ] = None,
-    allow_padding_change: Annotated[
-        bool, typer.Option("--allow-padding-change", help="Accept other features where padding `same` is lost.")
-    ] = False,
     license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
@@ -235,8 +236,8 @@ def export(
         format=format,
         out=out,
         network=network,
+        origin=origin,
         classifier=classifier,
-        allow_padding_change=allow_padding_change,
         license=license,
         overwrite=overwrite,
         quiet=quiet,

@@ -96,6 +96,11 @@ def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
             f"{path} holds the {metadata['network']} network's encoder, not the {network} network's.",
             "Give a file that holds it, or ask for the one that is there.",
         )
+    return assembled(tensors, metadata, path)
+
+
+def assembled(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> ResNet:
+    """The encoder that ``metadata`` describe, with ``tensors``; both were read from ``path``. As ``load_encoder``."""
     try:
         with torch.device("meta"):
             encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from relicctl.config import plain_yaml
 from relicctl.config.resolve import load_run_config
 from relicctl.core import checkpoint
-from relicctl.core.models.resnet import ResNet, build_encoder
+from relicctl.core.models.resnet import ResNet
 from relicctl.data.augment import MEAN, STD
-from relicctl.encoder import load_encoder, save_encoder
+from relicctl.encoder import assembled, load_encoder
 from relicctl.errors import UsageError
 
 NETWORKS = ("online", "target")
@@ -54,6 +52,16 @@ def named(source: str) -> str:
     if not lines:
         raise UsageError("- reads a path from stdin, but nothing came: the command before it may have failed.", fix)
     return lines[-1].strip()
+
+
+def open_deepmind(source: str) -> Reference:
+    """The online encoder of a checkpoint that ReLICv2's or BYOL's authors published. Raises UsageError."""
+    from relicctl.export.deepmind import read_deepmind
+
+    path = Path(named(source))
+    if not path.is_file():
+        raise UsageError(f"{path} is no file.", "Give the .pkl file that the authors published.")
+    return Reference(assembled(*read_deepmind(path), path), path, None)
 
 
 def open_reference(source: str, *, network: str = "online", warn: Callable[[str], None]) -> Reference:
@@ -105,16 +113,11 @@ def _encoder(tensors: dict[str, Tensor], run: Path, network: str, path: Path) ->
     if not own:
         raise UsageError(f"{path} has no {network} encoder (objective {config.objective}).", "Give --network online.")
     model = config.model
-    with torch.device("meta"):
-        encoder = build_encoder(model.arch, model.width, model.stem, model.padding)
-    try:
-        encoder.load_state_dict(own, assign=True)
-    except RuntimeError as reason:
-        raise UsageError(
-            f"{path} does not hold the network that {run / 'config.yaml'} describes ({reason}).",
-            "Restore the run's folder.",
-        ) from None
     metadata = {
+        "arch": model.arch,
+        "width": str(model.width),
+        "stem": model.stem,
+        "padding": model.padding,
         "version": str(record.get("version", "")),
         "preset": str(record.get("preset") or ""),
         "objective": config.objective,
@@ -124,10 +127,7 @@ def _encoder(tensors: dict[str, Tensor], run: Path, network: str, path: Path) ->
         "mean": str(list(MEAN)),
         "std": str(list(STD)),
     }
-    with tempfile.TemporaryDirectory() as folder:  # the one way to a loaded encoder is through its file
-        file = Path(folder) / "encoder.safetensors"
-        save_encoder(file, encoder, metadata)
-        return load_encoder(file, network)
+    return assembled(own, metadata, path)
 
 
 def _record(run: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return {"run": "runs/x", "knn20": 0.5}
 
     stand_in(monkeypatch, pretrain)
+    linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
+    monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
     return made
 
 
@@ -47,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> N
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["presets", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["linear-eval", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; from relicctl.cli import run; code = run({arguments}); "
@@ -59,12 +61,13 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def examples(help_text: str) -> list[list[str]]:
-    found = [shlex.split(line)[1:] for line in re.findall(r"^ +(relicctl .*)$", help_text, re.M)]
+    lines = re.findall(r"^ +(relicctl .*)$", help_text, re.M)
+    found = [shlex.split(stage)[1:] for line in lines for stage in line.split(" | ")]
     assert found
     return found
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["presets", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["linear-eval", "--help"], ["presets", "--help"]])
 def test_the_examples_in_help_run(
     arguments: list[str],
     calls: Calls,
@@ -82,7 +85,7 @@ def test_the_examples_in_help_run(
 @pytest.mark.parametrize("name", preset_names())
 def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
     text = preset_header(name).replace("\\\n", " ")
-    (command,) = re.findall(r"relicctl (pretrain .*)", text)
+    (command,) = re.findall(r"relicctl ((?:pretrain|linear-eval) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name
 

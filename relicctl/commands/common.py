@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from relicctl.config.schema import Runtime
+from relicctl.config.schema import Machine
 from relicctl.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def worker_count(runtime: Runtime, device: torch.device, cache: str) -> int:
+def worker_count(runtime: Machine, device: torch.device, cache: str) -> int:
     """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
     if runtime.workers != "auto":
         return runtime.workers

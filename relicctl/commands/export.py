@@ -16,19 +16,21 @@ from torch import Tensor
 
 from relicctl.console import Console
 from relicctl.errors import RunFailed, UsageError
-from relicctl.export import onnx, timm, torchvision, transformers
+from relicctl.export import native, onnx, timm, torchvision, transformers
 from relicctl.export.bundle import Bundle, load_head, with_symmetric_padding
 from relicctl.export.card import Checked, model_card
 from relicctl.export.place import hash_file, placed, refuse_occupied
 from relicctl.export.verify import TOLERANCE, difference, padding_loss, sample_images
-from relicctl.reference import Reference, open_reference
+from relicctl.reference import Reference, open_deepmind, open_reference
 
 FORMATS: dict[str, ModuleType] = {
+    "relicctl": native,
     "torchvision": torchvision,
     "timm": timm,
     "transformers": transformers,
     "onnx": onnx,
 }
+ORIGINS = ("relicctl", "deepmind")
 
 
 def export(
@@ -37,50 +39,29 @@ def export(
     format: str,
     out: Path,
     network: str = "online",
+    origin: str = "relicctl",
     classifier: Path | None = None,
-    allow_padding_change: bool = False,
     license: str = "unspecified",
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Export what ``source`` names: a run, a checkpoint, weights or ``-``. See ``export_reference``."""
-    target = find_format(format)
-    refuse_occupied(out, folder=target.FOLDER, overwrite=overwrite)
-    console = Console(quiet)
-    reference = open_reference(source, network=network, warn=console.warn)
-    return export_reference(
-        reference,
-        format=format,
-        out=out,
-        classifier=classifier,
-        allow_padding_change=allow_padding_change,
-        license=license,
-        overwrite=overwrite,
-        console=console,
-    )
-
-
-def export_reference(
-    reference: Reference,
-    *,
-    format: str,
-    out: Path,
-    classifier: Path | None,
-    allow_padding_change: bool,
-    license: str,
-    overwrite: bool,
-    console: Console,
-) -> dict[str, Any]:
     """Write the encoder in ``format`` to ``out`` (for timm and transformers a folder), with a model card.
 
+    ``source``: a run, a checkpoint, weights or ``-``; with ``origin`` ``deepmind`` a file of the authors.
     What was written is loaded again by the target library and compared on images before it takes its place.
     Returns ``path``, ``format``, ``network``, ``sha256``, ``largest_difference`` and ``verified_with`` (None
     if unverified), ``images``, ``padding_change``, ``card``, and ``load``, three lines of Python.
     Raises UsageError if the format cannot express the encoder, RunFailed if the features differ.
     """
+    if origin not in ORIGINS:
+        raise UsageError(f"There is no --from {origin}.", f"Give --from {' or '.join(ORIGINS)}.")
     target = find_format(format)
     refuse_occupied(out, folder=target.FOLDER, overwrite=overwrite)
-    bundle = make_bundle(reference, format, classifier, allow_padding_change, license)
+    console = Console(quiet)
+    reference = (
+        open_deepmind(source) if origin == "deepmind" else open_reference(source, network=network, warn=console.warn)
+    )
+    bundle = make_bundle(reference, format, classifier, license)
     require(target.WRITES_WITH, format)
     missing = absent(target.READS_WITH)
 
@@ -89,7 +70,10 @@ def export_reference(
     padding = None
     if bundle.encoder is not reference.encoder:
         padding = padding_loss(reference.encoder, bundle, images)
-        console.warn(f"padding changed from same to symmetric: {padding}, on {where}")
+        console.warn(
+            f"{format} pads symmetrically, this encoder was trained with padding `same`: {padding}, on {where}; "
+            "--format onnx or relicctl keeps it exact"
+        )
     with placed(out) as temporary, redirect_stdout(sys.stderr):  # libraries talk on stdout
         if target.FOLDER:
             temporary.mkdir()
@@ -131,10 +115,11 @@ def find_format(name: str) -> ModuleType:
     return FORMATS[name]
 
 
-def make_bundle(
-    reference: Reference, format: str, classifier: Path | None, allow_padding_change: bool, license: str
-) -> Bundle:
-    """What is written. Raises UsageError if ``format`` cannot express it."""
+def make_bundle(reference: Reference, format: str, classifier: Path | None, license: str) -> Bundle:
+    """What is written. Raises UsageError if ``format`` cannot express it.
+
+    Padding other than PyTorch's is given up where it must be: the export then says what that costs.
+    """
     encoder: Any = reference.encoder
     figures = {"pretraining": numbers(reference.results())}
     head = None
@@ -159,12 +144,7 @@ def make_bundle(
             f"This encoder cannot be exported as {format}: {reason}.",
             "Use --format onnx, or load it with relicctl.load_encoder.",
         )
-    if encoder.padding == "same" and format != "onnx":
-        if not allow_padding_change:
-            raise UsageError(
-                f"This encoder pads as TensorFlow does (padding: same), and {format} cannot.",
-                "Use --format onnx, which can, or --allow-padding-change to accept other features.",
-            )
+    if encoder.padding == "same" and not FORMATS[format].KEEPS_PADDING:
         bundle = replace(
             bundle,
             encoder=with_symmetric_padding(encoder),

@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the encoder makes of labelled images: ``features`` ``[N, F]``, ``labels`` ``[N]``, their rows in the data."""
+    """What the encoder makes of labelled images: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data."""
 
     features: Tensor
     labels: Tensor
@@ -110,6 +110,7 @@ def linear_eval(ask: Callable[..., Resolved], options: LinearOptions) -> dict[st
 
     scores = Scores.of(linear(asked.features), asked.labels)
     neighbours = knn_accuracy(known.features, known.labels, asked.features, asked.labels)
+    metadata: Any = references[0].encoder.metadata
     results = {
         **scores.figures(),
         **{f"knn{k}": share for k, share in neighbours.items()},
@@ -117,7 +118,7 @@ def linear_eval(ask: Callable[..., Resolved], options: LinearOptions) -> dict[st
         "per_class": scores.classes(classes),
         "tests": {name: score_further(look, images, linear) for name, images in tests.items()},
         "protocol": protocol(config, study, rate, known, asked, look),
-        "encoder": {"source": job.sources[0], "network": job.network, **references[0].encoder.metadata},
+        "encoder": {"source": job.sources[0], "network": job.network, **dict(sorted(metadata.items()))},
         "confusion": scores.confusion.tolist(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "version": __version__,

@@ -25,7 +25,8 @@ from relicctl.errors import Diverged, Interrupted
 class Batches(Protocol):
     """The data of a run: batches from any step on, and the seconds spent waiting for them."""
 
-    waited: float
+    @property
+    def waited(self) -> float: ...
 
     def from_step(self, step: int, stop: int) -> Iterator[Any]: ...
 

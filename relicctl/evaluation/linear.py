@@ -85,7 +85,9 @@ class LinearTask:
         device: torch.device,
     ) -> None:
         self.state = Classifiers(features, classes, rates).to(device)
-        self.optimizer = torch.optim.SGD(self.state.parameters(), 0.0, momentum, nesterov=True, foreach=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.state.parameters(), 0.0, momentum, nesterov=True, foreach=True
+        )
         self._peak, self._total = max(rates) * batch_size / 256, total_steps
         self._shares = (self.state.rates / max(rates)).float()
 

@@ -114,7 +114,7 @@ def draw(path: Path, scores: Scores, names: Sequence[str], choice: Choice | None
         shares = scores.confusion / scores.images[:, None]
     image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     figure.colorbar(image, ax=matrix, label="share of the class's images", shrink=0.8)
-    matrix.set(title="confusion matrix", xlabel="told to be", ylabel="class")
+    matrix.set(title="confusion matrix, % of the class's images", xlabel="told to be", ylabel="class")
     if len(names) <= NAMED_CLASSES:
         ticks = range(len(names))
         matrix.set_xticks(ticks, [_short(name) for name in names], rotation=90)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relicctl.export.bundle import Bundle, Outputs, quoted
 
+KEEPS_PADDING = True  # TensorFlow's
 FOLDER = False
 WEIGHTS = ""
 WRITES_WITH = ("onnx", "onnxscript")

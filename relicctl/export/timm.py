@@ -19,6 +19,7 @@ from torch import Tensor
 
 from relicctl.export.bundle import Bundle, Outputs, quoted
 
+KEEPS_PADDING = False  # TensorFlow's
 FOLDER = True
 WEIGHTS = "model.safetensors"
 WRITES_WITH: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relicctl.export.bundle import Bundle, Outputs, quoted
 
+KEEPS_PADDING = False  # TensorFlow's
 FOLDER = False
 WEIGHTS = ""  # the file with the weights, seen from the folder
 WRITES_WITH: tuple[str, ...] = ()

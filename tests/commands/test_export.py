@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def run(make_run) -> Path:
 
 
 def exported(source: object, out: Path, **options: object) -> dict:
-    return export(str(source), format="torchvision", out=out, quiet=True, **options)  # type: ignore[arg-type]
+    return export(str(source), **{"format": "torchvision", "out": out, "quiet": True, **options})  # type: ignore[arg-type]
 
 
 def test_a_run_a_checkpoint_and_weights_give_the_same_online_encoder(run, tmp_path):
@@ -115,14 +116,29 @@ def test_overwrite_deletes_no_folder_that_is_no_export(run, tmp_path):
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
-def test_tensorflow_padding_is_refused_or_its_loss_is_measured(make_run, tmp_path):
+def test_where_tensorflow_padding_is_lost_its_cost_is_measured_and_told(make_run, tmp_path, capsys):
     run = make_run("resnet18", padding="same")
-    with pytest.raises(UsageError, match="--allow-padding-change"):
-        exported(run, tmp_path / "o.safetensors")
-    result = exported(run, tmp_path / "o.safetensors", allow_padding_change=True)
-    assert "mean cosine" in result["padding_change"]
-    assert "mean relative change 0.0%" not in result["padding_change"]
+    result = exported(run, tmp_path / "o.safetensors", quiet=False)
+    assert "trained with padding `same`" in capsys.readouterr().err
+    told = re.search(r"mean relative difference ([0-9.]+)%", result["padding_change"])
+    assert told is not None
+    assert float(told[1]) > 0
     assert result["padding_change"] in Path(result["card"]).read_text("utf-8")
+
+
+def test_relicctls_own_form_keeps_everything(make_run, tmp_path):
+    """Padding, width and stem that no other library expresses; what comes back gives the same features."""
+    run = make_run("resnet18", width=0.25, stem="cifar", padding="same")
+    result = export(str(run), format="relicctl", out=tmp_path / "e.safetensors", quiet=True)
+    assert result["largest_difference"] == 0
+    assert result["padding_change"] is None
+    scope = {}
+    exec("\n".join(result["load"]), scope)
+    before, after = load_encoder(run), scope["model"]
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(before(images), after(images))
+    assert (after.width, after.stem, after.padding) == (0.25, "cifar", "same")
 
 
 def test_an_absent_library_leaves_the_export_unverified_or_is_named_with_its_pip_line(run, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from relicctl.core.models.resnet import build_encoder
 from relicctl.errors import UsageError
 from relicctl.export.deepmind import read_deepmind
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 def write(path: Path, params: Any, state: Any) -> Path:
@@ -112,7 +112,7 @@ def test_features_are_those_of_haiku(depth, width, size, tmp_path):
     assert theirs.shape == (2, 2048 * width)
     assert relative(features(path, images), theirs) < TOLERANCE
     if size % 2 == 0:
-        assert relative(features(path, images, "symmetric"), theirs) > 100 * TOLERANCE  # the padding is what does it
+        assert relative(features(path, images, "symmetric"), theirs) > 1000 * TOLERANCE  # the padding is what does it
 
     metadata = read_deepmind(path)[1]
     assert (metadata["arch"], float(metadata["width"]), metadata["padding"]) == (f"resnet{depth}", width, "same")
@@ -278,3 +278,21 @@ def test_other_networks_are_refused(small, tmp_path):
 def test_a_pickle_of_something_else_is_refused(content, tmp_path):
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(content))
     assert "no experiment_state with online_params" in failure(tmp_path / "c.pkl")
+
+
+def test_the_command_turns_an_authors_file_into_other_forms(small, tmp_path, capsys):
+    """``--from deepmind``: relicctl's own form is exact; a form without its padding says what that costs."""
+    from relicctl import load_encoder
+    from relicctl.cli import run
+
+    file = write(tmp_path / "weights.pkl", *small)
+    own, stock = tmp_path / "own.safetensors", tmp_path / "stock"
+    assert run(["export", str(file), "--from", "deepmind", "--format", "relicctl", "--out", str(own)]) == 0
+    assert run(["export", str(file), "--from", "deepmind", "--format", "transformers", "--out", str(stock)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{own}\n{stock}\n"
+    assert "mean relative difference" in captured.err
+    expected = read_deepmind(file)[0]
+    encoder = load_encoder(own)
+    assert encoder.padding == "same"
+    assert all(torch.equal(t, expected[name]) for name, t in encoder.state_dict().items())

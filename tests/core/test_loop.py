@@ -1,0 +1,193 @@
+"""The loop's own laws, on a task small enough to see through."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from relicctl.core import loop
+from relicctl.core.loop import Plan, Progress, restore, snapshot, train
+from relicctl.errors import Diverged, UsageError
+
+CPU = torch.device("cpu")
+
+
+class Batches:
+    waited = 0.0
+
+    def from_step(self, step, stop):
+        for number in range(step, stop):
+            yield torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+
+
+class Line:
+    """Fits a line; ``spoil`` may change the losses of a step."""
+
+    def __init__(self, spoil=lambda step, loss: loss):
+        torch.manual_seed(0)
+        self.state = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.state.parameters(), 0.1, momentum=0.9)
+        self.spoil = spoil
+
+    def loss(self, batch, step):
+        loss = (self.state(batch) - batch.sum(1, keepdim=True)).square().mean()
+        return {"loss": self.spoil(step, loss), "other": loss.detach() * 2}
+
+    def learning_rate(self, step):
+        return 0.1 / (step + 1)
+
+    def after_step(self, step):
+        pass
+
+    def describe(self, step):
+        return {"ema": 0.5}
+
+
+class Journal:
+    def __init__(self):
+        self.records, self.saved = [], {}
+
+    def metrics(self, record):
+        self.records.append({k: v for k, v in record.items() if k not in ("images_per_s", "data_wait", "eta_s")})
+
+    def save(self, step, tensors, header):
+        self.saved[step] = {name: t.clone() for name, t in tensors.items()}, dict(header)
+
+    def last_checkpoint(self):
+        return f"step {max(self.saved)}" if self.saved else None
+
+
+def plan(total=20, **more):
+    return Plan(total, 10, 4, **{"log_every": 4, "checkpoint_every": 3, **more})
+
+
+def run(task, journal, progress=None, **more):
+    return train(task, Batches(), plan(**more), journal, progress=progress or Progress(), device=CPU)
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line():
+    every, fourth = Journal(), Journal()
+    run(Line(), every, log_every=1)
+    run(Line(), fourth, log_every=4)
+    losses = [record["loss"] for record in every.records]
+    for record in fourth.records:
+        step = record["step"]
+        assert record["loss"] == pytest.approx(sum(losses[step - 4 : step]) / 4, rel=1e-6)
+        assert record["other"] == pytest.approx(2 * record["loss"], rel=1e-6)
+        assert record["lr"] == 0.1 / step
+
+
+@pytest.mark.parametrize("cut", range(3, 20, 3))
+def test_from_any_checkpoint_the_run_goes_on_as_if_never_stopped(cut):
+    """Weights, momentum and metrics; the sums of a log line that the cut fell into as well."""
+    whole = Journal()
+    task = Line()
+    run(task, whole)
+    resumed, journal = Line(), Journal()
+    tensors, header = whole.saved[cut]
+    run(resumed, journal, restore(resumed, tensors, header, "here"))
+    for a, b in zip(snapshot(task, Progress())[0].values(), snapshot(resumed, Progress())[0].values(), strict=True):
+        assert torch.equal(a, b)
+    assert journal.records == [record for record in whole.records if record["step"] > cut]
+
+
+def inf_gradient(step, loss):
+    """A loss that is finite while its gradient is not: sqrt at 0."""
+    return loss + (loss * 0).sqrt() if step == 7 else loss
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda step, loss: loss * float("nan") if step == 7 else loss,
+        lambda step, loss: loss / 0 if step == 7 else loss,
+        inf_gradient,
+        # gradients of 1e30 are finite, though the sum of their squares is not
+        lambda step, loss: loss * float("inf") if step == 7 else loss * 1e30 if step == 2 else loss,
+    ],
+    ids=["nan", "inf", "gradient only", "large but finite first"],
+)
+def test_the_first_step_that_is_not_finite_is_named_and_nothing_bad_is_saved(spoil):
+    journal = Journal()
+    task = Line(spoil)
+    task.learning_rate = lambda step: 0.0 if step == 2 else 1e-3
+    task.optimizer.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(Diverged) as error:
+        run(task, journal)
+    assert "at step 7." in error.value.what
+    assert "step 6" in error.value.fix
+    assert error.value.code == 4
+    assert max(journal.saved) == 6
+    assert all(t.isfinite().all() for t in journal.saved[6][0].values())
+
+
+def test_a_checkpoint_of_other_networks_is_refused_before_anything_is_loaded():
+    journal = Journal()
+    run(Line(), journal)
+    task = Line()
+    task.state = nn.Linear(4, 1)
+    before = task.state.weight.clone()
+    with pytest.raises(UsageError, match="another architecture"):
+        restore(task, *journal.saved[3], "here")
+    assert torch.equal(task.state.weight, before)
+
+
+def test_an_ordinary_step_reads_nothing_back_from_the_device(monkeypatch):
+    """On a GPU each of these calls would make the host wait. Only log lines and checkpoints may."""
+    from relicctl.config.resolve import resolve
+    from relicctl.core.distributed import World
+    from relicctl.data.augment import Photometric
+    from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize
+    from relicctl.data.sampler import Sampler
+    from relicctl.data.shapes import ShapesSource
+    from relicctl.pretraining import Pretraining
+
+    tiny = ["model.arch=resnet18", "model.width=0.125", "optim.batch_size=8", "loss.negatives=3"]
+    source = ShapesSource.from_spec("shapes:size=16,train=32,val=8", "train")
+    sampler = Sampler(0, len(source), 8)
+    views = ViewPlan((ViewSize(2, 16, (0.2, 1.0)), ViewSize(1, 8, (0.1, 0.3))), (0.75, 1.33), Photometric())
+    feed = Feed(
+        source, sampler, views, seed=0, device=CPU, world=World(), cache="device", workers=0,
+        bad=BadImages(len(source), 0.1),
+    )  # fmt: skip
+    config = resolve(sets=tiny).config
+    task = Pretraining(config, classes=0, steps_per_epoch=4, total_steps=99, device=CPU, precision="bf16")
+    asked = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero"):
+        genuine = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _genuine=genuine, _name=name):
+            asked.append(_name)
+            return _genuine(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+
+    class Quiet(Journal):
+        def metrics(self, record):
+            asked.append("log line")
+
+    steps = Plan(total=7, steps_per_epoch=4, batch_size=8, log_every=6)
+    train(task, feed, steps, Quiet(), progress=Progress(), device=CPU)
+    assert "item" in asked  # the log line asks, so the spies work
+    before_the_log = asked[: asked.index("log line")]
+    figures = 4 + 1 + 3  # four losses, the finite check, three figures of the monitor
+    assert len(before_the_log) <= figures, before_the_log
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = (
+        "import os, signal\n"
+        "from relicctl.core.loop import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('one', signals.received, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('never', flush=True)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (130, "one 15\n")
+    assert loop.StopSignals().received is None
