@@ -104,6 +104,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path, tensors):
+    import os
+
+    before = os.umask(0o027)
+    try:
+        path = write(tmp_path / "c.safetensors", tensors)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_prune_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, tensors):
     for step in (1, 2, 3):
         write(tmp_path / checkpoint.file_name(step), tensors, step)
