@@ -67,9 +67,9 @@ def examples(help_text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrain"], ["linear-eval"], ["presets"]])
+@pytest.mark.parametrize("command", [[], ["pretrain"], ["linear-eval"], ["presets"]])
 def test_the_examples_in_help_run(
-    arguments: list[str],
+    command: list[str],
     calls: Calls,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -77,7 +77,7 @@ def test_the_examples_in_help_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "plan", SimpleNamespace(dry_run=lambda *told: "plan"), raising=False)
-    assert cli.run(arguments) == 0
+    assert cli.run([*command, "--help"]) == 0
     for example in examples(capsys.readouterr().out.partition("Examples:")[2]):
         assert cli.run(example) == 0, example
 

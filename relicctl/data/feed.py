@@ -29,6 +29,7 @@ from relicctl.errors import DataError, UsageError
 from relicctl.memory import free_host_memory
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
+DECODED_AT_ONCE = 8  # images a worker holds decoded: boxes are drawn for so many, and large photos still fit
 TRIES = 1000  # samples looked at for one that can be decoded
 GIB = 2**30
 
@@ -234,15 +235,14 @@ class _Chunks(Dataset):
         samples = self._sampler.batch(step)[first:last]
         crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.sizes]
         used, passed = np.empty_like(samples), []
-        for row, sample in enumerate(samples):
-            image, used[row], skipped = load_or_next(self._source, int(sample))
-            passed += skipped
-            boxes = _boxes(
-                self._plan, self._seed, self._sampler.epoch(step), samples[row : row + 1],
-                np.array(image.shape[:1]), np.array(image.shape[1:2]),
-            )  # fmt: skip
-            for crop, box, size in zip(crops, boxes, self._plan.sizes, strict=True):
-                crop[:, row] = host_crops(image, box[0], size.size)
+        for start in range(0, len(samples), DECODED_AT_ONCE):
+            rows = slice(start, start + DECODED_AT_ONCE)
+            loaded = [load_or_next(self._source, int(sample)) for sample in samples[rows]]
+            images, used[rows], skipped = (list(part) for part in zip(*loaded, strict=True))
+            passed += sum(skipped, [])
+            crop_views(
+                images, self._plan, self._seed, self._sampler.epoch(step), samples[rows], [c[:, rows] for c in crops]
+            )
         return [torch.from_numpy(crop) for crop in crops], used, passed
 
 
@@ -288,6 +288,19 @@ def _boxes(
         )  # fmt: skip
         first += size.count
     return boxes
+
+
+def crop_views(
+    images: list[np.ndarray], plan: ViewPlan, seed: int, epoch: int, samples: np.ndarray, out: list[np.ndarray]
+) -> None:
+    """All views of decoded images, uint8 ``[H, W, 3]`` each, into ``out``: uint8 ``[count, B, size, size, 3]`` per size.
+
+    The boxes of all ``samples`` (``[B]``) are drawn at once: for one image the drawing costs as much as a crop.
+    """
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    for size, boxes, views in zip(plan.sizes, _boxes(plan, seed, epoch, samples, heights, widths), out, strict=True):
+        for row, image in enumerate(images):
+            host_crops(image, boxes[row], size.size, views[:, row])
 
 
 def _quiet_worker(_: int) -> None:

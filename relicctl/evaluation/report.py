@@ -111,22 +111,27 @@ def draw(path: Path, scores: Scores, names: Sequence[str], choice: Choice | None
     FigureCanvasAgg(figure)
     matrix, *others = figure.subplots(1, panels, squeeze=False)[0]
     with np.errstate(invalid="ignore"):
-        shares = scores.confusion / scores.images[:, None]
-    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    figure.colorbar(image, ax=matrix, label="share of the class's images", shrink=0.8)
-    matrix.set(title="confusion matrix, % of the class's images", xlabel="told to be", ylabel="class")
+        percent = 100 * scores.confusion / scores.images[:, None]
+    image = matrix.imshow(percent, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=matrix, label="% of the class's images", shrink=0.8)
+    matrix.set(title="confusion matrix", xlabel="told to be", ylabel="class")
     if len(names) <= NAMED_CLASSES:
         ticks = range(len(names))
         matrix.set_xticks(ticks, [_short(name) for name in names], rotation=90)
         matrix.set_yticks(ticks, [_short(name) for name in names])
     if len(names) <= FEW_CLASSES:
-        for (row, column), share in np.ndenumerate(shares):
-            if share >= 0.005:
-                colour = "white" if share > 0.5 else "black"
-                matrix.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        for (row, column), share in np.ndenumerate(percent):
+            if share >= 0.5:
+                colour = "white" if share > 50 else "black"
+                matrix.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
     for axes in others:
         assert choice is not None
-        axes.plot(choice.rates, choice.accuracy, marker=".", color="tab:blue", label="held-out training images")
+        axes.plot(
+            *zip(*sorted(zip(choice.rates, choice.accuracy, strict=True)), strict=True),
+            marker=".",
+            color="tab:blue",
+            label="held-out training images",
+        )
         axes.axvline(choice.rate, color="tab:orange", linestyle="--", label=f"chosen: {choice.rate:g}")
         axes.set(xscale="log", xlabel="learning rate per 256 images", ylabel="top-1", title="sweep")
         axes.grid(alpha=0.3)

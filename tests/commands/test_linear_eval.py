@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from relicctl import load_encoder
 from relicctl.cli import run as relicctl
-from relicctl.commands import linear_eval as command
+from relicctl.commands import linear_job as command
 from relicctl.data.sources import open_source
 from relicctl.export.bundle import load_head
 
 DATA = "shapes:size=16,train=80,val=40"
 TINY = f"""
-model: {{arch: resnet18, width: 0.125, stem: stride2, projector: {{hidden: 16, out: 8}}, predictor: {{hidden: 16, out: 8}}}}
+model:
+  {{arch: resnet18, width: 0.125, stem: stride2, projector: {{hidden: 16, out: 8}}, predictor: {{hidden: 16, out: 8}}}}
 views: {{large: {{count: 2, size: 16}}, small: {{count: 0}}}}
 loss: {{negatives: 4}}
 optim: {{name: lars, batch_size: 8, base_lr: 2.0, epochs: 2, warmup_epochs: 0.5}}
