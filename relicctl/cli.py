@@ -203,6 +203,93 @@ def linear_eval(
 @app.command(
     epilog="""\b
 Examples:
+  relicctl transfer runs/demo --baseline random --data shapes=shapes
+  relicctl transfer runs/a runs/b --baseline torchvision:resnet50 --preset byol-suite --download
+  relicctl transfer runs/a --data dtd=dtd.zip --protocol logistic --protocol knn --labels all --labels 0.1
+  relicctl transfer runs/a --preset finetune-quick --data pets=pets-{split}.zip
+  relicctl transfer --resume runs/transfer"""
+)
+def transfer(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN|WEIGHTS|-",
+            help="Encoders; - reads a path from stdin. Also random[:RUN], pixels[:RUN], torchvision:NAME.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DATA",
+            help="Data with train, perhaps val, and test in it, or with {split} in its name; repeatable.",
+        ),
+    ] = None,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", metavar="ENCODER", help="Also evaluated, and improved on; repeatable."),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(metavar="logistic|knn|finetune", help="How features are judged; repeatable. [logistic]"),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(metavar="all|SHARE|N-per-class|FILE", help="Training labels that are known; repeatable. [all]"),
+    ] = None,
+    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="byol-suite, finetune-byol or finetune-quick.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in data.metrics={x: map11}; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="[DIR]", help="Go on; without DIR, with --out's. What is finished is kept.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")
+    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare encoders on other data sets, by classification; prints the folder of the results."""
+    from relicctl.commands import transfer as command
+    from relicctl.commands.options import TransferOptions
+    from relicctl.commands.transfer_job import named_data
+    from relicctl.config.resolve import resolve
+    from relicctl.config.transfer import TransferConfig
+
+    options = {
+        "sets": named_data(tuple(data or ())),
+        "protocol": protocol or None,
+        "labels": labels or None,
+        "device": device,
+        "workers": workers,
+        "seed": seed,
+    }
+    resolved = resolve(preset, config, sets or (), options, schema=TransferConfig)
+    told = TransferOptions(
+        tuple(sources or ()), tuple(baselines or ()), network, out, resume, overwrite, download, quiet
+    )
+    if dry_run:
+        _emit(command.dry_run(resolved, told))
+        return
+    result = command.transfer(resolved, told)
+    _emit(json.dumps(result) if as_json else result["run"])
+
+
+@app.command(
+    epilog="""\b
+Examples:
   relicctl export runs/demo --format torchvision --out encoder.safetensors
   relicctl export runs/demo --format timm --classifier runs/linear-demo --out encoder-timm
   relicctl pretrain --preset demo | relicctl export - --format onnx --out encoder.onnx"""
@@ -245,6 +332,45 @@ def export(
     _emit(json.dumps(result) if as_json else result["path"])
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  relicctl bench --preset r50-1000ep
+  relicctl bench --preset r50-1000ep --data photos.zip --json
+  relicctl bench --preset cifar10-r18 --set model.width=0.25 --batch 64"""
+)
+def bench(
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to measure.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Images a step; without, what fits and takes minutes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each figure, after one to warm up.")] = 5,
+    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
+    from relicctl.commands import bench as command
+    from relicctl.config.resolve import resolve
+    from relicctl.config.schema import Config
+
+    options = {"data": data, "device": device, "workers": workers}
+    resolved = resolve(preset, config, sets or (), options, schema=Config)
+    result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
+    _emit(json.dumps(result) if as_json else result["bottleneck"])
+
+
 @presets.command("ls")
 def presets_ls() -> None:
     """List the presets and what each is."""
@@ -281,6 +407,8 @@ def run(arguments: list[str]) -> int:
     """Run a command line; its exit code."""
     try:
         code: Any = app(_normalised(arguments), prog_name="relicctl", standalone_mode=False)
+        if code == 130:  # what typer makes of ^C outside the training loop
+            return _report(KeyboardInterrupt(), arguments)
         return code or 0
     except _WrongUsage as error:
         return _report_usage(error)

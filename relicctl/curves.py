@@ -11,7 +11,7 @@ from relicctl.core.checkpoint import atomically
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("objective", ("loss", "nll", "kl"), ()),
     ("held-out accuracy", ("knn20", "knn200", "probe_top1"), ()),
-    ("collapse monitor", ("rank_me",), ("entropy", "deviation")),
+    ("collapse monitor", ("rank_me",), ("entropy", "deviation", "feature_deviation")),
     ("schedules", ("lr",), ("ema",)),
 )
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relicctl.config.schema import Config
+from relicctl.console import Console
+from relicctl.core.hardware import free_memory
 from relicctl.core.models.resnet import ResNet
 from relicctl.core.models.siamese import Siamese
 from relicctl.errors import UsageError
@@ -25,6 +25,19 @@ def check_memory(config: Config, device: torch.device, processes: int = 1) -> No
             f"The views of one batch take {in_units(need)}, but only {in_units(free)} of memory are free.",
             "Lower optim.batch_size, or the count or size of views.large and views.small.",
         )
+
+
+def check_step_memory(
+    config: Config, networks: Siamese, device: torch.device, precision: str, processes: int, console: Console
+) -> None:
+    """Raises UsageError when a whole step clearly does not fit; warns when the estimate says it may not."""
+    need, free = sum(step_memory(config, networks, precision, processes).values()), free_memory(device)
+    told = f"A step takes about {in_units(need)}, and {in_units(free)} of memory are free"
+    ways = "lower optim.batch_size or the views' size, set optim.microbatch, or runtime.activation_checkpointing=true"
+    if need > 1.5 * free:
+        raise UsageError(f"{told}.", f"{ways.capitalize()}.")
+    if need > free:
+        console.warn(f"{told}; if it does not fit, {ways}")
 
 
 def view_bytes(config: Config, processes: int = 1) -> int:
@@ -87,25 +100,6 @@ def activations(networks: Siamese, size: int, checkpointing: bool) -> int:
         return everything
     inside = [sum(kept[m] for m in block.modules() if m is not block and m in kept) for block in blocks]
     return everything - sum(inside) + sum(kept[block] for block in blocks) + max(inside)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
-
-
-def free_host_memory() -> int:
-    """Bytes that this machine, or the container it is, can still give."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all there is, in use or not
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, limit - used)
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
 
 
 def count(tensors: Iterable[Tensor]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from relicctl.config.schema import Config
@@ -11,6 +12,7 @@ from relicctl.core import objectives
 from relicctl.core.batchnorm import synchronised
 from relicctl.core.counted import Stream, counted_seed
 from relicctl.core.distributed import Gather, World
+from relicctl.core.hardware import pick_precision
 from relicctl.core.loss import relicv2_loss
 from relicctl.core.models.heads import MLPHead
 from relicctl.core.models.resnet import ResNet, build_encoder, seeded
@@ -18,7 +20,10 @@ from relicctl.core.models.siamese import Siamese
 from relicctl.core.optim import build_optimizer
 from relicctl.core.schedules import ema_gamma, learning_rate
 from relicctl.data.feed import Batch
+from relicctl.errors import UsageError
 from relicctl.evaluation import collapse
+
+STRIDE_BEFORE_LAST_STAGE = {"imagenet": 16, "stride2": 8, "cifar": 4}
 
 
 class Pretraining:
@@ -70,14 +75,28 @@ class Pretraining:
         assert isinstance(encoder, ResNet)
         return encoder
 
+    @property
+    def candidates(self) -> int | None:
+        """Among how many images the likelihood is spread: itself and its negatives. None for other objectives."""
+        if self._config.objective not in ("relicv2", "relic"):
+            return None
+        negatives = self._config.loss.negatives
+        return self._config.optim.batch_size if negatives == "all" else negatives + 1
+
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalars of this batch: ``loss`` and, where the objective has them, its parts."""
-        large = batch.views[0].shape[0]
+        return self.compare(*self.embed(batch), batch.labels, step)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What both networks make of the views: online [V, B, D], and target [L, B, D] where there is one."""
         with self._autocast:
             features, outputs = self._online(batch.views)
             target = self.state.target_forward(batch.views[0]) if self.state.target is not None else None
         self._latest = features.detach(), outputs.detach()
+        return outputs, target
 
+    def compare(self, outputs: Tensor, target: Tensor | None, labels: Tensor | None, step: int) -> dict[str, Tensor]:
+        """The objective's scalars."""
         name, loss = self._config.objective, self._config.loss
         if name in ("relicv2", "relic"):
             assert target is not None
@@ -85,7 +104,7 @@ class Pretraining:
             return relicv2_loss(
                 outputs,
                 target,
-                large=large,
+                large=len(target),
                 temperature=loss.temperature,
                 alpha=loss.alpha,
                 beta=loss.beta,
@@ -99,8 +118,8 @@ class Pretraining:
             return objectives.byol_loss(outputs, target)
         if name == "simclr":
             return objectives.simclr_loss(outputs, temperature=loss.temperature, gather=self._gather)
-        assert batch.labels is not None, "supervised pretraining was started without labels"
-        return objectives.supervised_loss(outputs, batch.labels)
+        assert labels is not None, "supervised pretraining was started without labels"
+        return objectives.supervised_loss(outputs, labels)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, peak=self._peak, warmup_steps=self._warmup, total_steps=self._total)
@@ -117,6 +136,7 @@ class Pretraining:
         figures = {
             "rank_me": round(collapse.rank_me(features[0]), 3),
             "deviation": round(collapse.spread(outputs[0]), 5),
+            "feature_deviation": round(collapse.spread(features[0]), 5),
         }
         if self.state.target is not None:
             gamma = ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total)
@@ -126,25 +146,39 @@ class Pretraining:
 
 def build_networks(config: Config, classes: int = 0) -> Siamese:
     """Encoder, heads and target of an objective, initialised as a pure function of the seed."""
-    model, objective, microbatch = config.model, config.objective, config.optim.microbatch
+    model, microbatch = config.model, config.optim.microbatch
     with seeded(counted_seed(config.seed, Stream.INIT)):
         encoder = build_encoder(
             model.arch, model.width, model.stem, model.padding, config.runtime.activation_checkpointing
         )
-        head, predictor = model.projector, model.predictor
-        if objective == "supervised":
-            return Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False, microbatch)
-        projector = MLPHead(encoder.feature_dim, head.hidden, head.out)
-        if objective == "simclr":
-            return Siamese(encoder, projector, None, False, microbatch)
-        onward = MLPHead(head.out, predictor.hidden, predictor.out)
-        return Siamese(encoder, projector, onward, True, microbatch)
+        if config.objective == "supervised":
+            networks = Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False, microbatch)
+        else:
+            projector = MLPHead(encoder.feature_dim, model.projector.hidden, model.projector.out)
+            predictor = MLPHead(model.projector.out, model.predictor.hidden, model.predictor.out)
+            if config.objective == "simclr":
+                networks = Siamese(encoder, projector, None, False, microbatch)
+            else:
+                networks = Siamese(encoder, projector, predictor, True, microbatch)
+    for module in networks.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = model.bn_momentum
+    return networks
 
 
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Settle ``auto``: bf16 where the hardware computes in it, else fp32."""
-    if precision != "auto":
+def settle_precision(config: Config, device: torch.device) -> str:
+    """bf16 or fp32 for the networks' forward pass.
+
+    On a CPU, oneDNN's bf16 convolution of one pixel at stride 2 gives gradients of unset memory (seen with torch 2.14):
+    so views that shrink to one pixel before the last stage are computed in fp32. UsageError if bf16 was asked for.
+    """
+    precision = pick_precision(config.runtime.precision, device)
+    smallest = min(view.size for view in (config.views.large, config.views.small) if view.count)
+    if precision == "fp32" or device.type != "cpu" or smallest > STRIDE_BEFORE_LAST_STAGE[config.model.stem]:
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    if config.runtime.precision == "auto":
+        return "fp32"
+    raise UsageError(
+        f"Views of {smallest} px are one pixel before the last stage, where a CPU's bf16 gradients are wrong.",
+        "Set runtime.precision=fp32, or larger views.",
+    )

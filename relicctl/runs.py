@@ -123,6 +123,12 @@ class RunFolder:
         found = checkpoint.listed(self.checkpoints)
         return str(found[-1]) if found else None
 
+    def discard(self) -> None:
+        """Remove the folder of a run that was refused before it began."""
+        self.close()
+        if self._writer:
+            shutil.rmtree(self.path)
+
     def add_bad_image(self, name: str, reason: str) -> None:
         """Append to bad_images.txt: sample name, tab, what is wrong with it."""
         if self._writer:
@@ -172,10 +178,13 @@ def free_name(parent: Path, name: str) -> Path:
 
 
 def _lock(path: Path) -> int:
-    """Hold an advisory lock on the folder for the life of the process; the system drops it on any kind of death."""
+    """Hold an advisory lock on the folder for the life of the process; the system drops it on any kind of death.
+
+    POSIX locks are not inherited: data workers that outlive their parent for some seconds keep nobody out.
+    """
     handle = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         raise UsageError(

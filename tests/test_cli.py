@@ -37,6 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     stand_in(monkeypatch, pretrain)
     linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
     monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
+    monkeypatch.setattr(commands, "transfer", SimpleNamespace(transfer=pretrain), raising=False)
     return made
 
 
@@ -49,7 +50,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> N
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["linear-eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["pretrain", "--help"],
+        ["linear-eval", "--help"],
+        ["transfer", "--help"],
+        ["bench", "--help"],
+        ["--version"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; from relicctl.cli import run; code = run({arguments}); "
@@ -67,7 +78,7 @@ def examples(help_text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("command", [[], ["pretrain"], ["linear-eval"], ["presets"]])
+@pytest.mark.parametrize("command", [[], ["pretrain"], ["linear-eval"], ["transfer"], ["presets"]])
 def test_the_examples_in_help_run(
     command: list[str],
     calls: Calls,
@@ -85,7 +96,7 @@ def test_the_examples_in_help_run(
 @pytest.mark.parametrize("name", preset_names())
 def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
     text = preset_header(name).replace("\\\n", " ")
-    (command,) = re.findall(r"relicctl ((?:pretrain|linear-eval) .*)", text)
+    (command,) = re.findall(r"relicctl ((?:pretrain|linear-eval|transfer) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name
 

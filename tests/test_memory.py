@@ -8,6 +8,7 @@ import torch
 from relicctl import memory
 from relicctl.config.resolve import resolve
 from relicctl.config.schema import Config
+from relicctl.core import hardware
 from relicctl.errors import UsageError
 from relicctl.memory import activations, check_memory, count, step_memory, view_bytes
 from relicctl.pretraining import build_networks
@@ -82,16 +83,16 @@ def test_views_are_counted_to_the_byte() -> None:
 
 def test_views_larger_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given = config("optim.batch_size=64")
-    monkeypatch.setattr(memory, "free_host_memory", lambda: view_bytes(given))
+    monkeypatch.setattr(memory, "free_memory", lambda device: view_bytes(given))
     check_memory(given, CPU)
-    monkeypatch.setattr(memory, "free_host_memory", lambda: view_bytes(given) - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: view_bytes(given) - 1)
     with pytest.raises(UsageError, match="views of one batch take"):
         check_memory(given, CPU)
     check_memory(given, CPU, processes=2)
 
 
 def test_free_memory_is_some_of_what_is_there() -> None:
-    assert 2**20 < memory.free_host_memory() < 2**50
+    assert 2**20 < hardware.free_host_memory() < 2**50
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from relicctl.config.linear import LinearConfig
 from relicctl.config.resolve import Resolved, dump_yaml, load_run_config
 from relicctl.config.schema import Network
 from relicctl.console import Console
+from relicctl.core.hardware import pick_precision
 from relicctl.data.feed import choose_cache
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation import analysis
 from relicctl.evaluation.labelled import Labelled
-from relicctl.pretraining import pick_precision
 from relicctl.reference import Reference, named
 from relicctl.runs import RunFolder, free_name, refuse_occupied
 

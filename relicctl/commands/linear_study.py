@@ -68,10 +68,7 @@ class Look:
                     bar.update(step + 1, {})
 
             features = extract(self.encoder, counted(), self.device)
-        bad = self.bad_images(images)
-        for index, reason in sorted(crops.bad.items()):
-            bad.add(images.source.key(index), reason)
-        rows = np.array([i for i in range(len(crops)) if i not in crops.bad], dtype=np.int64)
+        rows = crops.good_rows(self.bad_images(images))
         picked = torch.from_numpy(rows).to(self.device)
         return Seen(features[picked], torch.from_numpy(images.labels[rows]).to(self.device), rows)
 

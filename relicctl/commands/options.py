@@ -33,3 +33,17 @@ class LinearOptions:
     overwrite: bool = False
     download: bool = False
     quiet: bool = False
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """Which encoders are compared, with what, and where the results are written."""
+
+    sources: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()  # encoders too; the others' improvement over each is told
+    network: str = "online"
+    out: Path | None = None  # None: a new folder runs/transfer
+    resume: str | None = None  # a folder of results; "": out
+    overwrite: bool = False
+    download: bool = False
+    quiet: bool = False

@@ -16,12 +16,13 @@ from relicctl.commands.resuming import continued, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Config
 from relicctl.console import Console
+from relicctl.core.hardware import free_memory
 from relicctl.core.models.siamese import Siamese
 from relicctl.core.schedules import ema_gamma, learning_rate
 from relicctl.data.sampler import Sampler
 from relicctl.errors import DataError
-from relicctl.memory import check_memory, count, free_memory, in_units, optimizer_states, step_memory
-from relicctl.pretraining import build_networks, pick_precision
+from relicctl.memory import check_memory, count, in_units, optimizer_states, step_memory
+from relicctl.pretraining import build_networks, settle_precision
 
 BYTES_PER_METRICS_LINE = 400
 ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
@@ -50,7 +51,7 @@ def plan(config: Config, *, download: bool = False) -> dict[str, Any]:
     scheduled = steps * config.optim.epochs if steps else None
     with torch.device("meta"):
         networks = build_networks(config, classes=1000)
-    precision = pick_precision(config.runtime.precision, device)
+    precision = settle_precision(config, device)
     return {
         "parameters": {
             "encoder": count(networks.online["encoder"].parameters()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from relicctl import __version__
 from relicctl.commands.common import pick_device, readable, worker_count
 from relicctl.commands.data import PretrainData, open_data
 from relicctl.commands.options import PretrainOptions
-from relicctl.commands.resuming import continued, run_to_resume
+from relicctl.commands.resuming import continued, recorded, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Config
 from relicctl.console import Console
@@ -27,8 +28,8 @@ from relicctl.encoder import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation.collapse import CollapseWatch
 from relicctl.evaluation.during import Evaluator
-from relicctl.memory import check_memory
-from relicctl.pretraining import Pretraining, pick_precision
+from relicctl.memory import check_memory, check_step_memory
+from relicctl.pretraining import Pretraining, build_networks, settle_precision
 from relicctl.runs import RunFolder, free_name, refuse_occupied
 
 
@@ -67,24 +68,14 @@ def _run(
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
     scheduled = sampler.steps_per_epoch * config.optim.epochs
     world.rows(config.optim.batch_size)
-    evaluator = make_evaluator(config, data, device, console)
-
-    run = open_run(resolved, options, resumed, world)
-    if config.runtime.tensorboard:
-        run.write_tensorboard()
-    record = run_record(run, resolved, options, data, device)
-    bad = BadImages(len(data.train), config.data.max_bad, run.add_bad_image, run.read_bad_images())
-    feed = Feed(
-        data.train,
-        sampler,
-        view_plan(config),
-        seed=config.seed,
-        device=device,
-        world=world,
-        cache=record["cache"],
-        workers=worker_count(config.runtime, device, record["cache"]),
-        bad=bad,
-    )
+    bad = BadImages(len(data.train), config.data.max_bad)
+    evaluator = make_evaluator(config, data, device, bad, console)
+    out = resumed or options.out or free_name(Path("runs"), resolved.preset or "pretrain")
+    refuse_inside(out, config.data.train)
+    record = continued_record(out, resolved, data, device) if resumed else new_record(resolved, options, data, device)
+    with torch.device("meta"):
+        outline = build_networks(config, len(data.train.classes))
+    check_step_memory(config, outline, device, record["precision"], world.size, console)
     task = Pretraining(
         config,
         classes=len(data.train.classes),
@@ -94,6 +85,31 @@ def _run(
         precision=record["precision"],
         world=world,
     )
+    if resumed is None:
+        start_from(record["init_from"], task)
+
+    run = open_run(out, config, resumed is not None, options.overwrite, world)
+    run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+    bad.report, bad.seen = run.add_bad_image, run.read_bad_images()
+    if evaluator is not None:
+        evaluator.bad_held_out.report = run.add_bad_image
+    try:
+        feed = Feed(
+            data.train,
+            sampler,
+            view_plan(config),
+            seed=config.seed,
+            device=device,
+            world=world,
+            cache=record["cache"],
+            strict_cache=config.data.cache == "device",
+            workers=worker_count(config.runtime, device, record["cache"]),
+            bad=bad,
+        )
+    except UsageError:
+        if resumed is None:
+            run.discard()
+        raise
     plan = Plan(
         total=min(scheduled, config.optim.max_steps or scheduled),
         steps_per_epoch=sampler.steps_per_epoch,
@@ -102,17 +118,17 @@ def _run(
         evaluate_every=config.eval.every_epochs * sampler.steps_per_epoch,
         checkpoint_every=config.checkpoint.every_steps,
         checkpoint_minutes=config.checkpoint.every_minutes,
-        resume_command=f"relicctl pretrain --resume {run.path}",
+        resume_command=f"relicctl pretrain --resume {shlex.quote(str(run.path))}",
     )
     evaluate = None
     if evaluator is not None:
         evaluate = lambda step: evaluator(task.encoder) if world.is_main else {}  # noqa: E731
 
-    progress = go_on(run, task, console) if resumed is not None else None
+    progress = go_on(run, task, record["init_from"], console) if resumed is not None else None
     if progress is None:
-        progress = begin(record["init_from"], task, evaluate, run, console)
+        progress = begin(evaluate, run, console)
     with console.progress(plan.total, progress.step) as bar:
-        watch = CollapseWatch(console.warn, config.optim.batch_size // world.size)
+        watch = CollapseWatch(console.warn, config.optim.batch_size // world.size, task.candidates)
 
         def show(step: int, figures: dict[str, Any]) -> None:
             bar.update(step, readable(figures))
@@ -129,6 +145,7 @@ def _run(
         "protocol": evaluator.protocol if evaluator else None,
         "images": len(data.train),
         "bad_images": len(bad.seen),
+        "bad_val_images": len(evaluator.bad_held_out.seen) if evaluator else 0,
         "bgmask": config.bgmask.source,
         "preset": resolved.preset,
         "version": __version__,
@@ -143,63 +160,80 @@ def _run(
 # The steps of the recipe.
 
 
-def make_evaluator(config: Config, data: PretrainData, device: torch.device, console: Console) -> Evaluator | None:
+def make_evaluator(
+    config: Config, data: PretrainData, device: torch.device, bad: BadImages, console: Console
+) -> Evaluator | None:
     if not config.eval.every_epochs or data.held_out is None:
         return None
     if data.train.labels is None:
         console.note("The training images have no labels: no kNN accuracy during this run.")
         return None
     size = config.eval.size or config.views.large.size
-    return Evaluator(data.train, data.held_out, config.eval, size, config.seed, device)
+    return Evaluator(data.train, data.held_out, config.eval, size, config.seed, device, bad)
 
 
-def open_run(resolved: Resolved, options: PretrainOptions, resumed: Path | None, world: World) -> RunFolder:
-    keep = resolved.config.checkpoint.keep
-    if resumed is not None:
-        return RunFolder.reopen(resumed, keep=keep, writer=world.is_main)
-    path = options.out or free_name(Path("runs"), resolved.preset or "pretrain")
-    return RunFolder.create(path, overwrite=options.overwrite, keep=keep, writer=world.is_main)
+def refuse_inside(out: Path, data: str | None) -> None:
+    """A run's pictures must not become training images of its continuation."""
+    folder = Path((data or "").partition("#")[0])
+    if data and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")
 
 
-def run_record(
-    run: RunFolder, resolved: Resolved, options: PretrainOptions, data: PretrainData, device: torch.device
+def new_record(
+    resolved: Resolved, options: PretrainOptions, data: PretrainData, device: torch.device
 ) -> dict[str, Any]:
-    """What config.yaml says under ``run``: facts that a continuation must share. Written at the start."""
-    config = resolved.config
-    if run.config.is_file():
-        record = yaml.safe_load(run.config.read_text("utf-8"))["run"]
-        if record["data_fingerprint"] != data.train.fingerprint():
-            raise DataError(
-                f"The images are not those that {run.path} was started with.",
-                "Give --data the same images, or start another run with --init-from.",
-            )
-        return record
-    record = {
+    """What config.yaml says under ``run``: facts that a continuation must share."""
+    return {
         "version": __version__,
         "preset": resolved.preset,
         "data_fingerprint": data.train.fingerprint(),
         "images": len(data.train),
         "init_from": options.init_from,
-        "cache": choose_cache(config.data.cache, data.train, device),
-        "precision": pick_precision(config.runtime.precision, device),
+        "cache": choose_cache(resolved.config.data.cache, data.train, device),
+        "precision": settle_precision(resolved.config, device),
     }
-    run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+
+
+def continued_record(run: Path, resolved: Resolved, data: PretrainData, device: torch.device) -> dict[str, Any]:
+    """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images."""
+    record = recorded(run)
+    if record["data_fingerprint"] != data.train.fingerprint():
+        raise DataError(
+            f"The images are not those that {run} was started with.",
+            "Give --data the same images, or start another run with --init-from.",
+        )
+    if resolved.origin["runtime.precision"] != "run":
+        record["precision"] = settle_precision(resolved.config, device)
     return record
 
 
-def begin(init_from: str | None, task: Pretraining, evaluate: Any, run: RunFolder, console: Console) -> Progress:
-    """Step 0: weights to start from if any were given, and what the network is worth before training."""
-    if init_from is not None:
-        start = load_encoder(init_from)
-        own = task.encoder.state_dict()
-        if {k: v.shape for k, v in start.state_dict().items()} != {k: v.shape for k, v in own.items()}:
-            raise UsageError(
-                f"The weights of {init_from} do not fit this encoder.",
-                "Set model.arch, model.width and model.stem to theirs.",
-            )
-        for network in (task.state.online, task.state.target):
-            if network is not None:
-                network["encoder"].load_state_dict(start.state_dict())
+def open_run(out: Path, config: Config, resumed: bool, overwrite: bool, world: World) -> RunFolder:
+    if resumed:
+        run = RunFolder.reopen(out, keep=config.checkpoint.keep, writer=world.is_main)
+    else:
+        run = RunFolder.create(out, overwrite=overwrite, keep=config.checkpoint.keep, writer=world.is_main)
+    if config.runtime.tensorboard:
+        run.write_tensorboard()
+    return run
+
+
+def start_from(weights: str | None, task: Pretraining) -> None:
+    """Put an encoder's weights into both networks. Raises UsageError if they do not fit."""
+    if weights is None:
+        return
+    start, own = load_encoder(weights).state_dict(), task.encoder.state_dict()
+    if {name: t.shape for name, t in start.items()} != {name: t.shape for name, t in own.items()}:
+        raise UsageError(
+            f"The weights of {weights} do not fit this encoder.",
+            "Set model.arch, model.width and model.stem to theirs.",
+        )
+    for network in (task.state.online, task.state.target):
+        if network is not None:
+            network["encoder"].load_state_dict(start)
+
+
+def begin(evaluate: Any, run: RunFolder, console: Console) -> Progress:
+    """Step 0: what the network is worth before training."""
     progress = Progress()
     if evaluate is not None:
         figures = evaluate(0)
@@ -210,7 +244,7 @@ def begin(init_from: str | None, task: Pretraining, evaluate: Any, run: RunFolde
     return progress
 
 
-def go_on(run: RunFolder, task: Pretraining, console: Console) -> Progress | None:
+def go_on(run: RunFolder, task: Pretraining, init_from: str | None, console: Console) -> Progress | None:
     """Load the newest checkpoint that can be read; None for a run that ended before its first one."""
     found = checkpoint.newest_valid(run.checkpoints, console.warn)
     if found is None:
@@ -218,6 +252,7 @@ def go_on(run: RunFolder, task: Pretraining, console: Console) -> Progress | Non
             raise UsageError(f"No checkpoint in {run.checkpoints} can be read.", "Start another run.")
         console.note(f"{run.path} has no checkpoint yet: starting at step 0")
         run.rewind_metrics(-1)
+        start_from(init_from, task)
         return None
     path, tensors, header = found
     progress = restore(task, tensors, header, str(path))

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from relicctl.commands.options import PretrainOptions
+from relicctl.config import plain_yaml
 from relicctl.config.resolve import Resolved, flatten, rebase
 from relicctl.errors import UsageError
 
 # What may differ between a run and its continuation; everything else would make it another run.
-FREE_TO_CHANGE = ("runtime.", "checkpoint.", "eval.", "optim.max_steps", "data.")
+# The learning rate may: it is the way on after a divergence.
+FREE_TO_CHANGE = (
+    "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val", "data.max_bad",
+)  # fmt: skip
 
 
 def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
     """The folder that --resume means: its own value, --out, or the newest run of the preset."""
+    for given, name in ((options.overwrite, "--overwrite"), (options.init_from, "--init-from")):
+        if given:
+            raise UsageError(f"{name} starts a run, --resume goes on with one.", "Give one of the two.")
     if options.resume:
+        if options.out is not None and options.out != Path(options.resume):
+            raise UsageError("--resume goes on in the run's own folder, and --out names another.", "Leave --out away.")
         return Path(options.resume)
     if options.out is not None:
         return options.out
-    candidates = sorted(Path("runs").glob(f"{preset or ''}*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not candidates:
-        raise UsageError("There is no run to resume under runs/.", "Name its folder: --resume RUN.")
-    return candidates[-1].parent
+    found = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    records = [(path.parent, recorded(path.parent)) for path in found]
+    runs = [path for path, record in records if "preset" in record and preset in (None, record["preset"])]
+    if not runs:
+        of = f" of preset {preset}" if preset else ""
+        raise UsageError(f"There is no run{of} to resume under runs/.", "Name its folder: --resume RUN.")
+    return runs[-1]
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """What config.yaml says under ``run``: facts noted at the run's start. {} for another file."""
+    try:
+        return plain_yaml.load_mapping(run / "config.yaml").get("run") or {}
+    except UsageError:
+        return {}
 
 
 def continued(resolved: Resolved, run: Path, free: tuple[str, ...] = FREE_TO_CHANGE) -> Resolved:
@@ -37,4 +58,7 @@ def continued(resolved: Resolved, run: Path, free: tuple[str, ...] = FREE_TO_CHA
             f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
             "Leave it as it is, or start another run with --init-from.",
         )
-    return merged
+    preset = recorded(run).get("preset")
+    if resolved.preset not in (None, preset):
+        raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Leave --preset away.")
+    return Resolved(merged.config, merged.origin, preset)

@@ -21,13 +21,17 @@ from relicctl.config import plain_yaml
 from relicctl.config.linear import LinearConfig
 from relicctl.config.presets import preset_path
 from relicctl.config.schema import Config, Section
+from relicctl.config.transfer import TransferConfig
 from relicctl.errors import UsageError
 
-SCHEMAS: dict[str, type[Section]] = {"pretrain": Config, "linear-eval": LinearConfig}
+SCHEMAS: dict[str, type[Section]] = {"pretrain": Config, "linear-eval": LinearConfig, "transfer": TransferConfig}
 
 OPTION_KEYS = {
     "data": "data.train",
+    "sets": "data.sets",
     "val": "data.val",
+    "protocol": "protocol",
+    "labels": "labels",
     "device": "runtime.device",
     "workers": "runtime.workers",
     "seed": "seed",
@@ -44,6 +48,7 @@ _UNREAD = {
     "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
     "fast": ("crop.", "data.cache", "runtime.precision"),
 }
+_OF_MASKS = ("bgmask.probability", "bgmask.fill")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class _Layers:
             for name, where in self.origin.items():
                 if where == "--set" and name.startswith(_UNREAD.get(choice, ())):
                     raise UsageError(f"{name} means nothing to {kind} {choice}.", "Leave it out.")
+                if where == "--set" and name in _OF_MASKS and self.values["bgmask.source"] == "none":
+                    raise UsageError(f"{name} means nothing while bgmask.source is none.", "Leave it out.")
         return _validated(self.values, self.origin, self.schema)
 
 
@@ -146,7 +153,7 @@ def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
 
     def walk(content: dict[str, Any], prefix: str, indent: str) -> None:
         for name, value in content.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and prefix + name not in leaves(type(config)):
                 lines.append((f"{indent}{name}:", ""))
                 walk(value, f"{prefix}{name}.", indent + "  ")
             else:
@@ -306,6 +313,8 @@ def _in_words(node: dict[str, Any]) -> str:
         return _either(_in_words(choice) for choice in node["anyOf"])
     if "enum" in node or "const" in node:
         return _either(node.get("enum") or [node["const"]])
+    if node["type"] == "object":
+        return f"a mapping, each {_in_words(node['additionalProperties'])}"
     if node["type"] == "array" and "items" in node:
         return f"a list, each {_in_words(node['items'])}"
     if node["type"] == "array":

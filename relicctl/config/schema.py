@@ -51,6 +51,7 @@ class Network(Section):
 
 
 class Model(Network):
+    bn_momentum: float = key(0.1, "weight of a batch in BatchNorm's running statistics", gt=0, le=1)
     projector: Head = key(Head(), "linear, batch norm, ReLU, linear; on both networks")
     predictor: Head = key(Head(), "built like the projector; on the online network only")
 
@@ -121,7 +122,7 @@ class Optim(Section):
     batch_size: int = key(4096, "images per step over all processes", ge=2)
     base_lr: Positive = key(0.3, "peak learning rate per 256 images of the batch (our choice)")
     weight_decay: float = key(1.5e-6, "decay of weights; biases and norms are excluded (our choice)", ge=0)
-    momentum: float = key(0.9, "momentum of lars and sgd", ge=0, lt=1)
+    momentum: float = key(0.9, "momentum of lars and sgd, first beta of adamw", ge=0, lt=1)
     warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
     epochs: Count = key(1000, "passes over the data; they set the schedules")
     max_steps: Count | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,13 +38,33 @@ class World:
         each = batch_size // self.size
         return self.rank * each, (self.rank + 1) * each
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """True on every process when it is true on one of them (one small reduction)."""
-        if self.size == 1:
+
+class Agreement:
+    """Has any process raised its flag? Asked once a step, answered one step later, so that nobody waits.
+
+    The flags travel between the hosts' CPUs while the devices compute.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._under_way: tuple[torch.Tensor, Any] | None = None
+
+    def any(self, flag: bool) -> bool:
+        """The same answer on every process: whether one of them had its flag raised when last asked."""
+        if self._group is None:
             return flag
-        shared = torch.tensor(float(flag), device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return bool(shared.item())
+        answer = False
+        if self._under_way is not None:
+            raised, work = self._under_way
+            work.wait()
+            answer = bool(raised.item())
+        raised = torch.tensor(float(flag))
+        self._under_way = raised, dist.all_reduce(raised, dist.ReduceOp.MAX, self._group, async_op=True)
+        return answer
+
+    def close(self) -> None:
+        if self._under_way is not None:
+            self._under_way[1].wait()
 
 
 def join(device: str) -> World:

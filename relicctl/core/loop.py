@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from relicctl.core import checkpoint
-from relicctl.core.distributed import World
+from relicctl.core.distributed import Agreement, World
 from relicctl.errors import Diverged, Interrupted
 
 
@@ -110,11 +110,16 @@ def train(
     clock = Clock(progress.step, batches)
     saved_at = time.monotonic()
 
+    def refuse_divergence() -> None:
+        """Of losses, gradients and, since the last step may have spoilt them, weights."""
+        _refuse_divergence(_note_if_not_finite(bad_step, progress.step - 1, parameters), journal)
+
     def save() -> None:
-        _refuse_divergence(bad_step, journal)
+        refuse_divergence()
         if world.is_main:
             journal.save(progress.step, *snapshot(task, progress))
 
+    agreement = Agreement(world)
     with StopSignals() as signals:
         for batch in batches.from_step(progress.step, plan.total):
             step = progress.step
@@ -123,7 +128,7 @@ def train(
                 group["lr"] = learning_rate
             losses = task.loss(batch, step)
             losses["loss"].backward()
-            bad_step = _note_divergence(bad_step, step, losses["loss"], parameters)
+            bad_step = note_divergence(bad_step, step, losses["loss"], parameters)
             task.optimizer.step()
             task.optimizer.zero_grad(set_to_none=True)
             task.after_step(step)
@@ -145,7 +150,7 @@ def train(
                     journal.metrics(record)
                 show(progress.step, record)
             if evaluate and (last or (plan.evaluate_every and progress.step % plan.evaluate_every == 0)):
-                _refuse_divergence(bad_step, journal)
+                refuse_divergence()
                 figures = evaluate(progress.step)
                 progress.facts.update(figures)
                 if world.is_main:
@@ -154,7 +159,7 @@ def train(
                 show(progress.step, figures)
                 clock.restart(progress.step)
 
-            stopping = world.any(signals.received is not None, device) if _ask(world, step) else False
+            stopping = agreement.any(signals.received is not None)
             minutes = (time.monotonic() - saved_at) / 60
             due = (plan.checkpoint_every and progress.step % plan.checkpoint_every == 0) or (
                 plan.checkpoint_minutes and minutes >= plan.checkpoint_minutes
@@ -168,6 +173,7 @@ def train(
                     f"Go on with: {plan.resume_command}",
                     signals.received or signal.SIGTERM,
                 )
+    agreement.close()
     return progress
 
 
@@ -237,7 +243,7 @@ class Clock:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         speed = (step - self._step) / seconds
         rates = {
-            "images_per_s": round(speed * plan.batch_size, 2),
+            "images_per_s": float(f"{speed * plan.batch_size:.4g}"),
             "data_wait": round((self._batches.waited - self._waited) / seconds, 4),
             "eta_s": round((plan.total - step) / speed, 1),
         }
@@ -245,25 +251,25 @@ class Clock:
         return rates
 
 
-def _ask(world: World, step: int) -> bool:
-    """Processes agree on stopping every tenth step: often enough for a scheduler's grace, too seldom to cost."""
-    return world.size == 1 or step % 10 == 0
-
-
-def _note_divergence(
+def note_divergence(
     bad_step: torch.Tensor, step: int, loss: torch.Tensor, parameters: list[nn.Parameter]
 ) -> torch.Tensor:
-    """Remember, on the device, the first step whose loss or any gradient is not finite.
-
-    The largest magnitude of each gradient is exact where a sum of squares would overflow, and carries NaN.
-    """
+    """Remember, on the device, the first step whose loss or any gradient is not finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if loss.is_cuda:
-        magnitudes = torch._foreach_norm(gradients, torch.inf)  # one pass over all
+    return _note_if_not_finite(bad_step, step, [loss.detach(), *gradients])
+
+
+@torch.no_grad()
+def _note_if_not_finite(bad_step: torch.Tensor, step: int, tensors: list[Any]) -> torch.Tensor:
+    """``bad_step``, or ``step`` where it was unset and a tensor holds a NaN or an infinity.
+
+    The largest magnitude is exact where a sum of squares would overflow, and it carries NaN.
+    """
+    if bad_step.is_cuda:
+        magnitudes = torch._foreach_norm(tensors, torch.inf)  # one pass over all
     else:
-        magnitudes = torch._foreach_max(torch._foreach_abs(gradients))  # a tenth of the norm's time on a CPU
-    largest = torch.stack([loss.detach().float(), *(g.float() for g in magnitudes)])
-    fine = largest.isfinite().all()
+        magnitudes = torch._foreach_max(torch._foreach_abs(tensors))  # a tenth of the norm's time on a CPU
+    fine = torch.stack([m.float() for m in magnitudes]).isfinite().all()
     return torch.where((bad_step < 0) & ~fine, step, bad_step)
 
 
@@ -272,11 +278,12 @@ def _refuse_divergence(bad_step: torch.Tensor, journal: Journal) -> None:
     if step < 0:
         return
     last = journal.last_checkpoint()
+    lower = "--set optim.base_lr=... lower, or --set runtime.precision=fp32"
     raise Diverged(
-        f"The loss or a gradient was not finite at step {step}.",
-        f"The last good checkpoint is {last}: resume from it with a lower optim.base_lr or runtime.precision=fp32."
+        f"The loss, a gradient or a weight was not finite at step {step}.",
+        f"The last good checkpoint is {last}: go on from it by --resume with {lower}."
         if last
-        else "No checkpoint was written yet: start again with a lower optim.base_lr or runtime.precision=fp32.",
+        else f"No checkpoint was written yet: start again with {lower}.",
     )
 
 

@@ -174,9 +174,7 @@ def _contrast(x: Tensor, factor: Tensor) -> Tensor:
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
     """HSV's S times the factor, at most 1: with V and hue fixed every channel moves to V - (V - x) S'/S."""
     value, least = _extremes(x)
-    largest = value / value.sub(least).clamp_min_(
-        TINY
-    )  # 1/S; a grey pixel keeps its colour whatever stands here
+    largest = value / value.sub(least).clamp_min_(TINY)  # 1/S; a grey pixel keeps its colour whatever stands here
     return torch.lerp(value, x, largest.minimum(factor))
 
 

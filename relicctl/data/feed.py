@@ -20,13 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from relicctl.core.distributed import World
+from relicctl.core.hardware import free_host_memory
 from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
 from relicctl.data.crops import crop_boxes, device_crops, host_crops
 from relicctl.data.images import BadImage
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
-from relicctl.errors import DataError, UsageError
-from relicctl.memory import free_host_memory
+from relicctl.errors import DataError, RelicError, UsageError
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
 DECODED_AT_ONCE = 8  # images a worker holds decoded: boxes are drawn for so many, and large photos still fit
@@ -74,6 +74,7 @@ class BadImages:
     seen: set[str] = field(default_factory=set)
 
     def add(self, name: str, reason: str) -> None:
+        name = name.encode("unicode_escape").decode("ascii") if not name.isprintable() else name
         if name in self.seen:
             return
         self.seen.add(name)
@@ -95,14 +96,29 @@ def load_or_next(source: Source | _Decoded, index: int) -> tuple[np.ndarray, int
             return source.load(candidate), candidate, passed
         except BadImage as bad:
             passed.append((candidate, bad.reason))
-    raise DataError(
-        f"{len(passed)} images in a row cannot be decoded, the first because it is {passed[0][1]}.",
-        "Check that the files are images.",
-    )
+    raise Undecodable(passed)
+
+
+class Undecodable(DataError):
+    """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
+
+    def __init__(self, passed: list[tuple[int, str]]) -> None:
+        super().__init__(
+            f"{len(passed)} images in a row cannot be decoded, the first because: {passed[0][1]}.",
+            "Check that the files are images.",
+        )
+        self.passed = passed
+
+    def __reduce__(self):
+        return type(self), (self.passed,)
 
 
 class Feed:
-    """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half."""
+    """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half.
+
+    Images of several sizes cannot be kept on the device: then they are kept in memory, or with ``strict_cache``
+    UsageError is raised.
+    """
 
     def __init__(
         self,
@@ -114,6 +130,7 @@ class Feed:
         device: torch.device,
         world: World,
         cache: str,
+        strict_cache: bool = False,
         workers: int,
         bad: BadImages,
     ) -> None:
@@ -125,9 +142,8 @@ class Feed:
         self._first, self._last = world.rows(sampler.batch_size)
         self._labels = source.labels
         self._resident: torch.Tensor | None = None
-        self.cache = cache
         if cache != "none":
-            self._decode_all(cache)
+            self._decode_all(cache, strict_cache)
 
     def from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``step`` to ``stop - 1``."""
@@ -146,9 +162,9 @@ class Feed:
             return None
         return torch.from_numpy(self._labels[samples]).to(self._device, non_blocking=True)
 
-    # -- decoded once, cropped on the device -------------------------------------------------------------------
+    # Decoded once, cropped on the device
 
-    def _decode_all(self, cache: str) -> None:
+    def _decode_all(self, cache: str, strict: bool) -> None:
         """Decode every image once: into one tensor on the device, or into host memory (``memory``)."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
             loaded = list(pool.map(lambda i: load_or_next(self._source, i), range(len(self._source))))
@@ -157,9 +173,10 @@ class Feed:
         images = [image for image, _, _ in loaded]
         if self._labels is not None:
             self._labels = self._labels[[index for _, index, _ in loaded]]
-        if cache == "memory":
+        one_size = len({image.shape for image in images}) == 1
+        if cache == "memory" or not (one_size or strict):
             self._source = _Decoded(images)
-        elif len({image.shape for image in images}) > 1:
+        elif not one_size:
             raise UsageError(
                 "data.cache is device, but the images differ in size.",
                 "Set data.cache to memory, auto or none.",
@@ -184,7 +201,7 @@ class Feed:
             views = [device_crops(images, b, s.size) for b, s in zip(boxes, self._plan.sizes, strict=True)]
             yield views, samples
 
-    # -- decoded for every batch by workers --------------------------------------------------------------------
+    # Decoded for every batch by workers
 
     def _crop_on_host(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
         chunks = [
@@ -210,8 +227,13 @@ class Feed:
             samples = np.empty(rows, dtype=np.int64)
             for first, last in chunks:
                 asked = time.perf_counter()
-                crops, used, passed = next(loader)
+                made = next(loader)
                 self.waited += time.perf_counter() - asked
+                if isinstance(made, Undecodable):
+                    self._note(made.passed)
+                if isinstance(made, RelicError):
+                    raise made
+                crops, used, passed = made
                 self._note(passed)
                 here = slice(first - self._first, last - self._first)
                 samples[here] = used
@@ -224,25 +246,32 @@ class Feed:
             self._bad.add(self._keys(index), reason)
 
 
+Crops = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size, samples used, samples passed over
+
+
 class _Chunks(Dataset):
     """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
 
     def __init__(self, source: Source | _Decoded, sampler: Sampler, plan: ViewPlan, seed: int) -> None:
         self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
 
-    def __getitem__(self, unit: tuple[int, int, int]) -> tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]:
-        step, first, last = unit
+    def __getitem__(self, unit: tuple[int, int, int]) -> Crops | RelicError:
+        try:
+            return self._make(*unit)
+        except RelicError as error:
+            return error  # raised in the training process: torch would wrap it up, with a traceback, on the way
+
+    def _make(self, step: int, first: int, last: int) -> Crops:
         samples = self._sampler.batch(step)[first:last]
         crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.sizes]
         used, passed = np.empty_like(samples), []
         for start in range(0, len(samples), DECODED_AT_ONCE):
             rows = slice(start, start + DECODED_AT_ONCE)
             loaded = [load_or_next(self._source, int(sample)) for sample in samples[rows]]
-            images, used[rows], skipped = (list(part) for part in zip(*loaded, strict=True))
-            passed += sum(skipped, [])
-            crop_views(
-                images, self._plan, self._seed, self._sampler.epoch(step), samples[rows], [c[:, rows] for c in crops]
-            )
+            used[rows] = [index for _, index, _ in loaded]
+            passed += [bad for _, _, skipped in loaded for bad in skipped]
+            images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
+            crop_views(images, self._plan, self._seed, self._sampler.epoch(step), samples[rows], out)
         return [torch.from_numpy(crop) for crop in crops], used, passed
 
 
@@ -293,7 +322,7 @@ def _boxes(
 def crop_views(
     images: list[np.ndarray], plan: ViewPlan, seed: int, epoch: int, samples: np.ndarray, out: list[np.ndarray]
 ) -> None:
-    """All views of decoded images, uint8 ``[H, W, 3]`` each, into ``out``: uint8 ``[count, B, size, size, 3]`` per size.
+    """All views of decoded images, uint8 ``[H, W, 3]``, into ``out``: per size uint8 ``[count, B, size, size, 3]``.
 
     The boxes of all ``samples`` (``[B]``) are drawn at once: for one image the drawing costs as much as a crop.
     """

@@ -24,7 +24,7 @@ class Sampler:
         if batch_size > size:
             raise UsageError(
                 f"The batch of {batch_size} images is larger than the data of {size}.",
-                f"Set optim.batch_size to at most {size}, or give more images.",
+                f"Set optim.batch_size to at most {size}, or give more images." if size > 1 else "Give more images.",
             )
         self.seed, self.size, self.batch_size = seed, size, batch_size
         self.steps_per_epoch = size // batch_size

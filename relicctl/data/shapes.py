@@ -89,9 +89,7 @@ class ShapesSource(Source):
     classes = CLASSES
     labels: np.ndarray
 
-    def __init__(
-        self, spec: str, settings: ShapesSpec, split: Literal["train", "val"], rows: np.ndarray
-    ) -> None:
+    def __init__(self, spec: str, settings: ShapesSpec, split: Literal["train", "val"], rows: np.ndarray) -> None:
         self.spec, self.settings, self.split, self.rows = spec, settings, split, rows
         self.labels = rows % len(CLASSES)
         self.behind = self._backgrounds()

@@ -135,17 +135,13 @@ def _wheel(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     spokes = 3 + int(a * 3)
     spoke = np.maximum(radius * np.abs(np.sin(angle * spokes)) / spokes * 1.6 - 0.09, radius - 0.8)
     hub = radius - 0.27
-    return np.minimum(np.minimum(np.abs(radius - 0.8) - 0.17, spoke), hub), _inside(
-        np.abs(radius - 0.8) - 0.1
-    )
+    return np.minimum(np.minimum(np.abs(radius - 0.8) - 0.17, spoke), hub), _inside(np.abs(radius - 0.8) - 0.1)
 
 
 def _flower(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     petals = 5 + int(a * 3)
-    return (radius - 0.68 - 0.25 * np.cos(petals * angle)) * 0.7, np.maximum(
-        _inside(radius - 0.3), radius * 0.5 - 0.1
-    )
+    return (radius - 0.68 - 0.25 * np.cos(petals * angle)) * 0.7, np.maximum(_inside(radius - 0.3), radius * 0.5 - 0.1)
 
 
 def _fish(u: Array, v: Array, a: float) -> tuple[Array, Array]:
@@ -183,9 +179,7 @@ def _star(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     waist = 0.38 + 0.14 * a
     edge = np.array([waist * np.cos(half) - 1, waist * np.sin(half)])
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (radius * np.cos(folded) - 1) * normal[0] + radius * np.abs(np.sin(folded)) * normal[1], _inside(
-        folded
-    )
+    return (radius * np.cos(folded) - 1) * normal[0] + radius * np.abs(np.sin(folded)) * normal[1], _inside(folded)
 
 
 def _beetle(u: Array, v: Array, a: float) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,25 +26,33 @@ def spread(outputs_ND: torch.Tensor) -> float:
     return float(z.std(0).mean()) * z.shape[1] ** 0.5
 
 
-def warning(rank: float, deviation: float, rows: int) -> str | None:
-    """A sentence when the figures say collapse, else None. ``rows``: how many features the rank was taken from."""
-    if deviation < 0.05:
-        return f"outputs have almost no spread left (deviation {deviation:.3f} of 1): the network is collapsing"
-    if rows >= 16 and rank < 2:
-        return f"features span almost one dimension (RankMe {rank:.2f}): the network is collapsing"
+def warning(figures: dict[str, Any], rows: int, candidates: int | None = None) -> str | None:
+    """A sentence when the figures of a log line say collapse, else None.
+
+    ``rows``: how many features the rank was taken from. ``candidates``: among how many images the likelihood chooses;
+    where its entropy is that of a blind guess, target outputs no longer tell images apart.
+    """
+    end = "the network is collapsing"
+    if figures["deviation"] < 0.05:
+        return f"outputs have almost no spread left (deviation {figures['deviation']:.3f} of 1): {end}"
+    if rows >= 16 and figures["rank_me"] < 2:
+        return f"features span almost one dimension (RankMe {figures['rank_me']:.2f}): {end}"
+    if candidates and figures["entropy"] > 0.999 * math.log(candidates):
+        return f"the likelihood is a blind guess among {candidates} (entropy {figures['entropy']:.3f}): {end}"
     return None
 
 
 class CollapseWatch:
     """Warns once when two log lines in a row say that the representation collapses."""
 
-    def __init__(self, warn: Callable[[str], None], rows: int) -> None:
-        self._warn, self._rows, self._before, self._said = warn, rows, False, False
+    def __init__(self, warn: Callable[[str], None], rows: int, candidates: int | None = None) -> None:
+        self._warn, self._rows, self._candidates = warn, rows, candidates
+        self._before = self._said = False
 
     def __call__(self, step: int, figures: dict[str, Any]) -> None:
         if "rank_me" not in figures or self._said:
             return
-        text = warning(figures["rank_me"], figures["deviation"], self._rows)
+        text = warning(figures, self._rows, self._candidates)
         if text and self._before:
             self._warn(f"step {step}: {text}")
             self._said = True

@@ -10,6 +10,7 @@ import torch
 from relicctl.config.schema import Eval
 from relicctl.core.counted import Stream, counted_uniform
 from relicctl.core.models.resnet import ResNet
+from relicctl.data.feed import BadImages
 from relicctl.data.sources import Source
 from relicctl.errors import DataError
 from relicctl.evaluation.features import EvalImages, extract
@@ -20,16 +21,27 @@ HOLDOUT_MOST = 5000  # images; enough to tell half a point of accuracy
 
 
 class Evaluator:
-    """Classifies held-out images by the features of training images; ``size`` is the side in pixels."""
+    """Classifies held-out images by the features of training images; ``size`` is the side in pixels.
+
+    Images that cannot be decoded are left out, and counted in ``bad_train`` and ``bad_held_out``.
+    """
 
     def __init__(
-        self, train: Source, held_out: Source, config: Eval, size: int, seed: int, device: torch.device
+        self,
+        train: Source,
+        held_out: Source,
+        config: Eval,
+        size: int,
+        seed: int,
+        device: torch.device,
+        bad_train: BadImages,
     ) -> None:
         held_out_labels = aligned_labels(train, held_out)
         bank = shuffled(len(train), seed, Stream.EVAL)[: config.train_samples]
         asked = shuffled(len(held_out), seed, Stream.EVAL)[: config.val_samples]
         assert train.labels is not None
         self._config, self._device = config, device
+        self.bad_train, self.bad_held_out = bad_train, BadImages(len(held_out), bad_train.limit)
         self._bank = EvalImages(train.select(bank), size, config.crop_ratio)
         self._asked = EvalImages(held_out.select(asked), size, config.crop_ratio)
         self._bank_labels = torch.from_numpy(train.labels[bank]).to(device)
@@ -39,7 +51,9 @@ class Evaluator:
         """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly."""
         bank = extract(encoder, self._bank, self._device)
         queries = extract(encoder, self._asked, self._device)
-        args = bank, self._bank_labels, queries, self._asked_labels
+        known = torch.from_numpy(self._bank.good_rows(self.bad_train)).to(self._device)
+        asked = torch.from_numpy(self._asked.good_rows(self.bad_held_out)).to(self._device)
+        args = bank[known], self._bank_labels[known], queries[asked], self._asked_labels[asked]
         figures: dict[str, Any] = {f"knn{k}": value for k, value in knn_accuracy(*args, ks=(20, 200)).items()}
         if self._config.probe:
             figures["probe_top1"] = probe_accuracy(*args)
@@ -50,8 +64,8 @@ class Evaluator:
         return {
             "knn": "cosine, weights exp(similarity / 0.07)",
             "probe": "multinomial logistic regression on standardised frozen features" if self._config.probe else None,
-            "train_images": len(self._bank),
-            "val_images": len(self._asked),
+            "train_images": len(self._bank) - len(self._bank.bad),
+            "val_images": len(self._asked) - len(self._asked.bad),
         }
 
 

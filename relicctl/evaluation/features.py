@@ -13,7 +13,7 @@ from torch import nn
 
 from relicctl.data.augment import MEAN, STD
 from relicctl.data.crops import eval_box, host_crops
-from relicctl.data.feed import GIB, load_or_next
+from relicctl.data.feed import GIB, BadImages, load_or_next
 from relicctl.data.sources import Source
 
 CHUNK = 128
@@ -34,6 +34,12 @@ class EvalImages:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def good_rows(self, report: BadImages) -> np.ndarray:
+        """int64: the rows whose image could be decoded, after a pass; the others are reported by name."""
+        for index, reason in sorted(self.bad.items()):
+            report.add(self._source.key(index), reason)
+        return np.array([row for row in range(len(self)) if row not in self.bad], dtype=np.int64)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._kept:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import normalize
 
@@ -19,16 +21,31 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
     """Share of queries classified rightly, for every k (at most the bank's size)."""
-    bank = normalize(bank_NF.float(), dim=1)
     classes = int(torch.cat([bank_labels, labels]).max()) + 1
     right = dict.fromkeys(ks, 0)
+    for rows, votes in knn_votes(bank_NF, bank_labels, queries_MF, classes, ks=ks, temperature=temperature):
+        for k in ks:
+            right[k] += int((votes[k].argmax(1) == labels[rows]).sum())
+    return {k: count / len(labels) for k, count in right.items()}
+
+
+def knn_votes(
+    bank_NF: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries_MF: torch.Tensor,
+    classes: int,
+    *,
+    ks: tuple[int, ...],
+    temperature: float = TEMPERATURE,
+) -> Iterator[tuple[slice, dict[int, torch.Tensor]]]:
+    """Chunk by chunk the queries' rows, and for every k their classes' weights, float32 ``[rows, classes]``."""
+    bank = normalize(bank_NF.float(), dim=1)
     chunk = max(1, min(1024, SIMILARITIES // len(bank)))
     for first in range(0, len(queries_MF), chunk):
         queries = normalize(queries_MF[first : first + chunk].float(), dim=1)
         similarity, nearest = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
         weights = (similarity / temperature).exp()
+        votes = {k: weights.new_zeros(len(queries), classes) for k in ks}
         for k in ks:
-            votes = weights.new_zeros(len(queries), classes)
-            votes.scatter_add_(1, bank_labels[nearest[:, :k]], weights[:, :k])
-            right[k] += int((votes.argmax(1) == labels[first : first + chunk]).sum())
-    return {k: count / len(labels) for k, count in right.items()}
+            votes[k].scatter_add_(1, bank_labels[nearest[:, :k]], weights[:, :k])
+        yield slice(first, first + len(queries)), votes

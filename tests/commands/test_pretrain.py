@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -196,6 +197,8 @@ def test_killed_and_resumed_is_never_killed(tiny, tmp_path):
     assert process.wait() == 0, process.stderr.read()
     assert process.stdout.read() == f"{run}\n"
     assert_same_run(tmp_path / "whole", run)
+    assert (run / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
+    assert_same_tensors(encoder_of(run), encoder_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -264,6 +267,28 @@ def test_divergence_is_told_with_the_last_good_checkpoint(tiny, tmp_path, capsys
     assert all(t.isfinite().all() for t in tensors.values())
 
 
+def test_the_advice_after_a_divergence_can_be_followed(tiny, tmp_path, capsys):
+    """The rate climbs until the run breaks; from the last good checkpoint it goes on with a lower one."""
+    run = tmp_path / "run"
+    climb = ["--set", "optim.name=sgd", "--set", "optim.base_lr=1e36", "--set", "optim.warmup_epochs=2"]
+    assert pretrain(tiny, run, *climb, "--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep=9") == 4
+    error = capsys.readouterr().err
+    kept = checkpoint.listed(run / "checkpoints")
+    assert str(kept[-1]) in error
+    for spoilt in kept[1:]:  # finite, but as large as the rate made them
+        spoilt.unlink()
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.base_lr=0.1", "--quiet"]) == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    """The very last step can spoil the weights by a gradient that is finite itself."""
+    run = tmp_path / "run"
+    last = ["optim.name=sgd", "optim.base_lr=1e39", "optim.warmup_epochs=0", "optim.max_steps=1"]
+    assert pretrain(tiny, run, *[argument for assignment in last for argument in ("--set", assignment)]) == 4
+    assert not (run / "encoder.safetensors").exists()
+    assert checkpoint.listed(run / "checkpoints") == []
+
+
 # Bad images.
 
 
@@ -288,6 +313,49 @@ def test_a_corrupt_image_is_replaced_listed_and_the_run_goes_on(tiny, tmp_path, 
     assert [line.split("\t")[0] for line in listed] == ["left/04.png"]
     assert json.loads((run / "results.json").read_text())["bad_images"] == 1
     assert pretrain(tiny, tmp_path / "strict", *arguments) == 3
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_data_without_one_good_image_end_with_exit_3_and_a_list(tiny, tmp_path, photos, capsys, workers):
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"")
+    run = tmp_path / "run"
+    arguments = ["--data", str(photos), "--workers", workers, "--set", "eval.every_epochs=0"]
+    assert pretrain(tiny, run, *arguments, "--set", "data.cache=none") == 3
+    assert len((run / "bad_images.txt").read_text().splitlines()) >= 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_held_out_images_that_are_corrupt_are_left_out_and_listed(tiny, tmp_path, photos):
+    held_out = tmp_path / "held-out"
+    shutil.copytree(photos, held_out)
+    (held_out / "left" / "04.png").write_bytes(b"")
+    run = tmp_path / "run"
+    arguments = ["--data", str(photos), "--val", str(held_out), "--set", "data.max_bad=0.05"]
+    assert pretrain(tiny, run, *arguments) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert (results["protocol"]["val_images"], results["bad_val_images"], results["bad_images"]) == (39, 1, 0)
+    assert (run / "bad_images.txt").read_text().startswith("left/04.png\t")
+    for number in range(0, 20, 2):
+        (held_out / "left" / f"{number:02d}.png").write_bytes(b"")
+    assert pretrain(tiny, tmp_path / "many", *arguments) == 3
+
+
+def test_auto_cache_takes_images_of_several_sizes(tiny, tmp_path, photos):
+    """Even if those that were looked at are of one size; asked for by name, the device refuses them."""
+    Image.new("RGB", (9, 33)).save(photos / "left" / "99.png")
+    arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", "optim.max_steps=2"]
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr("relicctl.commands.pretrain.choose_cache", lambda *_: "device")
+        assert pretrain(tiny, tmp_path / "auto", *arguments) == 0
+        assert pretrain(tiny, tmp_path / "named", *arguments, "--set", "data.cache=device") == 2
+    assert not (tmp_path / "named").exists()
+
+
+def test_a_run_inside_its_own_data_is_refused(tiny, photos):
+    assert pretrain(tiny, photos / "run", "--data", str(photos), "--set", "eval.every_epochs=0") == 2
+    assert not (photos / "run").exists()
 
 
 def test_the_device_and_the_host_make_the_same_views_up_to_rounding(tiny, tmp_path, photos):
@@ -342,6 +410,7 @@ def test_bad_input_gets_two_sentences_and_its_code(tiny, tmp_path, capsys, monke
     assert "Traceback" not in captured.err
     assert says in captured.err
     assert [line.split(":")[0].strip() for line in captured.err.splitlines()[-2:]] == ["error", "fix"]
+    assert not Path("run").exists()
 
 
 def test_a_folder_in_use_is_refused_with_the_ways_on(tiny, tmp_path, capsys):
@@ -406,15 +475,75 @@ def test_a_run_goes_on_only_with_the_images_it_was_started_with(tiny, tmp_path, 
 
 
 def test_two_runs_cannot_write_into_one_folder(tiny, tmp_path, capsys):
-    from relicctl.runs import RunFolder
-
+    """Nor does a lock outlive its holder in the data workers that it started."""
     run = tmp_path / "run"
     assert pretrain(tiny, run, "--set", "optim.max_steps=2") == 0
-    holder = RunFolder.reopen(run, keep=2)
+    ready, done = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").Event()
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(run, ready, done))
+    holder.start()
+    ready.wait()
     assert relicctl(["pretrain", "--resume", str(run)]) == 2
     assert "Another process" in capsys.readouterr().err
-    holder.close()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
     assert relicctl(["pretrain", "--resume", str(run), "--quiet"]) == 0
+    done.set()
+
+
+def hold(run: Path, ready, done) -> None:
+    """Lock the folder, as a run that has a data worker."""
+    from relicctl.runs import RunFolder
+
+    folder = RunFolder.reopen(run, keep=2)
+    if os.fork() == 0:
+        done.wait(30)
+        os._exit(0)
+    ready.set()
+    time.sleep(60)
+    folder.close()
+
+
+# What --resume takes, and what it does not.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--overwrite"],
+        ["--init-from", "RUN"],
+        ["--out", "elsewhere"],
+        ["--preset", "demo"],
+        ["--set", "data.cache=none"],
+    ],
+    ids=" ".join,
+)
+def test_resume_refuses_what_it_would_have_to_ignore(tiny, tmp_path, capsys, arguments):
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=2") == 0
+    arguments = [str(run) if a == "RUN" else a for a in arguments]
+    assert relicctl(["pretrain", "--resume", str(run), *arguments]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert relicctl(["pretrain", "--resume", str(run), "--quiet", "--set", "optim.max_steps=3"]) == 0
+    assert "max_steps: 3" in (run / "config.yaml").read_text()
+
+
+def test_a_resumed_run_keeps_its_preset_and_bare_resume_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "data.train=shapes:size=16,train=64,val=40",
+        "data.val=null",
+        "optim.max_steps=2",
+        "runtime.threads=1",
+        "optim.batch_size=32",
+    ]
+    sets = [argument for assignment in small for argument in ("--set", assignment)]
+    assert relicctl(["pretrain", "--preset", "demo", "--quiet", *sets]) == 0
+    assert relicctl(["pretrain", "--preset", "cifar10-r18", "--quiet", *sets, "--out", "runs/demo-of-another"]) == 0
+    more = ["--quiet", "--set", "optim.max_steps=3"]
+    assert relicctl(["pretrain", "--preset", "demo", "--resume", *more]) == 0
+    results = json.loads(Path("runs/demo/results.json").read_text())
+    assert (results["preset"], results["steps"]) == ("demo", 3)
+    assert relicctl(["pretrain", "--preset", "imagenette-r18", "--resume", *more]) == 2
 
 
 # Several processes.

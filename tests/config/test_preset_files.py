@@ -15,7 +15,7 @@ from relicctl.errors import UsageError
 NAMES = {
     "demo", "cifar10-r18", "imagenette-r18", "stl10-r18", "r50-1000ep", "r50-300ep", "r50-100ep",
     "r50-100ep-1gpu", "r50-2large6small", "r50x2-1000ep", "r50x4-1000ep", "r101-1000ep", "r152-1000ep",
-    "r200-1000ep", "r200x2-1000ep", "linear-imagenet",
+    "r200-1000ep", "r200x2-1000ep", "linear-imagenet", "byol-suite", "finetune-byol", "finetune-quick",
 }  # fmt: skip
 
 

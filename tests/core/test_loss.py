@@ -188,6 +188,43 @@ def test_pair_by_pair_equals_all_at_once(monkeypatch, n, invariance):
         torch.testing.assert_close(relic(online, target, **keys)["loss"], at_once[0])
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "in a group"])
+@pytest.mark.parametrize("device", ["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("invariance", ["transposed", "swapped"])
+def test_fetched_vectors_equal_the_matrix_of_all(monkeypatch, invariance, device, joined):
+    online, target = outputs(5, 2, images=8)
+    negatives = sample_negatives(5, 2, 8, 8, 3, torch.Generator().manual_seed(3))
+
+    def found():
+        if not joined:
+            return value_and_gradient(relic(online, target, negatives=negatives, invariance=invariance)["loss"], online)
+        halves = [
+            relic(
+                online.chunk(2, 1)[rank], target.chunk(2, 1)[rank], gather=Half(online, target, rank),
+                negatives=negatives.chunk(2, 2)[rank], invariance=invariance,
+            )["loss"] for rank in (0, 1)
+        ]  # fmt: skip
+        return value_and_gradient(sum(halves) / 2, online)
+
+    by_matrix = found()
+    monkeypatch.setattr(loss_module, "FETCH_FROM", 0)
+    if device == "as on a GPU":
+        monkeypatch.setattr(loss_module, "PAIRS_IN_TURN", ())
+    monkeypatch.setattr(loss_module, "_sum_terms", counted := Counted(loss_module._sum_terms))
+    assert_same(by_matrix, found())
+    at_once = 1 if invariance == "transposed" else 2
+    assert counted.calls == (1 + joined) * (10 if device == "as on a CPU" else at_once)
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
 class Half:
     """Gather of the ``rank``-th of two processes, both of which live in this one."""
 

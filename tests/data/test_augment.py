@@ -122,9 +122,7 @@ def draw(views=4, batch=30, *, step=1, seed=0, spec=Photometric(), rows=None):  
 
 def nothing(drawn, **but):
     off = np.zeros_like(drawn.flip)
-    return replace(
-        drawn, **{"flip": off, "jitter": off, "grayscale": off, "blur": off, "solarize": off, **but}
-    )
+    return replace(drawn, **{"flip": off, "jitter": off, "grayscale": off, "blur": off, "solarize": off, **but})
 
 
 # -- laws --
@@ -298,9 +296,7 @@ def test_all_orders_of_the_jitter_are_equally_likely():
 
 def test_the_draws_of_one_image_are_independent():
     drawn = draw(views=1, batch=20_000, seed=7)
-    columns = [
-        getattr(drawn, f.name)[0] for f in fields(Photometry) if f.name not in ("order", "blur", "solarize")
-    ]
+    columns = [getattr(drawn, f.name)[0] for f in fields(Photometry) if f.name not in ("order", "blur", "solarize")]
     off_diagonal = np.corrcoef(np.stack(columns).astype(float)) - np.eye(len(columns))
     assert np.abs(off_diagonal).max() < 4.5 / math.sqrt(20_000)
 

@@ -65,9 +65,7 @@ def test_test_backgrounds_tell_nothing_about_the_label():
 
 @pytest.mark.parametrize("size", [48, 64])
 def test_a_swapped_background_leaves_the_object_as_it_is(size):
-    variants = [
-        shapes(f"shapes:size={size},backgrounds={name}", "val") for name in ("random", "matched", "swapped")
-    ]
+    variants = [shapes(f"shapes:size={size},backgrounds={name}", "val") for name in ("random", "matched", "swapped")]
     assert (variants[1].behind == variants[1].labels).all()
     assert (variants[2].behind != variants[2].labels).all()
     for index in range(30):

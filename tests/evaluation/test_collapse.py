@@ -1,5 +1,7 @@
 """The collapse monitor tells a healthy representation from a collapsed one."""
 
+import math
+
 import pytest
 import torch
 
@@ -20,8 +22,24 @@ def test_spread_is_one_on_the_sphere_and_zero_in_a_point():
     assert collapse.spread(torch.ones(10, 64) * 5) == pytest.approx(0, abs=1e-6)
 
 
+HEALTHY = {"rank_me": 40.0, "deviation": 0.9, "entropy": 1.5}
+
+
 def test_warnings_come_with_collapse_only():
-    assert collapse.warning(rank=40, deviation=0.9, rows=64) is None
-    assert "spread" in str(collapse.warning(rank=40, deviation=0.01, rows=64))
-    assert "dimension" in str(collapse.warning(rank=1.2, deviation=0.5, rows=64))
-    assert collapse.warning(rank=1.2, deviation=0.5, rows=2) is None  # two images cannot span more
+    assert collapse.warning(HEALTHY, rows=64, candidates=11) is None
+    assert "spread" in str(collapse.warning(HEALTHY | {"deviation": 0.01}, rows=64))
+    assert "dimension" in str(collapse.warning(HEALTHY | {"rank_me": 1.2}, rows=64))
+    assert collapse.warning(HEALTHY | {"rank_me": 1.2}, rows=2) is None  # two images cannot span more
+    blind = HEALTHY | {"entropy": math.log(11)}
+    assert "blind guess among 11" in str(collapse.warning(blind, rows=64, candidates=11))
+    assert collapse.warning(blind, rows=64) is None  # an objective without a likelihood
+
+
+def test_the_watch_warns_once_after_two_lines_in_a_row():
+    said: list[str] = []
+    watch = collapse.CollapseWatch(said.append, rows=64)
+    sick = HEALTHY | {"deviation": 0.0}
+    for step, figures in enumerate([sick, HEALTHY, sick, {"knn20": 0.1}, sick, sick, sick]):
+        watch(step, figures)
+    assert len(said) == 1
+    assert said[0].startswith("step 4: outputs")

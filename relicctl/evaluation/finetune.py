@@ -1,0 +1,73 @@
+"""Fine-tuning on another data set: the whole network and a new linear layer, as a task for the training loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.models.resnet import seeded
+from relicctl.core.schedules import learning_rate
+from relicctl.data.feed import Batch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One training: ``rate`` falls along a cosine to 0 over ``steps``; ``decay`` is on all parameters."""
+
+    rate: float
+    decay: float
+    momentum: float
+    steps: int
+    steps_per_epoch: int
+    one_vs_rest: bool
+    seed: int
+    precision: str
+
+
+class FinetuneTask:
+    """The loop's task. ``encoder`` itself is left as it is; ``state`` is a copy of it and a linear layer."""
+
+    def __init__(self, encoder: Any, classes: int, tuning: Tuning, device: torch.device) -> None:
+        self._tuning, self._classes = tuning, classes
+        with seeded(counted_seed(tuning.seed, Stream.INIT)):
+            head = nn.Linear(encoder.feature_dim, classes)
+        network = nn.Sequential(copy.deepcopy(encoder).requires_grad_(True), head)
+        self.state: nn.Module = network.to(device).to(memory_format=torch.channels_last).train()
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = norm_momentum(tuning.steps_per_epoch)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            network.parameters(), tuning.rate, tuning.momentum, weight_decay=tuning.decay, nesterov=True, foreach=True
+        )
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=tuning.precision == "bf16")
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Cross-entropy of a softmax; of a sigmoid for each class where each is ranked by itself."""
+        assert batch.labels is not None
+        with self._autocast:
+            logits = self.state(batch.views[0][0])
+        if self._tuning.one_vs_rest:
+            targets = one_hot(batch.labels, self._classes).float()
+            return {"loss": binary_cross_entropy_with_logits(logits.float(), targets)}
+        return {"loss": cross_entropy(logits.float(), batch.labels)}
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, peak=self._tuning.rate, warmup_steps=0, total_steps=self._tuning.steps)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+
+def norm_momentum(steps_per_epoch: int) -> float:
+    """Of BatchNorm's running statistics, 1 - decay as torch has it: BYOL's decay is max(1 - 10 / s, 0.9)."""
+    return 1 - max(1 - 10 / steps_per_epoch, 0.9)

@@ -1,0 +1,56 @@
+"""Features that are extracted once and kept on the disk, by the encoder's weights and the images' names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from relicctl.core.checkpoint import atomically
+from relicctl.errors import DataError, RunFailed
+
+
+def encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
+    """SHA-256 (hex) over the weights and how images are shown: what decides the features."""
+    digest = hashlib.sha256(f"{type(encoder).__name__} {size} {crop_ratio}".encode())
+    for attribute in ("arch", "stem", "padding"):
+        digest.update(f"{attribute}={getattr(encoder, attribute, None)}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def kept(path: Path, device: torch.device, make: Callable[[], tuple[Tensor, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
+    """What ``make`` gives, features ``[N, F]`` and their rows int64 ``[N]``, from ``path`` if it is there and whole.
+
+    Raises DataError for features that are not finite, RunFailed when they cannot be written.
+    """
+    try:
+        tensors = load_file(path, device=str(device))
+        return tensors["features"], tensors["rows"].cpu().numpy()
+    except (FileNotFoundError, SafetensorError, KeyError):
+        pass  # not there, or damaged
+    features, rows = make()
+    bad = int((~features.isfinite().all(1)).sum())
+    if bad:
+        raise DataError(
+            f"The encoder gives features that are not finite for {bad} of {len(rows)} images.",
+            "Its weights are damaged or it diverged in training: take an earlier checkpoint.",
+        )
+    tensors = {"features": features.cpu().contiguous(), "rows": torch.from_numpy(rows)}
+    try:
+        atomically(path, lambda temporary: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as reason:
+        raise RunFailed(
+            f"Features cannot be kept in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",
+            "Make room or choose another --out; with --resume everything finished is taken over.",
+        ) from None
+    return features, rows

@@ -1,0 +1,209 @@
+"""Logistic regression for many strengths of regularisation in one solve: the classifier of transfer learning.
+
+For every lambda it minimises, over weights W ``[C, F]`` and intercepts b ``[C]``,
+
+    J(W, b) = sum_i loss(W x_i + b, y_i) + lambda / 2 |W|^2
+
+where the loss is the cross-entropy of a softmax (one class an image) or of C sigmoids (one-vs-rest, any number of
+classes an image). The sum is over images and b is free, so lambda = 1 / C of scikit-learn's LogisticRegression.
+
+How: Newton's method. The features are centred and turned to their principal axes once, for all lambdas (|W| and b's
+freedom do not feel it), which leaves a Hessian that its own diagonal preconditions well. Lambdas go from strong to
+weak in waves; the waves before say, by extrapolation in log lambda, where the next one starts. All lambdas of a wave
+share every matrix product, and each leaves the wave when it is done. Directions come from conjugate gradients in
+float32; what is minimised, its gradient and the line search are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, softplus
+
+WAVE = 4  # lambdas solved side by side: wider shares more, but starts farther from the optimum
+DONE = 1e-7  # a lambda is done when a Newton step promises no larger share of its objective
+FORCING = 0.1  # a direction is good when its residual has fallen to this
+NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
+SMALLEST = 1e-14  # of the largest eigenvalue: axes below hold the rounding of float32 features
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """For R lambdas, in the order given: ``weight`` ``[R, C, F]``, ``bias`` ``[R, C]``, ``objective`` ``[R]``, float64.
+
+    ``converged``: bool ``[R]``; False where ``NEWTON_STEPS`` were not enough.
+    """
+
+    lambdas: tuple[float, ...]
+    weight: Tensor
+    bias: Tensor
+    objective: Tensor
+    converged: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``[N, F]`` -> ``[R, N, C]``, float64."""
+        return features.double() @ self.weight.mT + self.bias[:, None]
+
+
+def solve(
+    features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: Solutions | None = None
+) -> Solutions:
+    """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or bool ``[N, C]`` for C sigmoids.
+
+    ``start``: solutions of a like problem, one for each lambda, to begin at.
+    """
+    x = features.double()
+    mean = x.mean(0)
+    axes = _principal_axes(x - mean)
+    problem = _Problem((x - mean) @ axes, targets, classes)
+    order = sorted(range(len(lambdas)), key=lambda r: -lambdas[r])
+    strengths = x.new_tensor([lambdas[r] for r in order])
+    if start is None:
+        found = x.new_zeros(classes, len(order), axes.shape[1] + 1)
+    else:
+        bias = start.bias + start.weight @ mean
+        found = torch.cat([start.weight @ axes, bias[..., None]], 2)[order].transpose(0, 1).contiguous()
+    values, converged = x.new_zeros(len(order)), torch.zeros(len(order), dtype=torch.bool, device=x.device)
+    for first in range(0, len(order), WAVE):
+        wave = slice(first, first + WAVE)
+        if start is None:
+            found[:, wave] = _extrapolated(problem, strengths, found, wave)
+        found[:, wave], values[wave], converged[wave] = _minimise(problem, strengths[wave], found[:, wave])
+    back = torch.tensor(order, device=x.device).argsort()
+    weight = found[:, back, :-1].transpose(0, 1) @ axes.T
+    bias = found[:, back, -1].T - weight @ mean
+    return Solutions(tuple(lambdas), weight, bias, values[back], converged[back])
+
+
+class _Problem:
+    """The objective on principal axes. Coefficients are ``[C, R, F + 1]``, the intercept last; logits ``[C, R, N]``.
+
+    Classes come first: sums over them then run along whole rows.
+    """
+
+    def __init__(self, rotated: Tensor, targets: Tensor, classes: int) -> None:
+        self.x = torch.cat([rotated, rotated.new_ones(len(rotated), 1)], 1)
+        self.x32 = self.x.float()
+        self._squares = self.x32.square()
+        self.softmax = targets.ndim == 1
+        self._truth = (one_hot(targets, classes) if self.softmax else targets).double().T[:, None].contiguous()
+        self.penalised = torch.ones_like(self.x[0])
+        self.penalised[-1] = 0
+
+    def logits(self, coefficients: Tensor) -> Tensor:
+        return _product(coefficients, self.x.T)
+
+    def objective(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+        """``[R]``."""
+        losses = logits.logsumexp(0) if self.softmax else softplus(logits).sum(0)
+        penalty = (coefficients.square() * self.penalised).sum((0, 2))
+        return (losses - (logits * self._truth).sum(0)).sum(1) + lambdas / 2 * penalty
+
+    def gradient(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+        errors = self._told(logits) - self._truth
+        return _product(errors, self.x) + lambdas[:, None] * self.penalised * coefficients
+
+    def direction(self, gradient: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+        """About -H^-1 g, by preconditioned conjugate gradients, one run for each lambda side by side."""
+        told = self._told(logits).float()
+        slope = told * (1 - told)
+        ridge = (lambdas[:, None] * self.penalised).float()
+        diagonal = _product(slope, self._squares) + ridge
+        diagonal += 1e-7 * diagonal.amax((0, 2), keepdim=True)  # certain classes have hardly any curvature left
+
+        def hessian(vector: Tensor) -> Tensor:
+            change = _product(vector, self.x32.T)
+            change = told * (change - (told * change).sum(0)) if self.softmax else slope * change
+            return _product(change, self.x32) + ridge * vector
+
+        def precondition(vector: Tensor) -> Tensor:
+            scaled = vector / diagonal
+            return scaled - scaled.mean(0) if self.softmax else scaled  # one shift of all classes changes nothing
+
+        residual = -gradient.float()
+        found = torch.zeros_like(residual)
+        scaled = precondition(residual)
+        search, before = scaled, _dot(residual, scaled)
+        enough = before * FORCING**2
+        for _ in range(GRADIENT_STEPS):
+            curved = hessian(search)
+            length = (before / _dot(search, curved).clamp_min(1e-30))[:, None]
+            found += length * search
+            residual = residual - length * curved
+            scaled = precondition(residual)
+            now = _dot(residual, scaled)
+            if bool((now <= enough).all()):
+                break
+            search, before = scaled + (now / before.clamp_min(1e-30))[:, None] * search, now
+        return found.double()
+
+    def _told(self, logits: Tensor) -> Tensor:
+        return logits.softmax(0) if self.softmax else logits.sigmoid()
+
+
+def _minimise(problem: _Problem, lambdas: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton's method from ``start`` ``[C, R, F + 1]``: coefficients, objectives ``[R]``, and which converged."""
+    found, logits = start.clone(), problem.logits(start)
+    values = problem.objective(found, logits, lambdas)
+    active = torch.arange(len(lambdas), device=lambdas.device)
+    for _ in range(NEWTON_STEPS):
+        here, there, strength, value = found[:, active], logits[:, active], lambdas[active], values[active]
+        gradient = problem.gradient(here, there, strength)
+        step = problem.direction(gradient, there, strength)
+        slope = _dot(gradient, step)
+        change = problem.logits(step)
+        length = torch.ones_like(slope)[:, None]
+        for _ in range(HALVINGS):
+            after = problem.objective(here + length * step, there + length * change, strength)
+            short = after > value + 1e-4 * length[:, 0] * slope + 1e-13 * value
+            if not bool(short.any()):
+                break
+            length = torch.where(short[:, None], length / 2, length)
+        found[:, active], logits[:, active] = here + length * step, there + length * change
+        values[active] = after
+        active = active[-slope / 2 > DONE * after]
+        if not len(active):
+            break
+    converged = torch.ones_like(lambdas, dtype=torch.bool)
+    converged[active] = False
+    return found, values, converged
+
+
+def _extrapolated(problem: _Problem, lambdas: Tensor, found: Tensor, wave: slice) -> Tensor:
+    """Where a wave starts: on the parabola in log lambda through the last three solutions, or at the last if better."""
+    known = slice(max(0, wave.start - 3), wave.start)
+    x, at = lambdas[known].log(), lambdas[wave].log()
+    if not len(x):
+        return found[:, wave]
+    last = found[:, wave.start - 1, None].expand(-1, len(at), -1)
+    shares = torch.ones(len(at), len(x), dtype=x.dtype, device=x.device)  # Lagrange's
+    for i in range(len(x)):
+        for j in range(len(x)):
+            if i != j:
+                shares[:, i] *= (at - x[j]) / (x[i] - x[j])
+    parabola = torch.einsum("ri,cif->crf", shares, found[:, known])
+    values = [problem.objective(c, problem.logits(c), lambdas[wave]) for c in (parabola, last)]
+    return torch.where((values[0] < values[1])[:, None], parabola, last)
+
+
+def _principal_axes(centred: Tensor) -> Tensor:
+    """Orthonormal ``[F, r]``: what ``centred`` ``[N, F]`` spans, at most N - 1 axes."""
+    if len(centred) < centred.shape[1]:  # through the smaller Gram matrix
+        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
+        keep = eigenvalues > SMALLEST * eigenvalues[-1]
+        return torch.linalg.qr(centred.T @ vectors[:, keep])[0]
+    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
+    return vectors[:, eigenvalues > SMALLEST * eigenvalues[-1]]
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``[C, R, A]`` times ``[A, B]``, as one matrix product."""
+    return (rows.reshape(-1, rows.shape[-1]) @ matrix).view(*rows.shape[:2], -1)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """``[R]``: inner products of coefficients."""
+    return (one * other).sum((0, 2))

@@ -1,0 +1,55 @@
+"""How well scores ``[N, C]`` tell classes: the metric that a data set of the transfer suite is measured by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("top1", "mean_per_class", "map11")
+# What papers report on the data sets of BYOL's suite (2006.07733, appendix D); everything else is top1.
+OF_DATA = {
+    "aircraft": "mean_per_class",
+    "pets": "mean_per_class",
+    "caltech101": "mean_per_class",
+    "flowers102": "mean_per_class",
+    "voc2007": "map11",
+}
+
+
+def measure(metric: str, scores: Tensor, targets: Tensor) -> float:
+    """A share of 1. ``targets``: int64 ``[N]``; for ``map11`` also bool ``[N, C]``."""
+    if metric == "map11":
+        truth = targets if targets.ndim == 2 else torch.nn.functional.one_hot(targets, scores.shape[1])
+        return map11(scores, truth.bool())
+    right = (scores.argmax(1) == targets).double()
+    return right.mean().item() if metric == "top1" else mean_per_class(right, targets)
+
+
+def mean_per_class(right: Tensor, labels: Tensor) -> float:
+    """The mean over classes that have images of the share of ``right`` float64 ``[N]``."""
+    counts = torch.bincount(labels).double()
+    hits = torch.zeros_like(counts).index_add_(0, labels, right)
+    there = counts > 0
+    return (hits[there] / counts[there]).mean().item()
+
+
+def map11(scores: Tensor, truth: Tensor) -> float:
+    """PASCAL VOC 2007's mean average precision: precision at recall 0, .1, ..., 1, each the best at or beyond it.
+
+    ``truth``: bool ``[N, C]``. The mean is over classes with an image. Images of one score come in together, as
+    at a threshold.
+    """
+    found = [_ap11(scores[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()]
+    return sum(found) / len(found)
+
+
+def _ap11(scores: Tensor, truth: Tensor) -> float:
+    scores, order = scores.sort(descending=True, stable=True)
+    hits = truth[order].cumsum(0)
+    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of images of one score
+    asked = torch.arange(1, len(hits) + 1, device=hits.device)[last]
+    hits = hits[last]
+    precision = hits.double() / asked
+    best = precision.flip(0).cummax(0).values.flip(0)  # at or beyond
+    first = [torch.searchsorted(10 * hits, tenth * hits[-1]) for tenth in range(11)]  # in whole numbers: exact
+    return best[torch.stack(first)].mean().item()

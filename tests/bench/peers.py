@@ -1,0 +1,139 @@
+"""relicctl beside its peers: same images, same views, same networks, one process, taking turns.
+
+Needs lightly (pip install lightly). Our colour half is counted twice: left out, since a GPU does it, and done by
+this core as well. The step is a BYOL step: lightly's building blocks view by view, as its examples write it.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+from collections.abc import Callable
+
+import lightly
+import numpy as np
+import torch
+import torchvision
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms import SwaVTransform
+from PIL import Image
+from turns import PLAN, our_host, photos, pil_pipeline, ratio, take_turns
+
+from relicctl.config.resolve import resolve
+from relicctl.data.augment import apply_photometry, draw_photometry
+from relicctl.data.feed import Batch
+from relicctl.data.sources import Source
+from relicctl.pretraining import Pretraining
+
+BATCH, PIXELS = 16, 96
+
+
+def lightly_pipeline(source: Source) -> Callable[[], object]:
+    large, small = PLAN.sizes
+    transform = SwaVTransform(
+        crop_sizes=(large.size, small.size),
+        crop_counts=(large.count, small.count),
+        crop_min_scales=(large.area[0], small.area[0]),
+        crop_max_scales=(large.area[1], small.area[1]),
+        cj_strength=0.5,
+        gaussian_blur=0.55,
+    )
+
+    def run() -> None:
+        for index in range(len(source)):
+            transform(Image.open(io.BytesIO(source.read(index))).convert("RGB"))
+
+    return run
+
+
+def both_halves(source: Source) -> Callable[[], object]:
+    host = our_host(source)
+
+    def run() -> None:
+        draw = draw_photometry(PLAN.photometric, 0, 0, np.arange(len(source)), PLAN.count)
+        first = 0
+        for size, crops in zip(PLAN.sizes, host(), strict=True):
+            apply_photometry(torch.from_numpy(crops), draw[first : first + size.count])
+            first += size.count
+
+    return run
+
+
+def our_step(views: torch.Tensor) -> Callable[[], object]:
+    sets = [f"optim.batch_size={BATCH}", "optim.name=sgd", "model.arch=resnet18", "objective=byol",
+            "views.small.count=0", "views.large.count=2", f"views.large.size={PIXELS}"]  # fmt: skip
+    config = resolve(None, None, sets, {}).config
+    task = Pretraining(
+        config, classes=0, steps_per_epoch=10, total_steps=1000, device=torch.device("cpu"), precision="fp32"
+    )
+
+    def run() -> None:
+        task.loss(Batch([views], None), 0)["loss"].backward()
+        task.optimizer.step()
+        task.optimizer.zero_grad()
+        task.after_step(0)
+
+    return run
+
+
+def lightly_step(views: torch.Tensor) -> Callable[[], object]:
+    encoder = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], torch.nn.Flatten())
+    head, predictor = BYOLProjectionHead(512, 4096, 256), BYOLPredictionHead(256, 4096, 256)
+    slow_encoder, slow_head = copy.deepcopy(encoder), copy.deepcopy(head)
+    deactivate_requires_grad(slow_encoder)
+    deactivate_requires_grad(slow_head)
+    criterion = NegativeCosineSimilarity()
+    trained = [p for part in (encoder, head, predictor) for p in part.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.06, momentum=0.9)
+
+    def run() -> None:
+        update_momentum(encoder, slow_encoder, m=0.99)
+        update_momentum(head, slow_head, m=0.99)
+        made = [predictor(head(encoder(view))) for view in views]
+        slow = [slow_head(slow_encoder(view)).detach() for view in views]
+        loss = 0.5 * (criterion(made[0], slow[1]) + criterion(made[1], slow[0]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    source = photos()
+    images = len(source)
+    data = take_turns(
+        {
+            "PIL": pil_pipeline(source),
+            "lightly": lightly_pipeline(source),
+            "host": our_host(source),
+            "host and colour": both_halves(source),
+        }
+    )
+    views = torch.randn(2, BATCH, 3, PIXELS, PIXELS)
+    step = take_turns({"lightly": lightly_step(views), "relicctl": our_step(views)})
+    result = {
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "lightly": lightly.__version__,
+        },
+        "load": os.getloadavg()[0],
+        "images_per_core_second": {n: [round(images / s, 1) for s in taken] for n, taken in data.items()},
+        "PIL to host": ratio(data["PIL"], data["host"]),
+        "PIL to host and colour": ratio(data["PIL"], data["host and colour"]),
+        "lightly to host": ratio(data["lightly"], data["host"]),
+        "lightly to host and colour": ratio(data["lightly"], data["host and colour"]),
+        "BYOL step, seconds": {name: [round(s, 3) for s in taken] for name, taken in step.items()},
+        "lightly to relicctl, BYOL step": ratio(step["lightly"], step["relicctl"]),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

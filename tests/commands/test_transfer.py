@@ -1,0 +1,228 @@
+"""Laws of a comparison: killed and resumed = never killed, nothing twice, the test set decides nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from handmade_runs import lively_encoder
+from PIL import Image
+
+from relicctl.cli import run as relicctl
+from relicctl.commands import transfer as command
+from relicctl.encoder import save_encoder
+from relicctl.evaluation import kept as keeping
+from relicctl.evaluation import logistic
+
+DATA = "shapes:size=16,train=120,val=60"
+FAST = """
+command: transfer
+logistic: {lambdas: [0.01, 0.1, 1, 10, 100]}
+knn: {ks: [1, 5]}
+finetune: {rates: [0.01, 0.1], steps: 6, batch_size: 16}
+checkpoint: {every_steps: 2, every_minutes: null}
+runtime: {device: cpu, threads: 1, precision: fp32, workers: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("encoders")
+    metadata = {"size": "16", "crop_ratio": "1.0", "mean": "[0.485, 0.456, 0.406]", "std": "[0.229, 0.224, 0.225]"}
+    for seed in range(2):
+        save_encoder(folder / f"{seed}.safetensors", lively_encoder("resnet18", 0.125, "stride2", seed=seed), metadata)
+    return [str(folder / f"{seed}.safetensors") for seed in range(2)]
+
+
+@pytest.fixture
+def compare(tmp_path):
+    (tmp_path / "fast.yaml").write_text(FAST)
+
+    def compare(out: str, *arguments: str) -> int:
+        told = ["--config", str(tmp_path / "fast.yaml"), "--out", str(tmp_path / out), "--quiet"]
+        return relicctl(["transfer", *arguments, *told])
+
+    return compare
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+PROTOCOLS = [f"--protocol={name}" for name in ("logistic", "knn", "finetune")]
+
+
+def test_every_protocol_on_every_data_set_for_every_encoder(encoders, compare, tmp_path, capsys):
+    told = ["--data", f"one={DATA}", "--data", f"pets={DATA},seed=1", "--labels=all", "--labels=0.5", *PROTOCOLS[:2]]
+    assert compare("out", *encoders, "--baseline", "pixels", *told, "--set", "eval.size=16") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    found = results(tmp_path / "out")
+    cells = found["cells"]
+    assert len(cells) == len({(c["encoder"], c["data"], c["protocol"], c["labels"]) for c in cells}) == 3 * 2 * 2 * 2
+    assert {c["data"]: c["metric"] for c in cells} == {"one": "top1", "pets": "mean_per_class"}
+    assert all(0 <= c["value"] <= 1 and c["images"]["test"] == 60 for c in cells)
+    assert {c["images"]["fit"] + c["images"]["validation"] for c in cells if c["labels"] == "all"} == {120}
+    assert len(found["relative"]) == 16
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 8
+    assert (tmp_path / "out" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders, compare, tmp_path, monkeypatch):
+    told = [*encoders, "--data", f"one={DATA}", *PROTOCOLS]
+    assert compare("whole", *told) == 0
+    solved, looked = [], []
+    whole_solve, whole_look = command.JUDGES["logistic"], command.Look.__call__
+
+    def judge(*args, **kwargs):
+        if len(solved) == 1:
+            solved.append("killed")
+            raise KeyboardInterrupt
+        solved.append("done")
+        return whole_solve(*args, **kwargs)
+
+    def look(self, images):
+        looked.append(len(images.labels))
+        return whole_look(self, images)
+
+    monkeypatch.setitem(command.JUDGES, "logistic", judge)
+    monkeypatch.setattr(command.Look, "__call__", look)
+    assert compare("cut", *told) == 130
+    assert relicctl(["transfer", "--resume", str(tmp_path / "cut"), "--quiet"]) == 0
+    assert solved == ["done", "killed", "done"]
+    assert looked == [120, 60, 120, 60]
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    assert (tmp_path / "cut" / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
+
+
+def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp_path, monkeypatch):
+    from relicctl.commands import transfer_tuning as tuning
+
+    told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune"]
+    assert compare("whole", *told) == 0
+    steps, loss = [], tuning.FinetuneTask.loss
+
+    def killing(self, batch, step):
+        steps.append(step)
+        if len(steps) == 11:  # in the second training, after its checkpoint of step 4
+            raise KeyboardInterrupt
+        return loss(self, batch, step)
+
+    monkeypatch.setattr(tuning.FinetuneTask, "loss", killing)
+    assert compare("cut", *told) == 130
+    assert relicctl(["transfer", "--resume", str(tmp_path / "cut"), "--quiet"]) == 0
+    assert steps == [*range(6), *range(5), 4, 5, *range(6)]
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+def test_more_data_or_protocols_keep_what_is_there(encoders, compare, tmp_path, monkeypatch):
+    assert compare("out", encoders[0], "--data", f"one={DATA}") == 0
+    monkeypatch.setattr(logistic, "solve", None)
+    more = [*PROTOCOLS[:2], "--resume", str(tmp_path / "out")]
+    assert relicctl(["transfer", *more, "--quiet"]) == 0
+    assert [c["protocol"] for c in results(tmp_path / "out")["cells"]] == ["logistic", "knn"]
+
+
+def test_what_is_chosen_owes_nothing_to_the_test_images(encoders, compare, tmp_path):
+    for name, spec in (("one", DATA), ("other", DATA.replace("val=60", "val=30"))):
+        assert compare(name, encoders[0], "--data", f"x={spec}", *PROTOCOLS) == 0
+    chosen = [[(c["chosen"], c["tried"]) for c in results(tmp_path / n)["cells"]] for n in ("one", "other")]
+    assert chosen[0] == chosen[1]
+
+
+def test_a_disk_that_is_full_stops_it_with_two_sentences(encoders, compare, monkeypatch, capsys):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keeping, "atomically", full)
+    assert compare("out", encoders[0], "--data", f"one={DATA}") == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_damaged_features_are_made_again(encoders, compare, tmp_path):
+    told = [encoders[0], "--data", f"one={DATA}"]
+    assert compare("out", *told) == 0
+    before = results(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "cells")
+    for path in (tmp_path / "out" / "features").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert relicctl(["transfer", "--resume", str(tmp_path / "out"), "--quiet"]) == 0
+    assert results(tmp_path / "out") == before
+
+
+def test_features_that_are_not_finite_are_refused(compare, tmp_path, encoders, capsys):
+    from safetensors.torch import load_file, safe_open, save_file
+
+    tensors = load_file(encoders[0])
+    tensors["conv1.weight"][0, 0, 0, 0] = torch.nan
+    with safe_open(encoders[0], "pt") as handle:
+        save_file(tensors, tmp_path / "nan.safetensors", handle.metadata())
+    assert compare("out", str(tmp_path / "nan.safetensors"), "--data", f"one={DATA}") == 3
+    assert "not finite" in capsys.readouterr().err
+
+
+@pytest.fixture
+def photos(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, classes in {"full/train": "abc", "full/test": "abc", "notest/train": "ab", "single/train": "a",
+                           "single/test": "a"}.items():  # fmt: skip
+        for number in range(12):
+            path = tmp_path / split / classes[number % len(classes)] / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+    return tmp_path
+
+
+def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, photos):
+    (photos / "full/test/a/00.png").write_bytes(b"no picture")
+    assert compare("out", encoders[0], "--data", f"x={photos / 'full'}", "--set", "data.max_bad=0.1") == 0
+    assert (photos / "out" / "bad_images.txt").read_text().startswith("a/00.png\t")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["A"], 2, "No data"),
+        (["--data", "x=full"], 2, "No encoder"),
+        (["A", "--data", "full"], 2, "NAME=DATA"),
+        (["A", "--data", "x=full", "--data", "x=full"], 2, "twice"),
+        (["A", "A", "--data", "x=full"], 2, "named twice"),
+        (["A", "COPY", "--data", "x=full"], 2, "the same encoder"),
+        (["A", "--baseline", "A", "--data", "x=full"], 2, "named twice"),
+        (["A", "--data", "x=notest"], 3, "no test split"),
+        (["A", "--data", "x=single"], 3, "two classes"),
+        (["A", "--data", "x=nowhere"], 3, "nowhere"),
+        (["A", "--data", "x=full", "--labels", "lots"], 2, "--labels lots"),
+        (["A", "--data", "x=full", "--labels", "1-per-class"], 3, "too few labels"),
+        (["A", "--data", "x=full", "--labels", "9-per-class"], 3, "only 4 images"),
+        (["A", "--data", "x=full", "--protocol", "svm"], 2, "protocol"),
+        (["A", "--data", "x=full", "--set", "data.metrics={x: f1}"], 2, "data.metrics"),
+        (["A", "--data", "x=full", "--out", "full"], 2, "not empty"),
+        (["--resume", "nowhere"], 2, "--resume"),
+        (["A", "--data", "x=full", "--preset", "demo"], 2, "pretrain"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_gets_two_sentences_and_its_code(encoders, photos, monkeypatch, capsys, arguments, code, says):
+    monkeypatch.chdir(photos)
+    shutil.copy(encoders[0], "copy.safetensors")
+    names = {"A": encoders[0], "COPY": "copy.safetensors"}
+    assert relicctl(["transfer", *(names.get(a, a) for a in arguments), "--device", "cpu"]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+    assert [line.split(":")[0].strip() for line in said.err.splitlines()[-2:]] == ["error", "fix"]
+
+
+def test_a_dry_run_prints_the_config_and_makes_nothing(encoders, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    before = set(photos.rglob("*"))
+    assert relicctl(["transfer", encoders[0], "--preset", "byol-suite", "--labels", "0.1", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "torchvision:FGVCAircraft" in said
+    assert "# from --labels" in said
+    assert set(photos.rglob("*")) == before

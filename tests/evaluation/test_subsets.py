@@ -1,0 +1,66 @@
+"""Laws of few labels: every class keeps its share, the seed decides and nothing else, more labels contain fewer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relicctl.data.sources import open_source
+from relicctl.errors import DataError, UsageError
+from relicctl.evaluation.subsets import check_labels, hold_out_of_each, labelled_rows
+
+
+@pytest.fixture(scope="module")
+def source():
+    return open_source("shapes:size=16,train=200,val=20")
+
+
+@pytest.mark.parametrize("text", ["0.1", "0.01", "7-per-class"])
+def test_every_class_keeps_its_share_and_the_seed_decides(source, text):
+    labels = np.random.default_rng(0).integers(0, 10, 200)
+    rows = labelled_rows(source, labels, text, 3)
+    counts, wanted = np.bincount(labels[rows], minlength=10), np.bincount(labels)
+    expected = np.full(10, 7) if text.startswith("7") else np.maximum(1, np.rint(float(text) * wanted))
+    assert (counts == expected).all()
+    assert (np.diff(rows) > 0).all()
+    assert (rows == labelled_rows(source, labels, text, 3)).all()
+    assert not np.array_equal(rows, labelled_rows(source, labels, text, 4))
+
+
+def test_more_labels_contain_fewer(source):
+    few, more = (set(labelled_rows(source, source.labels, t, 0)) for t in ("0.1", "0.3"))
+    assert few < more
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=60), st.floats(0.05, 0.9), st.integers(0, 99))
+def test_what_is_held_out_parts_every_class_and_empties_none(labels, share, seed):
+    labels = np.array(labels)
+    fit, held = hold_out_of_each(labels, share, seed)
+    assert sorted([*fit, *held]) == list(range(len(labels)))
+    assert set(labels[fit]) == set(labels)
+    many = [c for c in set(labels) if (labels == c).sum() > 1]
+    assert set(many) == set(labels[held])
+
+
+def test_a_list_names_images_wholly_or_by_their_files(source, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text(f"{source.key(5)}\n\n{source.key(2).rpartition('/')[2]}\n")
+    assert labelled_rows(source, source.labels, str(path), 0).tolist() == [2, 5]
+    path.write_text("nothing.jpg\n")
+    with pytest.raises(DataError, match=r"nothing\.jpg"):
+        labelled_rows(source, source.labels, str(path), 0)
+    path.write_text("")
+    with pytest.raises(DataError, match="no names"):
+        labelled_rows(source, source.labels, str(path), 0)
+
+
+def test_what_is_no_amount_of_labels_is_refused(source, tmp_path):
+    for text in ("all", "0.5", "12-per-class"):
+        check_labels(text)
+    for text in ("0", "1", "1.5", "-0.1", "0-per-class", "few", "nan", str(tmp_path / "none.txt")):
+        with pytest.raises(UsageError):
+            check_labels(text)
+    with pytest.raises(DataError, match="only"):
+        labelled_rows(source, source.labels, "1000-per-class", 0)
