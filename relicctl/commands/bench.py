@@ -20,7 +20,8 @@ from relicctl.config.resolve import Resolved
 from relicctl.config.schema import Config
 from relicctl.console import Console
 from relicctl.core.distributed import World
-from relicctl.data.feed import BadImages, Feed, choose_cache
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Feed, choose_cache
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
 from relicctl.errors import UsageError

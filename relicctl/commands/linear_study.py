@@ -18,7 +18,8 @@ from relicctl.core import checkpoint
 from relicctl.core.distributed import World
 from relicctl.core.loop import Batches, Plan, Progress, restore, train
 from relicctl.data.augment import Photometric
-from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Feed, ViewPlan, ViewSize
 from relicctl.data.sampler import Sampler
 from relicctl.evaluation.features import CHUNK, EvalImages, extract
 from relicctl.evaluation.labelled import Labelled

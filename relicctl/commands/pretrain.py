@@ -22,7 +22,8 @@ from relicctl.core.distributed import World, join, leave
 from relicctl.core.loop import Plan, Progress, restore, train
 from relicctl.curves import draw_curves
 from relicctl.data.augment import MEAN, STD, Photometric
-from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize, choose_cache
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Feed, ViewPlan, ViewSize, choose_cache
 from relicctl.data.sampler import Sampler
 from relicctl.encoder import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError

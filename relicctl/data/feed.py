@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 from relicctl.core.distributed import World
 from relicctl.core.hardware import free_host_memory
 from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
+from relicctl.data.bad_images import BadImages, Images, Undecodable, load_or_next
 from relicctl.data.crops import crop_boxes, device_crops, host_crops
 from relicctl.data.images import BadImage
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
-from relicctl.errors import DataError, RelicError, UsageError
+from relicctl.errors import RelicError, UsageError
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
 DECODED_AT_ONCE = 8  # images a worker holds decoded: boxes are drawn for so many, and large photos still fit
-TRIES = 1000  # samples looked at for one that can be decoded
 GIB = 2**30
 
 
@@ -64,55 +64,6 @@ class Batch:
     labels: torch.Tensor | None
 
 
-@dataclass
-class BadImages:
-    """Samples that could not be decoded. Raises DataError when they are too many of ``size``."""
-
-    size: int
-    limit: float
-    report: Callable[[str, str], None] = lambda name, reason: None
-    seen: set[str] = field(default_factory=set)
-
-    def add(self, name: str, reason: str) -> None:
-        name = name.encode("unicode_escape").decode("ascii") if not name.isprintable() else name
-        if name in self.seen:
-            return
-        self.seen.add(name)
-        self.report(name, reason)
-        if len(self.seen) > self.limit * self.size:
-            raise DataError(
-                f"{len(self.seen)} of {self.size} images cannot be decoded, more than the {self.limit:.1%} allowed; "
-                f"the latest is {name} ({reason}).",
-                "Repair or remove the files listed in bad_images.txt, or raise data.max_bad.",
-            )
-
-
-def load_or_next(source: Source | _Decoded, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
-    """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
-    passed: list[tuple[int, str]] = []
-    for candidate in range(index, index + min(len(source), TRIES)):
-        candidate %= len(source)
-        try:
-            return source.load(candidate), candidate, passed
-        except BadImage as bad:
-            passed.append((candidate, bad.reason))
-    raise Undecodable(passed)
-
-
-class Undecodable(DataError):
-    """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
-
-    def __init__(self, passed: list[tuple[int, str]]) -> None:
-        super().__init__(
-            f"{len(passed)} images in a row cannot be decoded, the first because: {passed[0][1]}.",
-            "Check that the files are images.",
-        )
-        self.passed = passed
-
-    def __reduce__(self):
-        return type(self), (self.passed,)
-
-
 class Feed:
     """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half.
 
@@ -135,7 +86,7 @@ class Feed:
         bad: BadImages,
     ) -> None:
         self.waited = 0.0
-        self._source: Source | _Decoded = source
+        self._source: Images = source
         self._keys = source.key
         self._sampler, self._plan = sampler, plan
         self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
@@ -175,7 +126,7 @@ class Feed:
             self._labels = self._labels[[index for _, index, _ in loaded]]
         one_size = len({image.shape for image in images}) == 1
         if cache == "memory" or not (one_size or strict):
-            self._source = _Decoded(images)
+            self._source = Decoded(images)
         elif not one_size:
             raise UsageError(
                 "data.cache is device, but the images differ in size.",
@@ -252,7 +203,7 @@ Crops = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size
 class _Chunks(Dataset):
     """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
 
-    def __init__(self, source: Source | _Decoded, sampler: Sampler, plan: ViewPlan, seed: int) -> None:
+    def __init__(self, source: Images, sampler: Sampler, plan: ViewPlan, seed: int) -> None:
         self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
 
     def __getitem__(self, unit: tuple[int, int, int]) -> Crops | RelicError:
@@ -290,7 +241,7 @@ class _Units:
         return (self.stop - self.step) * len(self.chunks)
 
 
-class _Decoded:
+class Decoded:
     """Images of different sizes that were decoded before, in the memory that workers share with their parent."""
 
     def __init__(self, images: list[np.ndarray]) -> None:

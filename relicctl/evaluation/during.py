@@ -10,7 +10,7 @@ import torch
 from relicctl.config.schema import Eval
 from relicctl.core.counted import Stream, counted_uniform
 from relicctl.core.models.resnet import ResNet
-from relicctl.data.feed import BadImages
+from relicctl.data.bad_images import BadImages
 from relicctl.data.sources import Source
 from relicctl.errors import DataError
 from relicctl.evaluation.features import EvalImages, extract

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from relicctl.data.augment import MEAN, STD
+from relicctl.data.bad_images import BadImages, load_or_next
 from relicctl.data.crops import eval_box, host_crops
-from relicctl.data.feed import GIB, BadImages, load_or_next
+from relicctl.data.feed import GIB
 from relicctl.data.sources import Source
 
 CHUNK = 128

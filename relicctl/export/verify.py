@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relicctl.config.resolve import load_run_config
-from relicctl.data.feed import load_or_next
+from relicctl.data.bad_images import load_or_next
 from relicctl.data.sources import open_source
 from relicctl.errors import RelicError
 from relicctl.export.bundle import Bundle, Outputs

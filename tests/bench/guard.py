@@ -19,7 +19,8 @@ from relicctl.config.resolve import resolve
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
-from relicctl.data.feed import BadImages, Feed, choose_cache
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Feed, choose_cache
 from relicctl.data.sampler import Sampler
 from relicctl.pretraining import Pretraining
 

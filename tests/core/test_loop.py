@@ -14,7 +14,8 @@ from relicctl.core import loop
 from relicctl.core.distributed import World
 from relicctl.core.loop import Plan, Progress, restore, snapshot, train
 from relicctl.data.augment import Photometric
-from relicctl.data.feed import BadImages, Feed, ViewPlan, ViewSize
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Feed, ViewPlan, ViewSize
 from relicctl.data.sampler import Sampler
 from relicctl.data.shapes import ShapesSource
 from relicctl.errors import Diverged, UsageError
