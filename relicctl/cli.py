@@ -41,6 +41,25 @@ Examples:
 app.add_typer(presets, name="presets")
 
 
+# Options that several commands have.
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WhichNetwork = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
+PresetName = Annotated[str, typer.Argument(metavar="NAME")]
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
@@ -67,11 +86,8 @@ Examples:
 )
 def pretrain(
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
-    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -93,13 +109,13 @@ def pretrain(
         bool,
         typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
     ] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Train an encoder on images, without their labels; prints the run's folder."""
     from relicctl.commands.options import PretrainOptions
@@ -152,12 +168,12 @@ def linear_eval(
     analysis: Annotated[
         bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
     ] = False,
-    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    network: WhichNetwork = "online",
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol; none is the fast one."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    config: ConfigFile = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.rates=[0.3]; repeatable."),
@@ -168,17 +184,15 @@ def linear_eval(
     resume: Annotated[
         str | None, typer.Option(metavar="[DIR]", help="Go on with an evaluation; without DIR, with --out's.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")
-    ] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
     from functools import partial
@@ -236,11 +250,11 @@ def transfer(
         list[str] | None,
         typer.Option(metavar="all|SHARE|N-per-class|FILE", help="Training labels that are known; repeatable. [all]"),
     ] = None,
-    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    network: WhichNetwork = "online",
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="byol-suite, finetune-byol or finetune-quick.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
+    config: ConfigFile = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in data.metrics={x: map11}; repeatable."),
@@ -249,17 +263,15 @@ def transfer(
     resume: Annotated[
         str | None, typer.Option(metavar="[DIR]", help="Go on; without DIR, with --out's. What is finished is kept.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")
-    ] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Compare encoders on other data sets, by classification; prints the folder of the results."""
     from relicctl.commands import transfer as command
@@ -302,7 +314,7 @@ def export(
         str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Who shall load it.")
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
-    network: Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")] = "online",
+    network: WhichNetwork = "online",
     origin: Annotated[
         str, typer.Option("--from", metavar="relicctl|deepmind", help="Who wrote it; deepmind: the authors' .pkl.")
     ] = "relicctl",
@@ -311,9 +323,9 @@ def export(
     ] = None,
     license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Write an encoder in the form of another library, and prove it there; prints its path."""
     from relicctl.commands import export as command
@@ -341,11 +353,8 @@ Examples:
 )
 def bench(
     preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to measure.")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
-    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
     ] = None,
@@ -353,12 +362,12 @@ def bench(
         int | None, typer.Option(metavar="N", help="Images a step; without, what fits and takes minutes.")
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each figure, after one to warm up.")] = 5,
-    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")] = False,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")] = None,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command
@@ -380,7 +389,7 @@ def presets_ls() -> None:
 
 
 @presets.command("show")
-def presets_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+def presets_show(name: PresetName) -> None:
     """Print a preset's whole config and where each value comes from."""
     from relicctl.commands.presets import show
 
@@ -389,7 +398,7 @@ def presets_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 
 @presets.command("cp")
 def presets_cp(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: PresetName,
     destination: Annotated[Path, typer.Argument(metavar="DEST")],
 ) -> None:
     """Copy a preset to a file or folder, to change it and pass it to --config; prints the file."""
