@@ -18,8 +18,8 @@ from relicctl.config.schema import (
     Positive,
     Section,
     key,
+    refuse_bad_ranges,
 )
-from relicctl.errors import UsageError
 
 Rates = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
 
@@ -81,10 +81,5 @@ class LinearConfig(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> LinearConfig:
-        for name, (low, high) in {"crop.area": self.crop.area, "crop.aspect": self.crop.aspect}.items():
-            if not 0 < low <= high:
-                raise UsageError(
-                    f"{name} is [{low:g}, {high:g}], which is no range above 0.",
-                    f"Give {name} as [smallest, largest], both above 0.",
-                )
+        refuse_bad_ranges({"crop.area": self.crop.area, "crop.aspect": self.crop.aspect})
         return self

@@ -31,6 +31,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def refuse_bad_ranges(ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises UsageError for the first key whose pair is no range above 0."""
+    for name, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            raise UsageError(
+                f"{name} is [{low:g}, {high:g}], which is no range above 0.",
+                f"Give {name} as [smallest, largest], both above 0.",
+            )
+
+
 class Head(Section):
     hidden: Count = key(4096, "units of the hidden layer")
     out: Count = key(256, "dimensions of the output")
@@ -215,17 +225,13 @@ class Config(Section):
 
     def _check_views(self) -> None:
         views = self.views
-        ranges = {
-            "views.large.area": views.large.area,
-            "views.small.area": views.small.area,
-            "views.aspect": views.aspect,
-        }
-        for name, (low, high) in ranges.items():
-            if not 0 < low <= high:
-                raise UsageError(
-                    f"{name} is [{low:g}, {high:g}], which is no range above 0.",
-                    f"Give {name} as [smallest, largest], both above 0.",
-                )
+        refuse_bad_ranges(
+            {
+                "views.large.area": views.large.area,
+                "views.small.area": views.small.area,
+                "views.aspect": views.aspect,
+            }
+        )
 
     def _check_objective(self) -> None:
         large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives

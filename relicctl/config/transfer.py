@@ -17,8 +17,8 @@ from relicctl.config.schema import (
     Positive,
     Section,
     key,
+    refuse_bad_ranges,
 )
-from relicctl.errors import UsageError
 
 Metric = Literal["top1", "mean_per_class", "map11"]
 Protocols = Annotated[tuple[Literal["logistic", "knn", "finetune"], ...], Strict(False), Field(min_length=1)]
@@ -91,10 +91,5 @@ class TransferConfig(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> TransferConfig:
-        for name, (low, high) in {"area": self.finetune.area, "aspect": self.finetune.aspect}.items():
-            if not 0 < low <= high:
-                raise UsageError(
-                    f"finetune.{name} is [{low:g}, {high:g}], which is no range above 0.",
-                    f"Give finetune.{name} as [smallest, largest], both above 0.",
-                )
+        refuse_bad_ranges({"finetune.area": self.finetune.area, "finetune.aspect": self.finetune.aspect})
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METRICS = ("top1", "mean_per_class", "map11")
 # What papers report on the data sets of BYOL's suite (2006.07733, appendix D); everything else is top1.
 OF_DATA = {
     "aircraft": "mean_per_class",
