@@ -1,0 +1,45 @@
+"""``relicctl bench``: options and help."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, emit
+
+EXAMPLES = """\b
+Examples:
+  relicctl bench --preset r50-1000ep
+  relicctl bench --preset r50-1000ep --data photos.zip --json
+  relicctl bench --preset cifar10-r18 --set model.width=0.25 --batch 64"""
+
+
+def bench(
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to measure.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Images a step; without, what fits and takes minutes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each figure, after one to warm up.")] = 5,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
+    from relicctl.commands import bench as command
+    from relicctl.config.resolve import resolve
+    from relicctl.config.schema import Config
+
+    options = {"data": data, "device": device, "workers": workers}
+    resolved = resolve(preset, config, sets or (), options, schema=Config)
+    result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
+    emit(json.dumps(result) if as_json else result["bottleneck"])

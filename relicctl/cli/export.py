@@ -1,0 +1,55 @@
+"""``relicctl export``: options and help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import AsJson, Debug, Quiet, WhichNetwork, emit
+
+EXAMPLES = """\b
+Examples:
+  relicctl export runs/demo --format torchvision --out encoder.safetensors
+  relicctl export runs/demo --format timm --classifier runs/linear-demo --out encoder-timm
+  relicctl pretrain --preset demo | relicctl export - --format onnx --out encoder.onnx"""
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="Where the encoder is; - reads a path from stdin.")
+    ],
+    format: Annotated[
+        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Who shall load it.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
+    network: WhichNetwork = "online",
+    origin: Annotated[
+        str, typer.Option("--from", metavar="relicctl|deepmind", help="Who wrote it; deepmind: the authors' .pkl.")
+    ] = "relicctl",
+    classifier: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier goes in as the head.")
+    ] = None,
+    license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write an encoder in the form of another library, and prove it there; prints its path."""
+    from relicctl.commands import export as command
+
+    result = command.export(
+        source,
+        format=format,
+        out=out,
+        network=network,
+        origin=origin,
+        classifier=classifier,
+        license=license,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    emit(json.dumps(result) if as_json else result["path"])

@@ -1,0 +1,100 @@
+"""``relicctl linear-eval``: options and help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import (
+    AsJson,
+    ConfigFile,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Overwrite,
+    Quiet,
+    Seed,
+    WhichNetwork,
+    Workers,
+    emit,
+)
+
+EXAMPLES = """\b
+Examples:
+  relicctl linear-eval runs/demo
+  relicctl linear-eval random:runs/demo
+  relicctl linear-eval runs/demo --test swapped=shapes:backgrounds=swapped
+  relicctl linear-eval runs/demo random:runs/demo pixels:runs/demo --analysis
+  relicctl linear-eval torchvision:resnet50 --data photos.zip#train --val photos.zip#val
+  relicctl linear-eval --preset linear-imagenet runs/r50 --data imagenet/train --val imagenet/val
+  relicctl pretrain --preset demo | relicctl linear-eval -"""
+
+
+def linear_eval(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN|WEIGHTS|-",
+            help="The encoder; - reads a path from stdin. Also random[:RUN], pixels[:RUN], torchvision:NAME. "
+            "More than one with --analysis.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Labelled training images; the run's where not given.")
+    ] = None,
+    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to test on.")] = None,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="NAME=DATA", help="Further test set, its classes known by name; repeatable."),
+    ] = None,
+    analysis: Annotated[
+        bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
+    ] = False,
+    network: WhichNetwork = "online",
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol; none is the fast one."),
+    ] = None,
+    config: ConfigFile = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.rates=[0.3]; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one in the encoder's run.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="[DIR]", help="Go on with an evaluation; without DIR, with --out's.")
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
+    from functools import partial
+
+    from relicctl.commands import linear_eval as command
+    from relicctl.commands.options import LinearOptions
+    from relicctl.config.linear import LinearConfig
+    from relicctl.config.resolve import resolve
+
+    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
+    ask = partial(resolve, preset, config, sets or (), options, schema=LinearConfig)
+    told = LinearOptions(
+        tuple(sources or ()), network, tuple(tests or ()), analysis, out, resume, overwrite, download, quiet
+    )
+    if dry_run:
+        emit(command.dry_run(ask, told))
+        return
+    result = command.linear_eval(ask, told)
+    emit(json.dumps(result) if as_json else result["run"])

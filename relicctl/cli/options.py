@@ -1,0 +1,31 @@
+"""Options that several commands have, and what every command does with its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WhichNetwork = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
+
+
+def emit(result: str) -> None:
+    """Print a command's result: the one thing that goes to stdout."""
+    from relicctl.console import emit
+
+    emit(result)

@@ -1,0 +1,50 @@
+"""``relicctl presets``: options and help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import emit
+
+app = typer.Typer(
+    help="The experiments that come with relicctl.",
+    epilog="""\b
+Examples:
+  relicctl presets ls
+  relicctl presets show demo
+  relicctl presets cp demo my.yaml""",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+PresetName = Annotated[str, typer.Argument(metavar="NAME")]
+
+
+@app.command("ls")
+def presets_ls() -> None:
+    """List the presets and what each is."""
+    from relicctl.commands.presets import listing
+
+    emit(listing())
+
+
+@app.command("show")
+def presets_show(name: PresetName) -> None:
+    """Print a preset's whole config and where each value comes from."""
+    from relicctl.commands.presets import show
+
+    emit(show(name))
+
+
+@app.command("cp")
+def presets_cp(
+    name: PresetName,
+    destination: Annotated[Path, typer.Argument(metavar="DEST")],
+) -> None:
+    """Copy a preset to a file or folder, to change it and pass it to --config; prints the file."""
+    from relicctl.commands.presets import copy
+
+    emit(str(copy(name, destination)))

@@ -1,0 +1,73 @@
+"""``relicctl pretrain``: options and help."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import AsJson, ConfigFile, Debug, Device, Download, Quiet, Seed, Sets, Workers, emit
+
+EXAMPLES = """\b
+Examples:
+  relicctl pretrain --preset demo
+  relicctl pretrain --preset demo --dry-run
+  relicctl pretrain --preset demo --set optim.max_steps=20 --out runs/short
+  relicctl pretrain --preset cifar10-r18 --download --device auto
+  relicctl pretrain --resume runs/short"""
+
+
+def pretrain(
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].",
+        ),
+    ] = None,
+    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to evaluate on.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without RUN, with --out's or the newest of the preset."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="Start the encoder from these weights or this run.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
+    ] = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an encoder on images, without their labels; prints the run's folder."""
+    from relicctl.commands.options import PretrainOptions
+    from relicctl.config.resolve import resolve
+    from relicctl.config.schema import Config
+
+    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
+    resolved = resolve(preset, config, sets or (), options, schema=Config)
+    told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
+    if dry_run:
+        from relicctl.commands import plan
+
+        emit(plan.dry_run(resolved, told))
+        return
+    from relicctl.commands import pretrain as command
+
+    result = command.pretrain(resolved, told)
+    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
+        emit(json.dumps(result, default=str) if as_json else str(result["run"]))
