@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from relicctl.config.schema import Config
 from relicctl.core.hardware import free_memory
+from relicctl.data.feed import Batch
 from relicctl.memory import step_memory
-from relicctl.pretraining import build_networks
+from relicctl.pretraining import Pretraining, build_networks
 
 MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns: large enough that arithmetic is all that counts
 
@@ -61,3 +63,38 @@ def largest_batch(config: Config, classes: int, precision: str, device: torch.de
     parts = step_memory(config, networks, precision)
     growing = parts.pop("activations") + parts.pop("views")
     return max(0, int((free_memory(device) - sum(parts.values())) * config.optim.batch_size / growing))
+
+
+def largest_that_fits(fits: Callable[[int], bool], guess: int, step: int = 8) -> int:
+    """The largest multiple of ``step`` for which ``fits`` holds, found from ``guess`` outwards; 0 for none."""
+    low, high = 0, max(1, guess // step)  # low fits, and so does nothing from high on, once the loop is through
+    while fits(high * step):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def step_fits(config: Config, classes: int, precision: str, device: torch.device) -> bool:
+    """Whether a step with the config's batch passes on a CUDA device without running out of its memory."""
+    sizes = [view for view in (config.views.large, config.views.small) if view.count]
+    batch = config.optim.batch_size
+    try:
+        task = Pretraining(
+            config, classes=classes, steps_per_epoch=1, total_steps=1, device=device, precision=precision
+        )
+        views = [torch.randn(view.count, batch, 3, view.size, view.size, device=device) for view in sizes]
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        for step in range(2):  # momentum is allocated by the first
+            task.loss(Batch(views, labels), step)["loss"].backward()
+            task.optimizer.step()
+            task.optimizer.zero_grad(set_to_none=True)
+            task.after_step(step)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        task = views = None  # type: ignore[assignment]
+        torch.cuda.empty_cache()
+    return True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from relicctl.benchmark.host import host_figures
-from relicctl.benchmark.limits import flop_per_image, largest_batch, matrix_peak
+from relicctl.benchmark.limits import flop_per_image, largest_batch, largest_that_fits, matrix_peak, step_fits
 from relicctl.benchmark.photos import GeneratedPhotos
 from relicctl.benchmark.step import step_figures, step_parts, together
 from relicctl.commands.common import pick_device, worker_count
@@ -56,6 +56,11 @@ def bench(
     console.note("networks: operations and the matrix peak ...")
     flop, peak = flop_per_image(config, classes), matrix_peak(device, precision)
     largest = largest_batch(config, classes, precision, device)
+    if device.type == "cuda":
+        console.note("memory: the largest batch that fits ...")
+        largest = largest_that_fits(
+            lambda size: step_fits(_with_batch(config, size), classes, precision, device), largest
+        )
     size = batch or _batch(config, device, flop, peak, largest, images)
     source = real if real is not None else GeneratedPhotos(max(2 * size, 64))
     measured = _with_batch(config, size)
@@ -114,7 +119,8 @@ def bench(
         "flop_per_image": flop,
         "matrix_peak_flop_per_s": float(f"{peak:.4g}"),
         "share_of_matrix_peak": round(flop * median["step_images_per_s"] / peak, 4),
-        "largest_batch_estimated": largest,
+        "largest_batch": largest,
+        "largest_batch_tried": device.type == "cuda",
         "hours": round(config.optim.epochs * images / speed["median"] / 3600, 2),
         "bottleneck": _bottleneck(wait["median"], step["outside_parts"]),
         "assumptions": _assumptions(config, real, images, size, device),
@@ -172,7 +178,8 @@ def _assumptions(config: Config, real: Source | None, images: int, size: int, de
         said.append("images are generated JPEGs of 500 x 375 pixels, read from memory")
     if device.type == "cpu":
         said.append("peak memory is the process's largest resident set, the bench itself included")
-    return [*said, "largest batch is an estimate; checkpoints and evaluation are not in the hours"]
+        said.append("largest batch is an estimate")
+    return [*said, "checkpoints and evaluation are not in the hours"]
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -193,7 +200,11 @@ def _show(result: dict[str, Any], console: Console) -> None:
         ["peak memory", in_units(result["peak_memory_bytes"]), ""],
         ["GFLOP an image", f"{result['flop_per_image'] / 1e9:.4g}", ""],
         ["share of the matrix peak", f"{result['share_of_matrix_peak']:.1%}", ""],
-        ["largest batch, estimated", f"{result['largest_batch_estimated']:,}", ""],
+        [
+            f"largest batch, {'tried' if result['largest_batch_tried'] else 'estimated'}",
+            f"{result['largest_batch']:,}",
+            "",
+        ],
         ["hours for the preset", f"{result['hours']:,}", ""],
         ["bottleneck", result["bottleneck"], ""],
     ]

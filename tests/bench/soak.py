@@ -2,7 +2,7 @@
 
     python tests/bench/soak.py --minutes 120 --out soak.json [-- more arguments of `relicctl pretrain`]
 
-The run is the demo's at small size, without an end; after the time it is ended by SIGTERM, so that saving on a signal is
+The run is the demo's at small size, without an end; after the time SIGTERM ends it, so that saving on a signal is
 tried too. Every 30 s: proportional memory (PSS), open files and CPU time of the process and its children.
 Slopes are of a least-squares line after the first tenth. Images per CPU second stay comparable on a machine
 that does other work meanwhile; images per second do not.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.benchmark.limits import flop_per_image, largest_batch
+from relicctl.benchmark.limits import flop_per_image, largest_batch, largest_that_fits
 from relicctl.benchmark.photos import DISTINCT, GeneratedPhotos
 from relicctl.benchmark.step import step_figures
 from relicctl.benchmark.timing import Laps, spread
@@ -66,6 +66,19 @@ def test_the_largest_batch_just_fits(monkeypatch):
 def test_nothing_fits_where_the_weights_do_not(monkeypatch):
     monkeypatch.setattr("relicctl.benchmark.limits.free_memory", lambda device: 2**20)
     assert largest_batch(resolve().config, 10, "fp32", CPU) == 0
+
+
+@pytest.mark.parametrize("guess", [0, 8, 100, 1000, 5000])
+@pytest.mark.parametrize("limit", [0, 7, 8, 1003, 4096])
+def test_the_largest_that_fits_is_found_from_any_guess(guess, limit):
+    asked = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= limit
+
+    assert largest_that_fits(fits, guess) == limit // 8 * 8
+    assert len(asked) <= 24
 
 
 def test_figures_of_a_step():

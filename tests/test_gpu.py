@@ -1,0 +1,137 @@
+"""On a CUDA device: the step never makes the host wait, and computes what the CPU computes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from relicctl.config.resolve import resolve
+from relicctl.core.loop import note_divergence
+from relicctl.core.optim import LARS
+from relicctl.data.augment import Photometric
+from relicctl.data.bad_images import BadImages
+from relicctl.data.feed import Batch, Feed, ViewPlan, ViewSize
+from relicctl.data.sampler import Sampler
+from relicctl.data.shapes import ShapesSource
+from relicctl.pretraining import Pretraining
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BATCH = 16
+SMALL = [
+    "model.arch=resnet18", "model.width=0.25", "model.stem=cifar", "model.projector.hidden=64",
+    "model.predictor.hidden=64", "views.large.count=2", "views.large.size=32", "views.small.count=1",
+    "views.small.size=24", f"optim.batch_size={BATCH}", "optim.warmup_epochs=0",
+]  # fmt: skip
+
+
+def task(device: str, precision: str = "fp32", *more: str) -> Pretraining:
+    config = resolve(None, None, [*SMALL, *more], {}).config
+    return Pretraining(
+        config, classes=0, steps_per_epoch=10, total_steps=100, device=torch.device(device), precision=precision
+    )
+
+
+def views(device: str) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    made = [torch.randn(count, BATCH, 3, size, size, generator=draw) for count, size in ((2, 32), (1, 24))]
+    return Batch([view.to(device) for view in made], None)
+
+
+@pytest.fixture
+def exact_float32():
+    """Matrix products and convolutions in float32 itself, not in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("negatives", ["10", "all"])
+def test_the_host_never_waits_for_a_step(negatives):
+    trained, batch = task("cuda", "bf16", f"loss.negatives={negatives}"), views("cuda")
+    parameters = [p for group in trained.optimizer.param_groups for p in group["params"]]
+    bad_step = torch.full((), -1, dtype=torch.int64, device="cuda")
+
+    def step(number: int) -> None:
+        losses = trained.loss(batch, number)
+        losses["loss"].backward()
+        note_divergence(bad_step, number, losses["loss"], parameters)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad(set_to_none=True)
+        trained.after_step(number)
+
+    step(0)  # libraries load and choose their kernels, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_device_road_of_the_feed_never_waits():
+    source = ShapesSource.from_spec("shapes:train=64", "train")
+    plan = ViewPlan((ViewSize(2, 32, (0.3, 1.0)),), (0.75, 1.33), Photometric())
+    feed = Feed(
+        source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device("cuda"), world=_alone(),
+        cache="device", workers=0, bad=BadImages(len(source), 0.0),
+    )  # fmt: skip
+    batches = feed.from_step(0, 3)
+    next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _alone():
+    from relicctl.core.distributed import World
+
+    return World()
+
+
+@pytest.mark.usefixtures("exact_float32")
+def test_loss_and_gradient_are_those_of_the_cpu():
+    """All negatives, since the two devices draw from generators of their own. Float32: 1e-4 of the largest."""
+    here, there = task("cpu", "fp32", "loss.negatives=all"), task("cuda", "fp32", "loss.negatives=all")
+    there.state.load_state_dict(here.state.state_dict())
+    losses = [made.loss(views(device), 0)["loss"] for made, device in ((here, "cpu"), (there, "cuda"))]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    for (name, ours), theirs in zip(here.state.online.named_parameters(), there.state.online.parameters(), strict=True):
+        scale = ours.grad.abs().max().item()
+        torch.testing.assert_close(theirs.grad.cpu(), ours.grad, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=name)
+
+
+def test_lars_is_that_of_the_cpu():
+    draw = np.random.default_rng(0)
+    weights = [torch.from_numpy(draw.normal(size=shape).astype(np.float32)) for shape in ((8, 4), (8,), (3, 3))]
+    gradients = [torch.from_numpy(draw.normal(size=w.shape).astype(np.float32)) for w in weights]
+    ends = []
+    for device in ("cpu", "cuda"):
+        parameters = [torch.nn.Parameter(w.to(device)) for w in weights]
+        optimizer = LARS([{"params": parameters, "weight_decay": 1e-2, "adapt": True}], lr=0.3, momentum=0.9)
+        for _ in range(3):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.to(device)
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in parameters])
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_bf16_and_compilation_keep_the_loss(compiled):
+    """bf16 keeps 8 bits: the loss, a mean over many pairs, within 2 %."""
+    plain = task("cuda", "fp32", "loss.negatives=all")
+    other = task("cuda", "bf16", "loss.negatives=all", f"runtime.compile={compiled}")
+    other.state.load_state_dict(copy.deepcopy(plain.state.state_dict()))
+    expected, made = (t.loss(views("cuda"), 0)["loss"].item() for t in (plain, other))
+    assert made == pytest.approx(expected, rel=0.02)
