@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from relicctl.errors import RelicError
+from relicctl.errors import Interrupted, RelicError, Terminated
 
 PLAIN_SECONDS = 5.0  # between two lines of progress where stderr is no terminal
 
@@ -71,28 +72,32 @@ class _Silent:
 
 
 class _Lines:
-    """One plain, flushed line every few seconds, and a last one."""
+    """Plain, flushed lines, each with the figures of its own step and no older ones.
+
+    Of lines with the same figures, such as a step's losses, there is one every few seconds, and the last one; figures
+    that are new, such as an evaluation's, are told at once.
+    """
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._values: dict[str, Any] = {}
-        self._step = self._written = -1
-        self._due = 0.0
+        self._unsaid: dict[tuple[str, ...], tuple[int, dict[str, Any]]] = {}  # the latest, by the figures' names
+        self._due: dict[tuple[str, ...], float] = {}
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        self._step = step
-        self._values.update(values)
-        if time.monotonic() >= self._due:
-            self._write()
+        kind = tuple(values)
+        if not kind and any(self._due):
+            return  # there is nothing to tell that another line does not
+        self._unsaid.pop(kind, None)
+        self._unsaid[kind] = step, dict(values)
+        if time.monotonic() >= self._due.get(kind, 0.0):
+            self.close()
 
     def close(self) -> None:
-        if self._written != self._step:
-            self._write()
-
-    def _write(self) -> None:
-        _say(f"step {self._step}/{self._total}  {_figures(self._values)}".rstrip())
-        self._written = self._step
-        self._due = time.monotonic() + PLAIN_SECONDS
+        """Write what is known and was not written."""
+        for kind, (step, values) in self._unsaid.items():
+            _say(f"step {step}/{self._total}  {_figures(values)}".rstrip())
+            self._due[kind] = time.monotonic() + PLAIN_SECONDS
+        self._unsaid.clear()
 
 
 @contextmanager
@@ -132,34 +137,71 @@ def report(error: BaseException, *, debug: bool = False) -> int:
     if isinstance(error, BrokenPipeError):
         _abandon_stdout()  # the reader has left; there is nobody to tell
         return 1
-    if debug:
+    if debug and not isinstance(error, (Interrupted, KeyboardInterrupt, Terminated)):
         _say("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, RelicError):
-        what, fix, code = error.what, error.fix, error.code
-    elif isinstance(error, KeyboardInterrupt):
-        what, fix, code = "Interrupted.", "Start it again.", 130
-    elif _out_of_memory(error):
-        what = f"Out of memory: {_first_line(error)}."
-        fix = (
-            "Lower optim.batch_size, lower the count or size of views.large and views.small, or "
-            "set runtime.activation_checkpointing=true or runtime.precision=bf16."
-        )
-        code = 1
-    else:
-        what = f"Unexpected {type(error).__name__}: {_first_line(error)}."
-        fix = "--debug shows the traceback." if not debug else "The traceback is above."
-        code = 1
+    what, fix, code = sentences(error, debug=debug)
     _say(f"error: {what}\n  fix: {fix}")
     return code
 
 
+def sentences(error: BaseException, *, debug: bool = False) -> tuple[str, str, int]:
+    """What went wrong, what to do about it, and the exit code."""
+    if isinstance(error, RelicError):
+        return error.what, error.fix, error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted.", "Start it again.", 130
+    if isinstance(error, Terminated):
+        return "Terminated.", "Start it again.", 143
+    if _out_of_memory(error):
+        fix = (
+            "Lower optim.batch_size, lower the count or size of views.large and views.small, or "
+            "set runtime.activation_checkpointing=true or runtime.precision=bf16."
+        )
+        return f"Out of memory: {_first_line(error)}.", fix, 1
+    if told := _around_us(error):
+        return *told, 1
+    fix = "--debug shows the traceback." if not debug else "The traceback is above."
+    return f"Unexpected {type(error).__name__}: {_first_line(error)}.", fix, 1
+
+
 def _out_of_memory(error: BaseException) -> bool:
     """On the host or on the device; told by name, since torch may not even be imported."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
     )
+
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error", "remote process")
+
+
+def _reader_died(error: BaseException) -> bool:
+    """By the loader's own watch, or first by the queue between the processes, whose other end is gone."""
+    if isinstance(error, (OSError, EOFError)):
+        frames = traceback.walk_tb(error.__traceback__)
+        return any("multiprocessing" in frame.f_code.co_filename for frame, _ in frames)
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _around_us(error: BaseException) -> tuple[str, str] | None:
+    """What broke around the process and not in it, by what torch and the system say of it."""
+    text = _first_line(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"The disk is full{where}.", "Make room; a run goes on from its last checkpoint with --resume."
+    if _reader_died(error):
+        return (
+            f"A process that reads images has died ({text}).",
+            "If memory ran out, lower --workers; a run goes on from its last checkpoint with --resume.",
+        )
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER):
+        return (
+            f"Another process of this run has gone or cannot be reached ({text}).",
+            "What it said itself comes first; the run goes on from its last checkpoint with --resume.",
+        )
+    return None
 
 
 def _first_line(error: BaseException) -> str:

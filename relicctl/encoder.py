@@ -136,10 +136,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its content: given a path, torch would go by the name's ending
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         _refuse_pickle(path)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+    except Exception as reason:  # on damaged files torch raises almost anything
         raise UsageError(f"{path} is truncated or no torch file ({reason}).", ANOTHER_FILE) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")

@@ -53,3 +53,10 @@ class Interrupted(RelicError):
 
     def __reduce__(self):
         return type(self), (self.what, self.fix, self.signum)
+
+
+class Terminated(SystemExit):
+    """SIGTERM outside a training loop, as KeyboardInterrupt is SIGINT: nothing that swallows errors swallows it."""
+
+    def __init__(self) -> None:
+        super().__init__(143)

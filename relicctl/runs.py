@@ -6,17 +6,21 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relicctl.core import checkpoint
-from relicctl.errors import RunFailed, UsageError
+from relicctl.errors import RunFailed, Terminated, UsageError
+from relicctl.status import Status
 
 
 class RunFolder:
-    """RUN/ with ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``encoder.safetensors``, ``results.json``.
+    """RUN/: config.yaml, status.json, metrics.jsonl, checkpoints/, encoder.safetensors, results.json.
 
     The folder is locked while this object lives: a second run into it is refused. Of several processes only the
     one with ``writer`` locks and writes.
@@ -33,6 +37,9 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         self._lock = _lock(path) if writer else None
         self._board: Any = None
+        self.status = Status(None)  # writes nothing until the run is ``watched``
+        if writer:
+            self._clear_leftovers()
 
     @classmethod
     def create(cls, path: Path, *, overwrite: bool, keep: int, writer: bool = True) -> RunFolder:
@@ -62,6 +69,12 @@ class RunFolder:
             raise UsageError(f"{path} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
         return cls(path, keep=keep, writer=writer)
 
+    def _clear_leftovers(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
+        for own in (self.config, self.encoder, self.results, self.curves, self._metrics, self.path / "status.json"):
+            for left in self.path.glob(f".{own.name}.*.tmp"):
+                left.unlink()
+
     def close(self) -> None:
         """Let others write here."""
         if self._board is not None:
@@ -69,6 +82,33 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @contextmanager
+    def watched(self) -> Iterator[Status]:
+        """Keep status.json while the block runs, tell there how it ended, and close the folder.
+
+        A signal that no training loop takes care of becomes an Interrupted that says what is saved.
+        """
+        self.status = Status(self.path / "status.json" if self._writer else None)
+        self.status.skipped(len(self.read_bad_images()))
+        last = checkpoint.listed(self.checkpoints)[-1:]
+        for path in last:
+            self.status.saved(path, checkpoint.step_of(path))
+        self.status.begin(checkpoint.step_of(last[0]) if last else 0)
+        try:
+            yield self.status
+        except (KeyboardInterrupt, Terminated) as stop:
+            signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            interrupted = self.status.interruption(signum)
+            self.status.end(interrupted)
+            raise interrupted from None
+        except BaseException as error:
+            self.status.end(error)
+            raise
+        else:
+            self.status.end(None)
+        finally:
+            self.close()
 
     def write_tensorboard(self) -> None:
         """From now on metrics go to RUN/tensorboard too. Raises UsageError when TensorBoard is not installed."""
@@ -82,13 +122,20 @@ class RunFolder:
             self._board = SummaryWriter(str(self.path / "tensorboard"))
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl."""
-        with open(self._metrics, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        """Append one JSON object to metrics.jsonl; what it says of the progress goes to status.json."""
+        try:
+            with open(self._metrics, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+        except OSError as reason:
+            raise RunFailed(
+                f"{self._metrics} cannot be written ({reason.strerror}).",
+                f"Checkpoints are untouched: make room, then go on with --resume {self.path}.",
+            ) from None
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
+        self.status.log(record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records so far; a last line that a kill cut short is left out."""
@@ -104,6 +151,8 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Forget records later than ``step``: a resumed run writes them again."""
+        if not self._writer:
+            return
         lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
         checkpoint.atomically(self._metrics, lambda temporary: temporary.write_text("".join(lines), "utf-8"))
 
@@ -118,6 +167,13 @@ class RunFolder:
                 f"Earlier ones are untouched: make room, then go on with --resume {self.path}.",
             ) from None
         checkpoint.prune(self.checkpoints, self._keep)
+        self.status.saved(path, step)
+
+    def set_aside(self, step: int) -> None:
+        """Rename checkpoints later than ``step``, which could not be read: none counts as the newest, none is lost."""
+        for path in checkpoint.listed(self.checkpoints) if self._writer else []:
+            if path.name > checkpoint.file_name(step):
+                path.rename(path.with_name(f"{path.name}.unreadable"))
 
     def last_checkpoint(self) -> str | None:
         found = checkpoint.listed(self.checkpoints)
@@ -125,6 +181,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the folder of a run that was refused before it began."""
+        self.status.forget()
         self.close()
         if self._writer:
             shutil.rmtree(self.path)
@@ -134,6 +191,7 @@ class RunFolder:
         if self._writer:
             with open(self.bad_images, "a", encoding="utf-8") as handle:
                 handle.write(f"{name}\t{' '.join(reason.split())}\n")
+            self.status.skipped(1)
 
     def read_bad_images(self) -> set[str]:
         if not self.bad_images.exists():
@@ -155,7 +213,7 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError when ``path`` is a file, or a folder with something in it that may not be overwritten."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
-    occupied = path.is_dir() and any(child.name != LOCK for child in path.iterdir())
+    occupied = path.is_dir() and not all(_left_by_a_kill(child.name) for child in path.iterdir())
     if occupied and not overwrite:
         raise UsageError(
             f"The run folder {path} is not empty.",
@@ -166,6 +224,11 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
             f"{path} is not empty and no run folder, so --overwrite will not delete it.",
             "Choose another --out.",
         )
+
+
+def _left_by_a_kill(name: str) -> bool:
+    """Of a run that was killed before it had a config.yaml."""
+    return name in (LOCK, "status.json") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def free_name(parent: Path, name: str) -> Path:

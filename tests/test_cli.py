@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -38,6 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
     monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
     monkeypatch.setattr(commands, "transfer", SimpleNamespace(transfer=pretrain), raising=False)
+    bgmask = SimpleNamespace(train_bgmask=pretrain, dry_run=lambda *told: "plan")
+    monkeypatch.setattr(commands, "train_bgmask", bgmask, raising=False)
     return made
 
 
@@ -55,6 +58,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> N
     [
         ["--help"],
         ["pretrain", "--help"],
+        ["train-bgmask", "--help"],
         ["linear-eval", "--help"],
         ["transfer", "--help"],
         ["bench", "--help"],
@@ -78,7 +82,7 @@ def examples(help_text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("command", [[], ["pretrain"], ["linear-eval"], ["transfer"], ["presets"]])
+@pytest.mark.parametrize("command", [[], ["pretrain"], ["train-bgmask"], ["linear-eval"], ["transfer"], ["presets"]])
 def test_the_examples_in_help_run(
     command: list[str],
     calls: Calls,
@@ -90,13 +94,14 @@ def test_the_examples_in_help_run(
     monkeypatch.setattr(commands, "plan", SimpleNamespace(dry_run=lambda *told: "plan"), raising=False)
     assert cli.run([*command, "--help"]) == 0
     for example in examples(capsys.readouterr().out.partition("Examples:")[2]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("runs/x\n"))  # what stands before the pipe prints
         assert cli.run(example) == 0, example
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
     text = preset_header(name).replace("\\\n", " ")
-    (command,) = re.findall(r"relicctl ((?:pretrain|linear-eval|transfer) .*)", text)
+    (command,) = re.findall(r"relicctl ((?:pretrain|train-bgmask|linear-eval|transfer) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name
 

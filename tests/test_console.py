@@ -51,14 +51,37 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with Console().progress(100) as progress:
         for step in range(1, 13):
-            progress.update(step, {"loss": 1 / step, "data wait": "0.1%"} if step % 2 else {})
+            progress.update(step, {"loss": 1 / step, "data_wait": "0.1%"})
             now[0] += 1.0
     assert capsys.readouterr().err.splitlines() == [
-        "step 1/100  loss 1  data wait 0.1%",
-        "step 6/100  loss 0.2  data wait 0.1%",
-        "step 11/100  loss 0.09091  data wait 0.1%",
-        "step 12/100  loss 0.09091  data wait 0.1%",
+        "step 1/100  loss 1  data_wait 0.1%",
+        "step 6/100  loss 0.1667  data_wait 0.1%",
+        "step 11/100  loss 0.09091  data_wait 0.1%",
+        "step 12/100  loss 0.08333  data_wait 0.1%",
     ]
+
+
+def test_a_line_has_the_figures_of_its_own_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.5)
+    with Console().progress(4) as progress:
+        for step in range(1, 5):
+            progress.update(step, {"loss": float(step)})
+            progress.update(step, {"knn20": 0.5} if step == 3 else {})
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1/4  loss 1",
+        "step 3/4  loss 3",
+        "step 3/4  knn20 0.5",
+        "step 4/4  loss 4",
+    ]
+
+
+def test_steps_without_figures_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().progress(3) as progress:
+        for step in range(1, 4):
+            progress.update(step, {})
+    assert capsys.readouterr().err.splitlines() == ["step 1/3", "step 3/3"]
 
 
 def test_progress_lines_are_flushed_and_the_last_one_survives_an_error(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from relicctl import __version__
-from relicctl.cli import bench, export, linear_eval, presets, pretrain, transfer
+from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, train_bgmask, transfer
+from relicctl.errors import Terminated
 
 # click's base of all wrong usage, wherever this typer keeps click
 _WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]
@@ -44,16 +48,42 @@ def _root(
 
 
 app.command(epilog=pretrain.EXAMPLES)(pretrain.pretrain)
+app.command(epilog=train_bgmask.EXAMPLES)(train_bgmask.train_bgmask)
 app.command(epilog=linear_eval.EXAMPLES)(linear_eval.linear_eval)
 app.command(epilog=transfer.EXAMPLES)(transfer.transfer)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(presets.app, name="presets")
 
 
 def main() -> None:
     """The console entry point: every failure ends here, as two sentences and an exit code."""
+    _occupy_standard_streams()
+    _raise_on_sigterm()
     sys.exit(run(sys.argv[1:]))
+
+
+def _occupy_standard_streams() -> None:
+    """Open what was closed (``2>&-``) on nothing: or a checkpoint might become stream 2, where libraries write to."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+
+
+def _raise_on_sigterm() -> None:
+    """SIGTERM becomes an exception, as ^C is one, until a training loop takes it over. Child processes die of it."""
+    owner = os.getpid()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, receive)
 
 
 def run(arguments: list[str]) -> int:
@@ -67,7 +97,7 @@ def run(arguments: list[str]) -> int:
         return _report_usage(error)
     except typer.Abort:  # what click makes of ^C
         return _report(KeyboardInterrupt(), arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Terminated) as error:
         return _report(error, arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -97,4 +98,5 @@ def linear_eval(
         emit(command.dry_run(ask, told))
         return
     result = command.linear_eval(ask, told)
-    emit(json.dumps(result) if as_json else result["run"])
+    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
+        emit(json.dumps(result) if as_json else result["run"])

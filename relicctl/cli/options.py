@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from relicctl.errors import Interrupted, Terminated
 
 ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")]
 Sets = Annotated[
@@ -22,6 +27,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 WhichNetwork = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
+
+
+@contextmanager
+def before_first_step() -> Iterator[None]:
+    """Tells of a signal that it came before training: once a run's folder is there, the run tells it itself."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        what = "Stopped before the first step; nothing was lost."
+        raise Interrupted(what, "Start it again.", signum) from None
 
 
 def emit(result: str) -> None:

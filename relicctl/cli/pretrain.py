@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import AsJson, ConfigFile, Debug, Device, Download, Quiet, Seed, Sets, Workers, emit
+from relicctl.cli.options import (
+    AsJson,
+    ConfigFile,
+    Debug,
+    Device,
+    Download,
+    Quiet,
+    Seed,
+    Sets,
+    Workers,
+    before_first_step,
+    emit,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -17,6 +29,7 @@ Examples:
   relicctl pretrain --preset demo --dry-run
   relicctl pretrain --preset demo --set optim.max_steps=20 --out runs/short
   relicctl pretrain --preset cifar10-r18 --download --device auto
+  relicctl train-bgmask --preset demo-bgmask | relicctl pretrain --preset demo --bgmask -
   relicctl pretrain --resume runs/short"""
 
 
@@ -32,10 +45,19 @@ def pretrain(
         ),
     ] = None,
     val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to evaluate on.")] = None,
+    bgmask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|BANK|-", help="Background masks of the training images: a run of train-bgmask, or its bank."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[RUN]", help="Go on with a run; without RUN, with --out's or the newest of the preset."),
+        typer.Option(
+            metavar="[RUN]",
+            help="Go on with a run; without RUN, with --out's (or start it) or the newest of the preset.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
     init_from: Annotated[
@@ -54,11 +76,16 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train an encoder on images, without their labels; prints the run's folder."""
-    from relicctl.commands.options import PretrainOptions
-    from relicctl.config.resolve import resolve
-    from relicctl.config.schema import Config
+    with before_first_step():
+        from relicctl.commands.options import PretrainOptions
+        from relicctl.config.resolve import resolve
+        from relicctl.config.schema import Config
 
-    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
+    options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
+    if bgmask is not None:
+        from relicctl.commands.masking import bank_named
+
+        options["bgmask"] = bank_named(bgmask)
     resolved = resolve(preset, config, sets or (), options, schema=Config)
     told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
     if dry_run:
@@ -66,8 +93,9 @@ def pretrain(
 
         emit(plan.dry_run(resolved, told))
         return
-    from relicctl.commands import pretrain as command
+    with before_first_step():
+        from relicctl.commands import pretrain as command
 
-    result = command.pretrain(resolved, told)
+        result = command.pretrain(resolved, told)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
         emit(json.dumps(result, default=str) if as_json else str(result["run"]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +23,7 @@ from relicctl.cli.options import (
     Workers,
     emit,
 )
+from relicctl.errors import UsageError
 
 EXAMPLES = """\b
 Examples:
@@ -29,6 +31,8 @@ Examples:
   relicctl transfer runs/a runs/b --baseline torchvision:resnet50 --preset byol-suite --download
   relicctl transfer runs/a --data dtd=dtd.zip --protocol logistic --protocol knn --labels all --labels 0.1
   relicctl transfer runs/a --preset finetune-quick --data pets=pets-{split}.zip
+  relicctl transfer runs/a --baseline random --task segmentation --data voc=VOCdevkit/VOC2012
+  relicctl transfer runs/a --task detection --preset coco-detection --data coco=coco
   relicctl transfer --resume runs/transfer"""
 
 
@@ -55,13 +59,17 @@ def transfer(
         list[str] | None,
         typer.Option(metavar="logistic|knn|finetune", help="How features are judged; repeatable. [logistic]"),
     ] = None,
+    task: Annotated[
+        str, typer.Option(metavar="classification|segmentation|detection", help="What features are judged by.")
+    ] = "classification",
     labels: Annotated[
         list[str] | None,
         typer.Option(metavar="all|SHARE|N-per-class|FILE", help="Training labels that are known; repeatable. [all]"),
     ] = None,
     network: WhichNetwork = "online",
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="byol-suite, finetune-byol or finetune-quick.")
+        str | None,
+        typer.Option(metavar="NAME", help="byol-suite, finetune-quick, voc-segmentation, ...; see `presets ls`."),
     ] = None,
     config: ConfigFile = None,
     sets: Annotated[
@@ -82,13 +90,12 @@ def transfer(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compare encoders on other data sets, by classification; prints the folder of the results."""
-    from relicctl.commands import transfer as command
+    """Compare encoders on other data sets; prints the folder of the results."""
     from relicctl.commands.options import TransferOptions
     from relicctl.commands.transfer_job import named_data
     from relicctl.config.resolve import resolve
-    from relicctl.config.transfer import TransferConfig
 
+    schema, run, show = _command(task)
     options = {
         "sets": named_data(tuple(data or ())),
         "protocol": protocol or None,
@@ -97,12 +104,33 @@ def transfer(
         "workers": workers,
         "seed": seed,
     }
-    resolved = resolve(preset, config, sets or (), options, schema=TransferConfig)
+    for name in ("protocol", "labels"):
+        if options[name] and task != "classification":
+            raise UsageError(f"--{name} means nothing to --task {task}.", "Leave it out.")
+    resolved = resolve(preset, config, sets or (), options, schema=schema)
     told = TransferOptions(
         tuple(sources or ()), tuple(baselines or ()), network, out, resume, overwrite, download, quiet
     )
     if dry_run:
-        emit(command.dry_run(resolved, told))
+        emit(show(resolved, told))
         return
-    result = command.transfer(resolved, told)
-    emit(json.dumps(result) if as_json else result["run"])
+    result = run(resolved, told)
+    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
+        emit(json.dumps(result) if as_json else result["run"])
+
+
+def _command(task: str) -> tuple[Any, Any, Any]:
+    """The schema of a task's config, what runs it, and what shows it."""
+    if task == "classification":
+        from relicctl.commands import transfer as command
+        from relicctl.config.transfer import TransferConfig
+
+        return TransferConfig, command.transfer, command.dry_run
+    from relicctl.config.dense import DetectionConfig, SegmentationConfig
+
+    schemas = {"segmentation": SegmentationConfig, "detection": DetectionConfig}
+    if task not in schemas:
+        raise UsageError(f"There is no task {task!r}.", "Give --task classification, segmentation or detection.")
+    from relicctl.commands import transfer_dense
+
+    return schemas[task], transfer_dense.transfer_dense, transfer_dense.dry_run

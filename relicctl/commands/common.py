@@ -37,7 +37,7 @@ def readable(figures: dict[str, Any]) -> dict[str, Any]:
         minutes, seconds = divmod(round(figures["eta_s"]), 60)
         shown |= {
             "images/s": figures["images_per_s"],
-            "data wait": f"{figures['data_wait']:.1%}",
+            "data_wait": f"{figures['data_wait']:.1%}",
             "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
         }
     return shown

@@ -13,21 +13,23 @@ import torch
 from safetensors.torch import save_file
 
 from relicctl import __version__
-from relicctl.commands.common import pick_device
-from relicctl.commands.linear_job import Job, open_folder, run_record, settle
-from relicctl.commands.linear_study import Look, Seen, Study
+from relicctl.commands.linear_job import Job, continued, open_folder, run_record, settle
+from relicctl.commands.linear_study import Study
 from relicctl.commands.options import LinearOptions
+from relicctl.commands.processes import joined
 from relicctl.config.linear import LinearConfig
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.counted import Stream
+from relicctl.core.distributed import World
 from relicctl.data.sources import open_source
 from relicctl.evaluation import analysis, report
 from relicctl.evaluation.during import shuffled
 from relicctl.evaluation.knn import TEMPERATURE, knn_accuracy
 from relicctl.evaluation.labelled import Labelled, match, open_labelled
 from relicctl.evaluation.linear import Linear
+from relicctl.evaluation.look import Look, Seen
 from relicctl.evaluation.report import Scores
 from relicctl.reference import Reference
 from relicctl.runs import RunFolder
@@ -38,22 +40,27 @@ def linear_eval(ask: Callable[..., Resolved], options: LinearOptions) -> dict[st
 
     ``ask(base=...)`` resolves the config on top of what an encoder's run says.
     """
-    console = Console(options.quiet)
-    job, resolved, references, out = settle(ask, options, console)
-    config = resolved.config
-    device = pick_device(config.runtime.device)
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
+    resolved = continued(ask(), options)  # wrong keys are refused before anything is opened
+    with joined(resolved.config.runtime, options.quiet) as (world, device, console):
+        return _run(ask, resolved, options, device, console, world)
 
-    train_images, test_images = open_labelled(config, options.download, console)
-    classes = train_images.classes
-    tests = {
-        name: match(open_source(spec, split="val", download=options.download), classes)
-        for name, spec in job.tests.items()
-    }
-    run = open_folder(out, resumed=options.resume is not None, overwrite=options.overwrite, config=config)
-    record = run_record(run, config, job, train_images, device)
-    look = Look(references[0].encoder, config, device, run, console)
+
+def _run(
+    ask: Callable[..., Resolved],
+    resolved: Resolved,
+    options: LinearOptions,
+    device: torch.device,
+    console: Console,
+    world: World,
+) -> dict[str, Any]:
+    job, resolved, references, out = settle(ask, resolved, options, console, world)
+    config: LinearConfig = resolved.config
+    if config.protocol == "imagenet":
+        world.rows(config.optim.batch_size)  # before anything is computed
+    train_images, test_images, tests = open_images(config, job, options, console, world)
+    run = open_folder(out, world, resumed=options.resume is not None, overwrite=options.overwrite, config=config)
+    record = world.lead(lambda: run_record(run, config, job, train_images, device))
+    look = Look(references[0].encoder, config, device, run, console, world)
     started = time.perf_counter()
     known, asked = look(train_images), look(test_images)
     seconds = {"features": time.perf_counter() - started}
@@ -72,43 +79,64 @@ def linear_eval(ask: Callable[..., Resolved], options: LinearOptions) -> dict[st
     if standard is not None:
         linear = standard.folded(linear)
 
-    scores = Scores.of(linear(asked.features), asked.labels)
-    neighbours = knn_accuracy(known.features, known.labels, asked.features, asked.labels)
-    metadata: Any = references[0].encoder.metadata
-    results = {
-        **scores.figures(),
-        **{f"knn{k}": share for k, share in neighbours.items()},
-        "sweep": choice.record() if choice else None,
-        "per_class": scores.classes(classes),
-        "tests": {name: score_further(look, images, linear) for name, images in tests.items()},
-        "protocol": protocol(config, study, rate, known, asked, look),
-        "encoder": {"source": job.sources[0], "network": job.network, **dict(sorted(metadata.items()))},
-        "confusion": scores.confusion.tolist(),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "version": __version__,
-    }
-    save_classifier(run.path / "classifier.safetensors", linear, classes)
-    run.write_json(run.results, results)
-    title = f"{job.sources[0]}: top-1 {scores.top1:.3f} on {len(asked.labels)} images"
-    report.draw(run.path / "linear.png", scores, classes, choice, title)
-    report.tell(results, console)
-    if choice and (text := choice.warning()):
-        console.warn(text)
+    further = {name: look(images) for name, images in tests.items()}
+    results: dict[str, Any] = {}
+    if world.is_main:
+        scores = Scores.of(linear(asked.features), asked.labels)
+        neighbours = knn_accuracy(known.features, known.labels, asked.features, asked.labels)
+        metadata: Any = references[0].encoder.metadata
+        results = {
+            **scores.figures(),
+            **{f"knn{k}": share for k, share in neighbours.items()},
+            "sweep": choice.record() if choice else None,
+            "per_class": scores.classes(train_images.classes),
+            "tests": {name: score_further(tests[name], seen, linear) for name, seen in further.items()},
+            "protocol": protocol(config, study, rate, known, asked, look),
+            "encoder": {"source": job.sources[0], "network": job.network, **dict(sorted(metadata.items()))},
+            "confusion": scores.confusion.tolist(),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "version": __version__,
+        }
+        save_classifier(run.path / "classifier.safetensors", linear, train_images.classes)
+        run.write_json(run.results, results)
+        title = f"{job.sources[0]}: top-1 {scores.top1:.3f} on {len(asked.labels)} images"
+        report.draw(run.path / "linear.png", scores, train_images.classes, choice, title)
+        report.tell(results, console)
+        if choice and (text := choice.warning()):
+            console.warn(text)
     if job.analysis:
-        analyse_all(references, job, config, test_images, device, run, console)
+        analyse_all(references, job, config, test_images, device, run, console, world)
     run.close()
     return {"run": str(run.path), **results}
 
 
 def dry_run(ask: Callable[..., Resolved], options: LinearOptions) -> str:
     """The resolved config and where each value comes from."""
-    resolved = settle(ask, options, Console(options.quiet))[1]
+    resolved = continued(ask(), options)
+    resolved = settle(ask, resolved, options, Console(options.quiet), World())[1]
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
-def score_further(look: Look, images: Labelled, linear: Linear) -> dict[str, Any]:
+def open_images(
+    config: LinearConfig, job: Job, options: LinearOptions, console: Console, world: World
+) -> tuple[Labelled, Labelled, dict[str, Labelled]]:
+    """The images to train on, those to test on, and further test sets by name."""
+
+    def opened() -> tuple[Labelled, Labelled, dict[str, Labelled]]:
+        train, test = open_labelled(config, options.download, console)
+        further = {
+            name: match(open_source(spec, split="val", download=options.download), train.classes)
+            for name, spec in job.tests.items()
+        }
+        return train, test, further
+
+    if options.download and world.size > 1:
+        world.lead(lambda: len(opened()))  # one process fetches
+    return opened()
+
+
+def score_further(images: Labelled, seen: Seen, linear: Linear) -> dict[str, Any]:
     """The same classifier on other images of its classes."""
-    seen = look(images)
     scores = Scores.of(linear(seen.features), seen.labels)
     return {
         **scores.figures(),
@@ -155,15 +183,19 @@ def analyse_all(
     device: torch.device,
     run: RunFolder,
     console: Console,
+    world: World,
 ) -> None:
     """analysis.json and analysis.png of all encoders, on the same test images."""
     rows = np.sort(shuffled(len(test.source), config.seed, Stream.EVAL)[: config.analysis.images])
     some = Labelled(test.source.select(rows), test.labels[rows], test.classes)
     found, labels = {}, test.labels[rows]
     for source, reference in zip(job.sources, references, strict=True):
-        seen = Look(reference.encoder, config, device, run, console)(some)
+        seen = Look(reference.encoder, config, device, run, console, world)(some)
         labels = seen.labels.cpu().numpy()
-        found[source] = analysis.analyse(seen.features, seen.labels, len(test.classes), config.seed)
+        if world.is_main:
+            found[source] = analysis.analyse(seen.features, seen.labels, len(test.classes), config.seed)
+    if not world.is_main:
+        return
     records = {source: clusters.record(test.classes, labels) for source, clusters in found.items()}
     run.write_json(run.path / "analysis.json", records)
     analysis.draw(run.path / "analysis.png", found, test.classes, labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,15 @@ import yaml
 
 from relicctl import __version__
 from relicctl.baselines import KINDS, open_encoder
+from relicctl.commands import resuming
 from relicctl.commands.options import LinearOptions
-from relicctl.commands.resuming import continued
+from relicctl.commands.processes import owned
 from relicctl.config import plain_yaml
 from relicctl.config.linear import LinearConfig
 from relicctl.config.resolve import Resolved, dump_yaml, load_run_config
 from relicctl.config.schema import Network
 from relicctl.console import Console
+from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.feed import choose_cache
 from relicctl.errors import DataError, UsageError
@@ -41,24 +42,32 @@ class Job:
     analysis: bool
 
 
+def continued(resolved: Resolved, options: LinearOptions) -> Resolved:
+    """The config, that of the folder to go on with where there is one."""
+    if options.resume is None:
+        return resolved
+    out = folder(options)
+    if out is None:
+        raise UsageError("--resume names no folder of results.", "Write --resume DIR.")
+    return resuming.continued(resolved, out, FREE_TO_CHANGE)
+
+
+def folder(options: LinearOptions) -> Path | None:
+    return Path(options.resume) if options.resume else options.out
+
+
 def settle(
-    ask: Callable[..., Resolved], options: LinearOptions, console: Console
+    ask: Callable[..., Resolved], resolved: Resolved, options: LinearOptions, console: Console, world: World
 ) -> tuple[Job, Resolved, list[Reference], Path]:
     """What is evaluated, how, and where the results go; refusals that need no data come here."""
-    resolved = ask()  # wrong keys are refused before anything is opened
-    out = options.out
+    out = folder(options)
     if options.resume is not None:
-        out = Path(options.resume) if options.resume else out
-        if out is None:
-            raise UsageError("--resume names no folder of results.", "Write --resume DIR.")
-        resolved = continued(resolved, out, FREE_TO_CHANGE)
+        assert out is not None
         job = job_to_resume(options, out)
     else:
-        job = new_job(options)
+        job = new_job(options, world)
         if out is not None:
             refuse_occupied(out, overwrite=options.overwrite)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("linear-eval runs in one process.", "Start it without torchrun.")
     if job.analysis:
         analysis.require_sklearn()
     config = resolved.config
@@ -75,16 +84,17 @@ def settle(
     ]
     if options.resume is None and references[0].run is not None:
         resolved = ask(base=values_of_run(references[0].run, resolved))
-    return job, resolved, references, out or default_place(references[0], job)
+    place = world.lead(lambda: str(out or default_place(references[0], job)))
+    return job, resolved, references, Path(place)
 
 
-def new_job(options: LinearOptions) -> Job:
+def new_job(options: LinearOptions, world: World) -> Job:
     if not options.sources:
         raise UsageError("No encoder is named.", "Give a run, a file of weights, -, random or torchvision:NAME.")
     if len(options.sources) > 1 and not options.analysis:
         raise UsageError("Several encoders are compared only by --analysis.", "Add --analysis, or give one.")
-    sources = tuple(dict.fromkeys(named(source) for source in options.sources))
-    return Job(sources, options.network, further_tests(options.tests), options.analysis)
+    sources = world.lead(lambda: [named(source) for source in options.sources])  # one process reads stdin
+    return Job(tuple(dict.fromkeys(sources)), options.network, further_tests(options.tests), options.analysis)
 
 
 def job_to_resume(options: LinearOptions, out: Path) -> Job:
@@ -127,10 +137,11 @@ def default_place(reference: Reference, job: Job) -> Path:
     return free_name(reference.run or Path("runs"), "linear-eval" + ("" if variant == "online" else f"-{variant}"))
 
 
-def open_folder(path: Path, *, resumed: bool, overwrite: bool, config: LinearConfig) -> RunFolder:
+def open_folder(path: Path, world: World, *, resumed: bool, overwrite: bool, config: LinearConfig) -> RunFolder:
+    keep = config.checkpoint.keep
     if resumed and (path / "config.yaml").is_file():
-        return RunFolder.reopen(path, keep=config.checkpoint.keep)
-    return RunFolder.create(path, overwrite=overwrite, keep=config.checkpoint.keep)
+        return owned(world, lambda: RunFolder.reopen(path, keep=keep), path, keep)
+    return owned(world, lambda: RunFolder.create(path, overwrite=overwrite, keep=keep), path, keep)
 
 
 def run_record(run: RunFolder, config: LinearConfig, job: Job, train: Labelled, device: torch.device) -> dict[str, Any]:

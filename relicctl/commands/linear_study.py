@@ -1,81 +1,36 @@
-"""How a linear evaluation looks at images, and how it trains classifiers on what it sees."""
+"""How a linear evaluation trains classifiers on what it sees of the images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from relicctl.commands.common import readable, worker_count
 from relicctl.commands.linear_job import open_folder
+from relicctl.commands.processes import newest_checkpoint
 from relicctl.config.linear import LinearConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World
 from relicctl.core.loop import Batches, Plan, Progress, restore, train
 from relicctl.data.augment import Photometric
-from relicctl.data.bad_images import BadImages
 from relicctl.data.feed import Feed, ViewPlan, ViewSize
 from relicctl.data.sampler import Sampler
-from relicctl.evaluation.features import CHUNK, EvalImages, extract
 from relicctl.evaluation.labelled import Labelled
 from relicctl.evaluation.linear import Classifiers, EncodedBatches, FeatureBatches, LinearTask, Standard
+from relicctl.evaluation.look import Look, Seen
 from relicctl.evaluation.sweep import Choice, choose, hold_out
 from relicctl.runs import RunFolder
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the encoder makes of labelled images: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data."""
-
-    features: Tensor
-    labels: Tensor
-    rows: np.ndarray
-
-
-class Look:
-    """The encoder, frozen, and how it is shown images. Those that cannot be decoded are left out and noted."""
-
-    def __init__(
-        self, encoder: Any, config: LinearConfig, device: torch.device, run: RunFolder, console: Console
-    ) -> None:
-        self.encoder: nn.Module = encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.size = config.eval.size or int(encoder.metadata["size"])
-        self.crop_ratio = config.eval.crop_ratio or float(encoder.metadata["crop_ratio"])
-        self.device, self._console, self._max_bad = device, console, config.data.max_bad
-        self._run, self._listed = run, run.read_bad_images()
-
-    def bad_images(self, images: Labelled) -> BadImages:
-        return BadImages(len(images.source), self._max_bad, self._list)
-
-    def _list(self, name: str, reason: str) -> None:
-        if name not in self._listed:
-            self._listed.add(name)
-            self._run.add_bad_image(name, reason)
-
-    def __call__(self, images: Labelled) -> Seen:
-        crops = EvalImages(images.source, self.size, self.crop_ratio)
-        steps = -(-len(crops) // CHUNK)
-        self._console.note(f"features of {len(crops)} images of {images.source.spec}, {CHUNK} a step")
-        with self._console.progress(steps) as bar:
-
-            def counted() -> Iterator[np.ndarray]:
-                for step, chunk in enumerate(crops):
-                    yield chunk
-                    bar.update(step + 1, {})
-
-            features = extract(self.encoder, counted(), self.device)
-        rows = crops.good_rows(self.bad_images(images))
-        picked = torch.from_numpy(rows).to(self.device)
-        return Seen(features[picked], torch.from_numpy(images.labels[rows]).to(self.device), rows)
-
-
 class Study:
-    """Trains classifiers on rows of the training images, by either protocol, through the training loop."""
+    """Trains classifiers on rows of the training images, by either protocol, through the training loop.
+
+    Several processes split the batches of protocol imagenet. That of fast costs less than its gradients would on
+    their way: every process trains the same classifiers on all features, and they only agree on stopping.
+    """
 
     def __init__(
         self,
@@ -95,7 +50,8 @@ class Study:
 
     def sweep(self) -> Choice:
         """All rates on the training images but a held-out part, compared on that part; a run within the run."""
-        folder = open_folder(self._run.path / "sweep", resumed=True, overwrite=False, config=self._config)
+        world = self._look.world
+        folder = open_folder(self._run.path / "sweep", world, resumed=True, overwrite=False, config=self._config)
         folder.write_text(folder.config, self._run.config.read_text("utf-8"))
         kept, held = hold_out(len(self._known.labels), self._config.sweep.holdout, self._config.seed)
         self._console.note(f"{len(self._config.sweep.rates)} learning rates, compared on {len(held)} images")
@@ -103,11 +59,12 @@ class Study:
         features, labels = (t[torch.from_numpy(held).to(t.device)] for t in (self._known.features, self._known.labels))
         self.held_out = len(held)
         folder.close()
-        return choose(classifiers, standard(features) if standard else features, labels)
+        choice = choose(classifiers, standard(features) if standard else features, labels)
+        return Choice(*map(tuple, world.lead(lambda: (choice.rates, choice.accuracy))))
 
     def fit(self, folder: RunFolder, rows: np.ndarray, rates: tuple[float, ...]) -> tuple[Classifiers, Standard | None]:
         """The classifiers, and what standardises the features that they take."""
-        config, device = self._config, self._look.device
+        config, device, world = self._config, self._look.device, self._look.world
         batch_size = min(self.batch_size, len(rows)) if config.protocol == "fast" else self.batch_size
         sampler = Sampler(config.seed, len(rows), batch_size)
         batches, standard = self._batches(rows, sampler)
@@ -120,6 +77,7 @@ class Study:
             momentum=config.optim.momentum,
             total_steps=scheduled,
             device=device,
+            split=config.protocol == "imagenet" and world.size > 1,
         )
         plan = Plan(
             total=min(scheduled, config.optim.max_steps or scheduled),
@@ -130,7 +88,7 @@ class Study:
             checkpoint_minutes=config.checkpoint.every_minutes,
             resume_command=f"relicctl linear-eval --resume {self._run.path}",
         )
-        progress = go_on(folder, task, rates, self._console)
+        progress = go_on(folder, task, rates, world, self._console)
         with self._console.progress(plan.total, progress.step) as bar:
             train(
                 task,
@@ -139,6 +97,7 @@ class Study:
                 folder,
                 progress=progress,
                 device=device,
+                world=world,
                 show=lambda step, figures: bar.update(step, readable(figures)),
             )
         return task.state, standard
@@ -158,7 +117,7 @@ class Study:
             ViewPlan((size,), config.crop.aspect, flip),
             seed=config.seed,
             device=look.device,
-            world=World(),
+            world=look.world,
             cache=self._record["cache"],
             workers=worker_count(config.runtime, look.device, self._record["cache"]),
             bad=look.bad_images(self._images),
@@ -167,16 +126,16 @@ class Study:
         return EncodedBatches(feed, look.encoder, autocast), None
 
 
-def go_on(folder: RunFolder, task: LinearTask, rates: tuple[float, ...], console: Console) -> Progress:
+def go_on(folder: RunFolder, task: LinearTask, rates: tuple[float, ...], world: World, console: Console) -> Progress:
     """From the newest checkpoint of these rates that can be read; else from the start."""
-    found = checkpoint.newest_valid(folder.checkpoints, console.warn)
-    if found is not None and found[1]["state.rates"].tolist() == list(rates):
-        progress = restore(task, found[1], found[2], str(found[0]))
-    else:
-        progress = Progress()
-        for stale in checkpoint.listed(folder.checkpoints):
+    found = newest_checkpoint(
+        folder, world, console.warn, lambda tensors: tensors["state.rates"].tolist() == list(rates)
+    )
+    progress = Progress() if found is None else restore(task, found[1], found[2], str(found[0]))
+    if world.is_main:
+        for stale in checkpoint.listed(folder.checkpoints) if found is None else []:
             stale.unlink()
-    folder.rewind_metrics(progress.step if progress.step else -1)
-    if progress.step:
-        console.note(f"resumed from {found[0] if found else folder.path} at step {progress.step}")
+        folder.rewind_metrics(progress.step if progress.step else -1)
+    if found is not None:
+        console.note(f"resumed from {found[0]} at step {progress.step}")
     return progress

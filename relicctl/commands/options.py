@@ -21,6 +21,19 @@ class PretrainOptions:
 
 
 @dataclass(frozen=True)
+class BgmaskOptions:
+    """Where a run is written, and what is said about it."""
+
+    out: Path | None = None  # the run's folder; None: one is named after the preset
+    resume: str | None = None  # a run's folder; "": out's, or the newest run of the preset
+    overwrite: bool = False
+    init_from: str | None = None  # in the config too; here, so that --resume can refuse it
+    download: bool = False
+    json: bool = False  # of a dry run
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
 class LinearOptions:
     """Which encoders are evaluated, on what further images, and where the results are written."""
 

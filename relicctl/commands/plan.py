@@ -11,6 +11,7 @@ import torch
 
 from relicctl.commands.common import pick_device
 from relicctl.commands.data import open_data
+from relicctl.commands.masking import open_masking
 from relicctl.commands.options import PretrainOptions
 from relicctl.commands.resuming import continued, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
@@ -20,6 +21,7 @@ from relicctl.core.hardware import free_memory
 from relicctl.core.models.siamese import Siamese
 from relicctl.core.schedules import ema_gamma, learning_rate
 from relicctl.data.sampler import Sampler
+from relicctl.data.sources import Source
 from relicctl.errors import DataError
 from relicctl.memory import check_memory, count, in_units, optimizer_states, step_memory
 from relicctl.pretraining import build_networks, settle_precision
@@ -30,8 +32,8 @@ ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
 
 def dry_run(resolved: Resolved, options: PretrainOptions) -> str:
     """The resolved config and its figures: YAML with comments, or with ``options.json`` one JSON object."""
-    if options.resume is not None:
-        resolved = continued(resolved, run_to_resume(options, resolved.preset))
+    if options.resume is not None and (run := run_to_resume(options, resolved.preset)) is not None:
+        resolved = continued(resolved, run)
     planned = plan(resolved.config, download=options.download)
     if options.json:
         config = resolved.config.model_dump(mode="json")
@@ -42,11 +44,13 @@ def dry_run(resolved: Resolved, options: PretrainOptions) -> str:
 def plan(config: Config, *, download: bool = False) -> dict[str, Any]:
     """The figures of a run as plain data: bytes, steps and images, None for what only the data could tell.
 
-    Raises UsageError when a batch exceeds the data or the memory.
+    Raises UsageError when a batch exceeds the data or the memory, DataError for masks that cannot be used.
     """
     device, processes = pick_device(config.runtime.device), int(os.environ.get("WORLD_SIZE", "1"))
     check_memory(config, device, processes)
-    images, unknown = _images(config, download)
+    train, unknown = _training_images(config, download)
+    images = len(train) if train is not None else None
+    masks = open_masking(config, train, Console(quiet=True))[1] if train is not None else None
     steps = Sampler(config.seed, images, config.optim.batch_size).steps_per_epoch if images else None
     scheduled = steps * config.optim.epochs if steps else None
     with torch.device("meta"):
@@ -60,6 +64,7 @@ def plan(config: Config, *, download: bool = False) -> dict[str, Any]:
         },
         "images": images,
         "images_unknown": unknown,
+        "bgmask": masks,
         "crops_per_image": config.views.large.count + config.views.small.count,
         "steps_per_epoch": steps,
         "total_steps": min(scheduled, config.optim.max_steps or scheduled) if scheduled else None,
@@ -72,12 +77,12 @@ def plan(config: Config, *, download: bool = False) -> dict[str, Any]:
     }
 
 
-def _images(config: Config, download: bool) -> tuple[int | None, str | None]:
-    """How many images are trained on, or why that is unknown."""
+def _training_images(config: Config, download: bool) -> tuple[Source | None, str | None]:
+    """The images that are trained on, or why they are unknown."""
     if config.data.train is None:
         return None, "no --data is given"
     try:
-        return len(open_data(config, download, Console(quiet=True)).train), None
+        return open_data(config, download, Console(quiet=True)).train, None
     except DataError as error:
         return None, error.what
 
@@ -118,6 +123,11 @@ def _in_words(config: Config, planned: dict[str, Any]) -> str:
         f"{views.large.size} px, {views.small.count} of {views.small.size} px",
         "steps": f"{_known(planned['steps_per_epoch'])} per epoch, {_known(planned['total_steps'])} in all",
     }
+    if masks := planned["bgmask"]:
+        lines["masks"] = (
+            f"{masks['source']}; {masks['usable']:.1%} of the images have a usable one, "
+            f"{masks['masked_views']:.1%} of large views lose their background"
+        )
     for moment, figures in planned["schedule"].items():
         lines[moment] = f"learning rate {figures['lr']:.4g}, ema {figures['ema']:.6g}"
     lines["memory"] = (

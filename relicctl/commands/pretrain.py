@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from relicctl import __version__
 from relicctl.commands.common import pick_device, readable, worker_count
 from relicctl.commands.data import PretrainData, open_data
+from relicctl.commands.masking import note_missing_masks, open_masking, refuse_other_masks
 from relicctl.commands.options import PretrainOptions
 from relicctl.commands.resuming import continued, recorded, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
@@ -46,13 +48,12 @@ def pretrain(resolved: Resolved, options: PretrainOptions) -> dict[str, Any]:
         torch.set_num_threads(config.runtime.threads)
     device = pick_device(config.runtime.device)
     world = join(device.type)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(leave)
         if device.type == "cuda":
             device = torch.device("cuda", world.local_rank)
             torch.cuda.set_device(device)
-        return _run(resolved, options, resumed, Console(options.quiet or not world.is_main), device, world)
-    finally:
-        leave()
+        return _run(resolved, options, resumed, Console(options.quiet or not world.is_main), device, world, at_end)
 
 
 def _run(
@@ -62,6 +63,7 @@ def _run(
     console: Console,
     device: torch.device,
     world: World,
+    at_end: ExitStack,
 ) -> dict[str, Any]:
     config = resolved.config
     check_memory(config, device, world.size)
@@ -71,9 +73,14 @@ def _run(
     world.rows(config.optim.batch_size)
     bad = BadImages(len(data.train), config.data.max_bad)
     evaluator = make_evaluator(config, data, device, bad, console)
+    note_missing_masks(resolved, console)
+    masking, masks = open_masking(config, data.train, console)
     out = resumed or options.out or free_name(Path("runs"), resolved.preset or "pretrain")
     refuse_inside(out, config.data.train)
-    record = continued_record(out, resolved, data, device) if resumed else new_record(resolved, options, data, device)
+    if resumed:
+        record = continued_record(out, resolved, data, masks, device)
+    else:
+        record = new_record(resolved, options, data, masks, device)
     with torch.device("meta"):
         outline = build_networks(config, len(data.train.classes))
     check_step_memory(config, outline, device, record["precision"], world.size, console)
@@ -91,6 +98,7 @@ def _run(
 
     run = open_run(out, config, resumed is not None, options.overwrite, world)
     run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+    status = at_end.enter_context(run.watched())
     bad.report, bad.seen = run.add_bad_image, run.read_bad_images()
     if evaluator is not None:
         evaluator.bad_held_out.report = run.add_bad_image
@@ -106,6 +114,7 @@ def _run(
             strict_cache=config.data.cache == "device",
             workers=worker_count(config.runtime, device, record["cache"]),
             bad=bad,
+            masking=masking,
         )
     except UsageError:
         if resumed is None:
@@ -121,9 +130,10 @@ def _run(
         checkpoint_minutes=config.checkpoint.every_minutes,
         resume_command=f"relicctl pretrain --resume {shlex.quote(str(run.path))}",
     )
+    status.expect(total=plan.total, steps_per_epoch=plan.steps_per_epoch, resume=plan.resume_command)
     evaluate = None
     if evaluator is not None:
-        evaluate = lambda step: evaluator(task.encoder) if world.is_main else {}  # noqa: E731
+        evaluate = status.during("evaluating", lambda step: evaluator(task.encoder, world))
 
     progress = go_on(run, task, record["init_from"], console) if resumed is not None else None
     if progress is None:
@@ -136,7 +146,15 @@ def _run(
             watch(step, figures)
 
         progress = train(
-            task, feed, plan, run, progress=progress, device=device, world=world, evaluate=evaluate, show=show
+            task,
+            status.beating(feed),
+            plan,
+            run,
+            progress=progress,
+            device=device,
+            world=world,
+            evaluate=evaluate,
+            show=show,
         )
     results = {
         "objective": config.objective,
@@ -147,14 +165,13 @@ def _run(
         "images": len(data.train),
         "bad_images": len(bad.seen),
         "bad_val_images": len(evaluator.bad_held_out.seen) if evaluator else 0,
-        "bgmask": config.bgmask.source,
+        "bgmask": masks,
         "preset": resolved.preset,
         "version": __version__,
     }
     if world.is_main:
         finish(run, task, config, resolved.preset, results)
         report(results, console)
-    run.close()
     return {"run": str(run.path), **results}
 
 
@@ -181,7 +198,7 @@ def refuse_inside(out: Path, data: str | None) -> None:
 
 
 def new_record(
-    resolved: Resolved, options: PretrainOptions, data: PretrainData, device: torch.device
+    resolved: Resolved, options: PretrainOptions, data: PretrainData, masks: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """What config.yaml says under ``run``: facts that a continuation must share."""
     return {
@@ -189,20 +206,24 @@ def new_record(
         "preset": resolved.preset,
         "data_fingerprint": data.train.fingerprint(),
         "images": len(data.train),
+        "bgmask_sha256": masks.get("sha256"),
         "init_from": options.init_from,
-        "cache": choose_cache(resolved.config.data.cache, data.train, device),
+        "cache": choose_cache(resolved.config.data.cache, data.train, device, masks["masked_views"] > 0),
         "precision": settle_precision(resolved.config, device),
     }
 
 
-def continued_record(run: Path, resolved: Resolved, data: PretrainData, device: torch.device) -> dict[str, Any]:
-    """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images."""
+def continued_record(
+    run: Path, resolved: Resolved, data: PretrainData, masks: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images or masks."""
     record = recorded(run)
     if record["data_fingerprint"] != data.train.fingerprint():
         raise DataError(
             f"The images are not those that {run} was started with.",
             "Give --data the same images, or start another run with --init-from.",
         )
+    refuse_other_masks(run, record, masks)
     if resolved.origin["runtime.precision"] != "run":
         record["precision"] = settle_precision(resolved.config, device)
     return record
@@ -257,6 +278,7 @@ def go_on(run: RunFolder, task: Pretraining, init_from: str | None, console: Con
         return None
     path, tensors, header = found
     progress = restore(task, tensors, header, str(path))
+    run.set_aside(progress.step)
     run.rewind_metrics(progress.step)
     console.note(f"resumed from {path} at step {progress.step}")
     return progress

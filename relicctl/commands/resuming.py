@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relicctl.commands.options import PretrainOptions
+from relicctl.commands.options import BgmaskOptions, PretrainOptions
 from relicctl.config import plain_yaml
 from relicctl.config.resolve import Resolved, flatten, rebase
 from relicctl.errors import UsageError
@@ -14,11 +14,19 @@ from relicctl.errors import UsageError
 # The learning rate may: it is the way on after a divergence.
 FREE_TO_CHANGE = (
     "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val", "data.max_bad",
+    "bgmask.bank",  # where it lies: another bank is refused by its content
 )  # fmt: skip
 
 
-def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
-    """The folder that --resume means: its own value, --out, or the newest run of the preset."""
+def run_to_resume(
+    options: PretrainOptions | BgmaskOptions, preset: str | None, command: str = "pretrain"
+) -> Path | None:
+    """The folder that --resume means: its own value, --out, or the newest run of the command and preset.
+
+    None for a bare --resume with an --out that holds no run yet, which starts one.
+    """
+    if not options.resume and options.out is not None and not options.overwrite:
+        return _run_at(options.out, options.init_from)
     for given, name in ((options.overwrite, "--overwrite"), (options.init_from, "--init-from")):
         if given:
             raise UsageError(f"{name} starts a run, --resume goes on with one.", "Give one of the two.")
@@ -26,15 +34,26 @@ def run_to_resume(options: PretrainOptions, preset: str | None) -> Path:
         if options.out is not None and options.out != Path(options.resume):
             raise UsageError("--resume goes on in the run's own folder, and --out names another.", "Leave --out away.")
         return Path(options.resume)
-    if options.out is not None:
-        return options.out
     found = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    records = [(path.parent, recorded(path.parent)) for path in found]
+    records = [(path.parent, recorded(path.parent)) for path in found if command_of(path.parent) == command]
     runs = [path for path, record in records if "preset" in record and preset in (None, record["preset"])]
     if not runs:
         of = f" of preset {preset}" if preset else ""
         raise UsageError(f"There is no run{of} to resume under runs/.", "Name its folder: --resume RUN.")
     return runs[-1]
+
+
+def _run_at(out: Path, init_from: str | None) -> Path | None:
+    """``out`` if it holds a run. So one command line starts a run, and goes on with it when it is executed again."""
+    if not (out / "config.yaml").is_file():
+        return None
+    before = recorded(out).get("init_from")
+    if init_from not in (None, before):
+        raise UsageError(
+            f"{out} was started from {before or 'a new network'}, not from {init_from}: that would be another run.",
+            "Leave --init-from as it was, or choose another --out.",
+        )
+    return out
 
 
 def recorded(run: Path) -> dict[str, Any]:
@@ -43,6 +62,14 @@ def recorded(run: Path) -> dict[str, Any]:
         return plain_yaml.load_mapping(run / "config.yaml").get("run") or {}
     except UsageError:
         return {}
+
+
+def command_of(run: Path) -> str | None:
+    """The command that made the run; None for another file."""
+    try:
+        return plain_yaml.load_mapping(run / "config.yaml").get("command", "pretrain")
+    except UsageError:
+        return None
 
 
 def continued(resolved: Resolved, run: Path, free: tuple[str, ...] = FREE_TO_CHANGE) -> Resolved:

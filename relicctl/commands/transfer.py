@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,19 @@ import torch
 import yaml
 
 from relicctl import __version__
-from relicctl.commands.common import pick_device
-from relicctl.commands.linear_study import Look
 from relicctl.commands.options import TransferOptions
-from relicctl.commands.transfer_job import Job, noted, open_all, open_folder, settle, text_of
+from relicctl.commands.processes import joined
+from relicctl.commands.transfer_job import Job, continued, noted, open_all, open_folder, settle, text_of
 from relicctl.commands.transfer_tuning import Tuner
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
+from relicctl.core.distributed import World
 from relicctl.errors import UsageError
 from relicctl.evaluation import chart, protocols
 from relicctl.evaluation.kept import encoder_hash, kept
 from relicctl.evaluation.labelled import Labelled
+from relicctl.evaluation.look import Look
 from relicctl.evaluation.metrics import OF_DATA
 from relicctl.evaluation.parts import DataSet, Division, divide, open_data_set
 from relicctl.evaluation.protocols import Examples, Outcome
@@ -46,23 +47,27 @@ class Seer:
 
 def transfer(resolved: Resolved, options: TransferOptions) -> dict[str, Any]:
     """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
-    console = Console(options.quiet)
-    job, resolved, out = settle(resolved, options)
-    references = open_all(job, resolved.config, console)
-    config: TransferConfig = resolved.config
-    device = pick_device(config.runtime.device)
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    sets = [
-        open_data_set(name, spec, download=options.download, warn=console.warn)
-        for name, spec in config.data.sets.items()
-    ]
+    resolved = continued(resolved, options)
+    with joined(resolved.config.runtime, options.quiet) as (world, device, console):
+        return _run(resolved.config, options, device, console, world)
+
+
+def _run(
+    config: TransferConfig, options: TransferOptions, device: torch.device, console: Console, world: World
+) -> dict[str, Any]:
+    job, out = settle(config, options, world)
+    references = open_all(job, config, console)
+    sets = open_sets(config, options, console, world)
+    for data in sets:
+        metric_of(data, config)
     for labels in map(text_of, config.labels):  # before anything is computed
         for data in sets:
-            divide(data, labels, config.data.holdout, config.seed)
-    with closing(open_folder(out, options, config)) as run:
+            division = divide(data, labels, config.data.holdout, config.seed)
+            if "finetune" in config.protocol:
+                refuse_uneven(division, config.finetune.batch_size, world)
+    with closing(open_folder(out, options, config, world)) as run:
         run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": noted(job)}, sort_keys=False))
-        seers = [see(n, r, config, device, run, console) for n, r in zip(job.encoders, references, strict=True)]
+        seers = [see(n, r, config, device, run, console, world) for n, r in zip(job.encoders, references, strict=True)]
         refuse_twins(seers)
         cells = [
             cell(seer, data, protocol, labels, config, run, console)
@@ -82,21 +87,60 @@ def transfer(resolved: Resolved, options: TransferOptions) -> dict[str, Any]:
             "version": __version__,
         }
         run.write_json(run.results, results)
-        tell(cells, job, run, console)
+        if world.is_main:
+            tell(cells, job, run, console, draws(config))
     return {"run": str(run.path), **results}
 
 
 def dry_run(resolved: Resolved, options: TransferOptions) -> str:
     """The resolved config and where each value comes from."""
-    resolved = settle(resolved, options)[1]
+    resolved = continued(resolved, options)
+    settle(resolved.config, options, World())
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
 # The steps of the recipe.
 
 
-def see(name: str, reference: Reference, config: Any, device: torch.device, run: RunFolder, console: Console) -> Seer:
-    look = Look(reference.encoder, config, device, run, console)
+def open_sets(config: TransferConfig, options: TransferOptions, console: Console, world: World) -> list[DataSet]:
+    def opened() -> list[DataSet]:
+        told = config.data
+        return [
+            open_data_set(
+                name, spec, download=options.download, warn=console.warn, test=told.test_split.get(name, "test"),
+                draw=told.draw.get(name, ()), seed=config.seed,
+            )
+            for name, spec in told.sets.items()
+        ]  # fmt: skip
+
+    if options.download and world.size > 1:
+        world.lead(lambda: len(opened()))  # one process fetches
+    return opened()
+
+
+def metric_of(data: DataSet, config: TransferConfig) -> str:
+    """Raises UsageError for one that images with any number of classes do not have."""
+    told = config.data.metrics.get(data.name)
+    if data.known.labels.ndim == 1:
+        return told or OF_DATA.get(data.name, "top1")
+    if told not in (None, "map11"):
+        raise UsageError(
+            f"{told} means nothing on {data.name}, whose images have any number of classes.",
+            "Take it out of data.metrics: map11 is measured.",
+        )
+    return "map11"
+
+
+def refuse_uneven(division: Division, batch_size: int, world: World) -> None:
+    """UsageError if a batch, which takes all images where there are fewer, cannot be split over the processes."""
+    for images in (len(division.fit), len(division.fit) + len(division.chosen_on)):
+        world.rows(min(batch_size, images), "finetune.batch_size")
+
+
+def see(
+    name: str, reference: Reference, config: Any, device: torch.device, run: RunFolder, console: Console, world: World
+) -> Seer:
+    look = Look(reference.encoder, config, device, run, console, world)
     return Seer(name, look, encoder_hash(look.encoder, look.size, look.crop_ratio))
 
 
@@ -111,9 +155,10 @@ def refuse_twins(seers: list[Seer]) -> None:
 def cell(
     seer: Seer, data: DataSet, protocol: str, labels: str, config: TransferConfig, run: RunFolder, console: Console
 ) -> dict[str, Any]:
-    """One figure of the table, from its file if it was finished before."""
+    """One figure of the table, from its file if it was finished before; the same on every process."""
+    world = seer.look.world
     division = divide(data, labels, config.data.holdout, config.seed)
-    metric = config.data.metrics.get(data.name) or OF_DATA.get(data.name, "top1")
+    metric = metric_of(data, config)
     settings = getattr(config, protocol).model_dump()
     key = digest(
         seer.hash, data.known.source.fingerprint(), data.test.source.fingerprint(), data.known.source.spec,
@@ -121,8 +166,9 @@ def cell(
     )  # fmt: skip
     path = run.path / "cells" / f"{key}.json"
     title = f"{seer.name} on {data.name}, {protocol}, {labels} labels"
-    if path.is_file():
-        return json.loads(path.read_text("utf-8")) | {"encoder": seer.name, "data": data.name, "labels": labels}
+    finished = world.lead(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
+    if finished:
+        return finished | {"encoder": seer.name, "data": data.name, "labels": labels}
     console.note(title)
     if protocol == "finetune":
         tuner = Tuner(seer.look, config, run.path / "finetune" / key, f"relicctl transfer --resume {run.path}", console)
@@ -145,41 +191,62 @@ def cell(
 def judged(
     seer: Seer, data: DataSet, division: Division, protocol: str, settings: dict[str, Any], metric: str, run: RunFolder
 ) -> Outcome:
-    """By frozen features, without the images that could not be read."""
-    known, rows = features(seer, data.known, "known", run)
-    test, _ = features(seer, data.test, "test", run)
-    fit, chosen_on = (np.flatnonzero(np.isin(rows, part)) for part in (division.fit, division.chosen_on))
-    both = np.sort(np.concatenate([fit, chosen_on]))
-    return JUDGES[protocol](
-        known.at(fit),
-        known.at(chosen_on),
-        known.at(both),
-        test,
-        metric=metric,
-        classes=len(data.known.classes),
-        **settings,
-    )
+    """By frozen features, without the images that could not be read; the main process judges."""
+    known = features(seer, data.known, "known", run)
+    test = features(seer, data.test, "test", run)
+
+    def judge() -> dict[str, Any]:
+        assert known is not None
+        assert test is not None
+        examples, rows = known
+        fit, chosen_on = (np.flatnonzero(np.isin(rows, part)) for part in (division.fit, division.chosen_on))
+        both = np.sort(np.concatenate([fit, chosen_on]))
+        outcome = JUDGES[protocol](
+            examples.at(fit),
+            examples.at(chosen_on),
+            examples.at(both),
+            test[0],
+            metric=metric,
+            classes=len(data.known.classes),
+            **settings,
+        )
+        return asdict(outcome)
+
+    return Outcome(**seer.look.world.lead(judge))
 
 
-def features(seer: Seer, images: Labelled, part: str, run: RunFolder) -> tuple[Examples, np.ndarray]:
-    """Of all images that can be read, and their rows in ``images``."""
+def features(seer: Seer, images: Labelled, part: str, run: RunFolder) -> tuple[Examples, np.ndarray] | None:
+    """Of all images that can be read, and their rows in ``images``: for the main process; None for the others."""
     name = digest(seer.hash, part, images.source.spec, images.source.fingerprint())
 
     def make() -> tuple[torch.Tensor, np.ndarray]:
         seen = seer.look(images)
         return seen.features, seen.rows
 
-    found, rows = kept(run.path / "features" / f"{name}.safetensors", seer.look.device, make)
-    return Examples(found, torch.from_numpy(images.labels[rows]).to(found.device)), rows
+    found = kept(run.path / "features" / f"{name}.safetensors", seer.look.device, make, seer.look.world)
+    if found is None:
+        return None
+    features, rows = found
+    return Examples(features, torch.from_numpy(images.labels[rows]).to(features.device)), rows
 
 
-def tell(cells: list[dict[str, Any]], job: Job, run: RunFolder, console: Console) -> None:
-    """The table on stderr and as table.md, and the chart."""
+def draws(config: TransferConfig) -> list[str]:
+    """Of data without splits, what says that a figure is of our draw and of no published list."""
+    return [
+        f"{name}: {train} images of each class to learn from and {test[0] if test else 'all others'} to test on, "
+        f"drawn by seed {config.seed}"
+        for name, (train, *test) in config.data.draw.items()
+        if name in config.data.sets
+    ]
+
+
+def tell(cells: list[dict[str, Any]], job: Job, run: RunFolder, console: Console, notes: list[str]) -> None:
+    """The table on stderr and as table.md with ``notes`` and more, and the chart."""
     header, rows = chart.table(cells, job.encoders, job.baselines)
     console.note("")
     console.table(header, rows)
     names = chart.short_names(job.encoders)
-    notes = [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
+    notes = notes + [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
     notes += list(dict.fromkeys(f"{c['data']}, {c['labels']} labels: chosen on {c['validation']}" for c in cells))
     notes += [
         f"{c['encoder']} on {c['data']}, {c['protocol']}, {c['labels']} labels: {text}"
@@ -195,6 +262,7 @@ def facts(data: DataSet, config: TransferConfig) -> dict[str, Any]:
     return {
         "source": config.data.sets[data.name], "classes": len(data.known.classes),
         "train": data.trained, "val": val or None, "test": len(data.test.labels),
+        "draw": config.data.draw.get(data.name),
     }  # fmt: skip
 
 

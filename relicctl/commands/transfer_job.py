@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 from relicctl import __version__
 from relicctl.baselines import open_encoder
 from relicctl.commands.options import TransferOptions
+from relicctl.commands.processes import owned
 from relicctl.config import plain_yaml
 from relicctl.config.resolve import Resolved, rebase
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
+from relicctl.core.distributed import World
 from relicctl.errors import UsageError
 from relicctl.evaluation.subsets import check_labels
 from relicctl.reference import Reference, named
@@ -33,15 +34,26 @@ class Job:
         return self.sources + self.baselines
 
 
-def settle(resolved: Resolved, options: TransferOptions) -> tuple[Job, Resolved, Path]:
-    """Which encoders on what data, how, and where the results go; refusals that need no data come here."""
-    job = Job(tuple(map(named, options.sources)), options.baselines, options.network)
-    out = options.out
+def continued(resolved: Resolved, options: TransferOptions) -> Resolved:
+    """The config, that of the folder to go on with where there is one."""
+    if options.resume is None:
+        return resolved
+    out = folder(options)
+    if out is None or not (out / "config.yaml").is_file():
+        raise UsageError(f"--resume names no folder of results{f': {out}' * bool(out)}.", "Write --resume DIR.")
+    return rebase(resolved, out / "config.yaml")
+
+
+def folder(options: TransferOptions) -> Path | None:
+    return Path(options.resume) if options.resume else options.out
+
+
+def settle(config: Any, options: TransferOptions, world: World) -> tuple[Job, Path]:
+    """Which encoders, and where the results go; refusals that need no data come here."""
+    sources = world.lead(lambda: [named(source) for source in options.sources])  # one process reads stdin
+    job, out = Job(tuple(sources), options.baselines, options.network), folder(options)
     if options.resume is not None:
-        out = Path(options.resume) if options.resume else out
-        if out is None or not (out / "config.yaml").is_file():
-            raise UsageError(f"--resume names no folder of results{f': {out}' * bool(out)}.", "Write --resume DIR.")
-        resolved = rebase(resolved, out / "config.yaml")
+        assert out is not None
         before = plain_yaml.load_mapping(out / "config.yaml")["run"]["job"]
         job = Job(
             job.sources or tuple(before["sources"]), job.baselines or tuple(before["baselines"]), before["network"]
@@ -53,13 +65,11 @@ def settle(resolved: Resolved, options: TransferOptions) -> tuple[Job, Resolved,
     twice = [name for number, name in enumerate(job.encoders) if name in job.encoders[:number]]
     if twice:
         raise UsageError(f"The encoder {twice[0]} is named twice.", "Name every encoder once, baselines included.")
-    if not resolved.config.data.sets:
+    if not config.data.sets:
         raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
-    for labels in resolved.config.labels:
+    for labels in getattr(config, "labels", ()):  # dense tasks take all
         check_labels(text_of(labels))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("transfer runs in one process.", "Start it without torchrun.")
-    return job, resolved, out or free_name(Path("runs"), "transfer")
+    return job, Path(world.lead(lambda: str(out or free_name(Path("runs"), "transfer"))))
 
 
 def open_all(job: Job, config: TransferConfig, console: Console) -> list[Reference]:
@@ -75,11 +85,11 @@ def open_all(job: Job, config: TransferConfig, console: Console) -> list[Referen
     return found
 
 
-def open_folder(out: Path, options: TransferOptions, config: TransferConfig) -> RunFolder:
+def open_folder(out: Path, options: TransferOptions, config: Any, world: World) -> RunFolder:
     keep = config.checkpoint.keep
     if options.resume is not None:
-        return RunFolder.reopen(out, keep=keep)
-    return RunFolder.create(out, overwrite=options.overwrite, keep=keep)
+        return owned(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
+    return owned(world, lambda: RunFolder.create(out, overwrite=options.overwrite, keep=keep), out, keep)
 
 
 def noted(job: Job) -> dict[str, Any]:

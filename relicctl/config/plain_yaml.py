@@ -10,16 +10,27 @@ import yaml
 
 from relicctl.errors import UsageError
 
+MAX_DEPTH = 50
+
 
 class _Loader(yaml.SafeLoader):
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few nested aliases can stand for terabytes
             raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:  # found at the first bracket too many: reading thousands takes minutes
+            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=name.start_mark)
             if name.value in seen:  # YAML would let the second one win in silence
                 raise yaml.MarkedYAMLError(problem=f"{name.value} stands here twice", problem_mark=name.start_mark)
             seen.add(name.value)

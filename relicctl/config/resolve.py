@@ -18,18 +18,31 @@ from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from relicctl.config import plain_yaml
+from relicctl.config.bgmask import BgmaskConfig
+from relicctl.config.dense import DetectionConfig, SegmentationConfig
 from relicctl.config.linear import LinearConfig
 from relicctl.config.presets import preset_path
 from relicctl.config.schema import Config, Section
 from relicctl.config.transfer import TransferConfig
 from relicctl.errors import UsageError
 
-SCHEMAS: dict[str, type[Section]] = {"pretrain": Config, "linear-eval": LinearConfig, "transfer": TransferConfig}
+SCHEMAS: dict[str, type[Section]] = {
+    "pretrain": Config,
+    "train-bgmask": BgmaskConfig,
+    "linear-eval": LinearConfig,
+    "transfer": TransferConfig,
+    "transfer --task segmentation": SegmentationConfig,
+    "transfer --task detection": DetectionConfig,
+}
 
 OPTION_KEYS = {
     "data": "data.train",
     "sets": "data.sets",
     "val": "data.val",
+    "eval-data": "data.eval",
+    "masks-for": "data.masks_for",
+    "init-from": "model.encoder",
+    "bgmask": "bgmask.bank",
     "protocol": "protocol",
     "labels": "labels",
     "device": "runtime.device",
@@ -48,7 +61,9 @@ _UNREAD = {
     "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
     "fast": ("crop.", "data.cache", "runtime.precision"),
 }
-_OF_MASKS = ("bgmask.probability", "bgmask.fill")
+_OF_MASKS = ("bgmask.probability", "bgmask.fill", "bgmask.limits")
+# What an option says beside its own key.
+_IMPLIED = {"bgmask": ("bgmask.source", "bank")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class _Layers:
 
     def config(self) -> Any:
         kind = "objective" if "objective" in self.values else "protocol"
-        choice = self.values[kind]
+        choice = self.values.get(kind)
         if isinstance(choice, str):
             for name, value in _DEFINITIONS.get(choice, {}).items():
                 if self.values[name] != value and self.origin[name].startswith(("default", "preset")):
@@ -89,7 +104,11 @@ class _Layers:
                 if where == "--set" and name.startswith(_UNREAD.get(choice, ())):
                     raise UsageError(f"{name} means nothing to {kind} {choice}.", "Leave it out.")
                 if where == "--set" and name in _OF_MASKS and self.values["bgmask.source"] == "none":
-                    raise UsageError(f"{name} means nothing while bgmask.source is none.", "Leave it out.")
+                    if name == "bgmask.probability" and self.values[name] == 0:
+                        continue  # no masks are wanted of a preset that asks for some
+                    raise UsageError(
+                        f"{name} means nothing while bgmask.source is none.", "Give --bgmask RUN, or leave it out."
+                    )
         return _validated(self.values, self.origin, self.schema)
 
 
@@ -126,6 +145,8 @@ def resolve(
     for name, value in (options or {}).items():
         if value is not None:
             layers.put(OPTION_KEYS[name], value, f"--{name}")
+            if name in _IMPLIED:
+                layers.put(*_IMPLIED[name], f"--{name}")
     return Resolved(layers.config(), layers.origin, preset)
 
 
@@ -161,8 +182,8 @@ def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
                 lines.append((f"{indent}{name}: {plain_yaml.dump_value(value)}", comment))
 
     walk(config.model_dump(), "", "")
-    column = min(48, max(len(line) for line, _ in lines) + 2)
-    return "".join(f"{line:<{column}}{comment}".rstrip() + "\n" for line, comment in lines)
+    column = min(46, max(len(line) for line, _ in lines))
+    return "".join(f"{line:<{column}}  {comment}".rstrip() + "\n" for line, comment in lines)
 
 
 def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = Config) -> dict[str, Any]:

@@ -125,6 +125,10 @@ class BgMask(Section):
     source: Literal["none", "bank", "alpha"] = key(
         "none", "where masks come from: nowhere, a mask bank, the images' alpha channel"
     )
+    bank: str | None = key(None, "run of train-bgmask, or its masks.bank, with a mask for every image (also --bgmask)")
+    limits: Pair = key(
+        (0.01, 0.99), "shares of the image between which a mask's foreground must lie for it to be used (our choice)"
+    )
 
 
 class Optim(Section):
@@ -216,12 +220,23 @@ class Config(Section):
         self._check_views()
         self._check_objective()
         self._check_optim()
-        if self.bgmask.source != "none":
-            raise UsageError(
-                f"bgmask.source is {self.bgmask.source}, but this version cannot read masks.",
-                "Leave bgmask.source at none.",
-            )
+        self._check_masks()
         return self
+
+    def _check_masks(self) -> None:
+        masks = self.bgmask
+        if masks.source == "bank" and masks.bank is None:
+            raise UsageError("bgmask.source is bank, but no bank is given.", "Give --bgmask RUN or BANK.")
+        if masks.source != "bank" and masks.bank is not None:
+            raise UsageError(
+                f"bgmask.bank is {masks.bank}, but bgmask.source is {masks.source}.",
+                "Set bgmask.source to bank, or leave bgmask.bank out.",
+            )
+        low, high = masks.limits
+        if low > high:
+            raise UsageError(
+                f"bgmask.limits is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
+            )
 
     def _check_views(self) -> None:
         views = self.views

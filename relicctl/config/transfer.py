@@ -25,6 +25,7 @@ Protocols = Annotated[tuple[Literal["logistic", "knn", "finetune"], ...], Strict
 Labels = Annotated[tuple[str | float, ...], Strict(False), Field(min_length=1)]
 Strengths = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
 Decays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
+Draw = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1, max_length=2)]
 Counts = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)]
 
 LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # log-spaced from 1e-6 to 1e5
@@ -35,6 +36,12 @@ class DataSets(Section):
     metrics: dict[str, Metric] = key({}, "metric by name of data; where not given, what papers report on it, else top1")
     holdout: float = key(
         0.2, "share of each class of train to choose on where there is no val (our choice)", gt=0, lt=1
+    )
+    test_split: dict[str, str] = key({}, "split to test on by name of data; where not given, test")
+    draw: dict[str, Draw] = key(
+        {},
+        "for data without splits, by name: images of each class to learn from, and, if told, to test on, else all "
+        "others; drawn by the seed (our choice)",
     )
     cache: Literal["auto", "none", "memory", "device"] = key(
         "auto", "keep decoded images while fine-tuning, in host memory or on the device; auto = where they fit"
@@ -60,11 +67,12 @@ class Neighbours(Section):
 
 
 class Finetune(Section):
-    """SGD with Nesterov's momentum, cosine to 0; every rate with every decay, the best trained anew."""
+    """SGD with Nesterov's momentum, cosine to 0; every rate, decay and length together, the best trained anew."""
 
     rates: Strengths = key((0.01, 0.03, 0.1), "learning rates, not scaled by the batch (our choice)")
     decays: Decays = key((0.0,), "weight decays, of all parameters (our choice)")
     steps: Count = key(1000, "steps of each training (our choice)")
+    epochs: Counts | None = key(None, "lengths to choose from in passes over the labelled images; null = steps")
     batch_size: Count = key(64, "images per step; all where there are fewer (our choice)")
     momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
     area: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area (our choice)")

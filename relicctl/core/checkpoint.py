@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,17 +31,22 @@ class BrokenCheckpoint(UsageError):
 def save(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     """Write ``tensors`` and the JSON-able ``header`` to ``path``, wholly or not at all."""
     on_host = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    text = json.dumps(header)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "checksum": str(_checksum(on_host)),
-        "header": json.dumps(header),
+        "header": text,
+        "header_checksum": str(zlib.crc32(text.encode())),
     }
     atomically(path, lambda temporary: save_file(on_host, temporary, metadata=metadata))
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``; rename it only when it is safely on the disk."""
+    """Let ``write`` fill a temporary file beside ``path``; rename it only when it is safely on the disk.
+
+    Raises OSError when the disk refuses, also for safetensors, which has an error of its own for that.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,14 +55,22 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise disk_error(error) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def disk_error(error: SafetensorError) -> OSError:
+    """What safetensors says of a failed write (``I/O error: No space left on device (os error 28)``) as Python does."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _umask() -> int:
@@ -82,12 +96,15 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                     "Update relicctl to read it.",
                 )
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        header = json.loads(metadata["header"])
+        text = metadata["header"]
+        checksums = metadata["checksum"], metadata.get("header_checksum")  # the earliest files lack the second
+        header = json.loads(text)
     except FileNotFoundError:
         raise BrokenCheckpoint(f"There is no checkpoint {path}.", again) from None
-    except (SafetensorError, OSError, ValueError, KeyError) as reason:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as reason:
         raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", again) from None
-    if str(_checksum(tensors)) != metadata["checksum"]:
+    own = str(_checksum(tensors)), str(zlib.crc32(text.encode())) if checksums[1] is not None else None
+    if own != checksums or not isinstance(header, dict):
         raise BrokenCheckpoint(f"{path} is damaged: its checksum does not match.", again)
     return tensors, header
 
@@ -111,6 +128,12 @@ def listed(folder: Path) -> list[Path]:
 
 def file_name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; 0 for a name that was given by hand."""
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one run: who am I, which rows are mine, and how outputs meet for the loss.
+"""The processes of one run: who am I, which rows are mine, how outputs meet for the loss, and who decides.
 
 Everything rests on ``torch.distributed`` as started by ``torchrun``; alone, every call is a no-op.
 Row r of the global batch belongs to process r // (batch / processes).
@@ -6,65 +6,120 @@ Row r of the global batch belongs to process r // (batch / processes).
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from relicctl.errors import UsageError
+from relicctl.errors import RelicError, UsageError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)  # for what one process does alone, as fitting a large classifier
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run."""
+    """This process's place among the processes of a run; ``talk`` is their group for words between the hosts' CPUs."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    talk: Any = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def rows(self, batch_size: int) -> tuple[int, int]:
-        """First and last+1 row of the global batch that this process works on."""
+    def rows(self, batch_size: int, key: str = "optim.batch_size") -> tuple[int, int]:
+        """First and last+1 row of the global batch that this process works on; ``key`` is what sets its size."""
         if batch_size % self.size:
             raise UsageError(
                 f"A batch of {batch_size} cannot be split evenly over {self.size} processes.",
-                f"Set optim.batch_size to a multiple of {self.size}, or start another number of processes.",
+                f"Set {key} to a multiple of {self.size}, or start another number of processes.",
             )
         each = batch_size // self.size
         return self.rank * each, (self.rank + 1) * each
 
+    def shares(self, count: int) -> list[tuple[int, int]]:
+        """Of each process, the first and last+1 of ``count`` things in a row; some get one more than others."""
+        return [(r * count // self.size, (r + 1) * count // self.size) for r in range(self.size)]
+
+    def tell(self, mine: Any) -> list[Any]:
+        """What every process has to say, anything that JSON can hold, in the order of the processes."""
+        if self.size == 1:
+            return [mine]
+        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)]), self.talk)
+        texts = [text.new_zeros(int(max(lengths))) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, len(texts[0]) - len(text))), self.talk)
+        return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
+
+    def lead(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives the main process, told to all. Where it fails all end, and the main process says why."""
+        if self.size == 1:
+            return make()
+        made: Any = None
+        if self.is_main:
+            try:
+                made = make()
+            except Exception as error:
+                self.tell([error.code if isinstance(error, RelicError) else 1, None])
+                raise
+        code, told = self.tell([0, made])[0]
+        if code:
+            raise SystemExit(code)
+        return told
+
+    def gather_rows(self, mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """``[N, F]`` of all processes on each of them, where process r brings ``counts[r]`` rows."""
+        if self.size == 1:
+            return mine
+        whole = mine.new_empty(sum(counts), *mine.shape[1:])
+        for rank, part in enumerate(whole.split(counts)):
+            if rank == self.rank:
+                part.copy_(mine)
+            if counts[rank]:
+                dist.broadcast(part, rank)
+        return whole
+
 
 class Agreement:
-    """Has any process raised its flag? Asked once a step, answered one step later, so that nobody waits.
+    """The largest number that any process shows. Asked once a step, answered one step later, so that nobody waits.
 
-    The flags travel between the hosts' CPUs while the devices compute.
+    The numbers travel between the hosts' CPUs while the devices compute.
     """
 
     def __init__(self, world: World) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = world.talk
         self._under_way: tuple[torch.Tensor, Any] | None = None
 
-    def any(self, flag: bool) -> bool:
-        """The same answer on every process: whether one of them had its flag raised when last asked."""
+    def largest(self, number: int) -> int:
+        """The same answer on every process: the largest number shown when last asked, 0 at first."""
         if self._group is None:
-            return flag
-        answer = False
-        if self._under_way is not None:
-            raised, work = self._under_way
-            work.wait()
-            answer = bool(raised.item())
-        raised = torch.tensor(float(flag))
-        self._under_way = raised, dist.all_reduce(raised, dist.ReduceOp.MAX, self._group, async_op=True)
+            return number
+        answer = self._answer()
+        shown = torch.tensor(number)
+        self._under_way = shown, dist.all_reduce(shown, dist.ReduceOp.MAX, self._group, async_op=True)
         return answer
 
     def close(self) -> None:
-        if self._under_way is not None:
-            self._under_way[1].wait()
+        """Wait until every process is here."""
+        self._answer()
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def _answer(self) -> int:
+        if self._under_way is None:
+            return 0
+        shown, work = self._under_way
+        work.wait()
+        return int(shown.item())
 
 
 def join(device: str) -> World:
@@ -72,10 +127,26 @@ def join(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    rank = int(os.environ["RANK"])
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=world.rank, world_size=size)
-    return world
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store_of_this_attempt(size), rank=rank, world_size=size)
+    talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), talk)
+
+
+def _store_of_this_attempt(size: int) -> Any:
+    """Where the processes that ``torchrun`` started this time find each other; None for torch's own way.
+
+    When it starts a host's processes again, it keeps the store (as of torch 2.14), in which a newcomer finds the
+    addresses of the dead. Over several hosts, whose attempts are counted apart, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    makes ``torchrun`` itself begin with an empty store.
+    """
+    told = os.environ
+    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), size, False)
+    return dist.PrefixStore(f"attempt {told['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def leave() -> None:

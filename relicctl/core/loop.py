@@ -159,7 +159,7 @@ def train(
                 show(progress.step, figures)
                 clock.restart(progress.step)
 
-            stopping = agreement.any(signals.received is not None)
+            stopping = agreement.largest(signals.received or 0)
             minutes = (time.monotonic() - saved_at) / 60
             due = (plan.checkpoint_every and progress.step % plan.checkpoint_every == 0) or (
                 plan.checkpoint_minutes and minutes >= plan.checkpoint_minutes
@@ -168,10 +168,11 @@ def train(
                 save()
                 saved_at = time.monotonic()
             if stopping and not last:
+                agreement.close()  # a launcher kills the rest as soon as one process has ended: not before all is saved
                 raise Interrupted(
                     f"Stopped by a signal after step {progress.step} of {plan.total}; everything is saved.",
                     f"Go on with: {plan.resume_command}",
-                    signals.received or signal.SIGTERM,
+                    stopping,
                 )
     agreement.close()
     return progress
@@ -208,10 +209,18 @@ def restore(task: Task, tensors: dict[str, torch.Tensor], header: dict[str, Any]
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once.
+
+    A scheduler may send SIGTERM to a job's processes more than once: two within TWICE_SECONDS are one. torchrun hands
+    on what a terminal or a scheduler has sent to its processes already: under it no second one counts. Who does not
+    want to wait for the end of the step may kill torchrun.
+    """
+
+    TWICE_SECONDS = 5.0
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._when = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -224,9 +233,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received == number == signal.SIGTERM and now - self._when < self.TWICE_SECONDS:
+            return
+        if self.received is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            return
         if self.received is not None:
             os._exit(128 + number)
-        self.received = number
+        self.received, self._when = number, now
 
 
 class Clock:

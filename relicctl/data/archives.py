@@ -96,7 +96,14 @@ class Folder:
             with open(os.path.join(os.fsencode(self.path), name), "rb") as file:
                 return file.read()
         except OSError as error:
+            self._must_be_there()
             raise BadImage(f"cannot be read: {error.strerror}") from error
+
+    def _must_be_there(self) -> None:
+        """A disk that was unplugged or unmounted is no heap of bad images."""
+        with refusing(self.path):
+            if not any(os.scandir(self.path)):
+                raise DataError(f"{self.path} has become empty.", "Check the path and the disk.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
 from relicctl.data.bad_images import BadImages, Images, Undecodable, load_or_next
 from relicctl.data.crops import crop_boxes, device_crops, host_crops
 from relicctl.data.images import BadImage
+from relicctl.data.masking import Cutout, Masking, ResidentMasks
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
 from relicctl.errors import RelicError, UsageError
@@ -84,12 +85,15 @@ class Feed:
         strict_cache: bool = False,
         workers: int,
         bad: BadImages,
+        masking: Masking | None = None,
     ) -> None:
         self.waited = 0.0
-        self._source: Images = source
+        self._source: Images = source if masking is None else masking.masks.pictures(source)
         self._keys = source.key
         self._sampler, self._plan = sampler, plan
         self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
+        self._masking = masking
+        self._resident_masks: ResidentMasks | None = None
         self._first, self._last = world.rows(sampler.batch_size)
         self._labels = source.labels
         self._resident: torch.Tensor | None = None
@@ -121,9 +125,12 @@ class Feed:
             loaded = list(pool.map(lambda i: load_or_next(self._source, i), range(len(self._source))))
         for _, _, passed in loaded:
             self._note(passed)
-        images = [image for image, _, _ in loaded]
+        images, indices = [image for image, _, _ in loaded], [index for _, index, _ in loaded]
         if self._labels is not None:
-            self._labels = self._labels[[index for _, index, _ in loaded]]
+            self._labels = self._labels[indices]
+        if self._masking is not None:
+            self._masking = replace(self._masking, masks=self._masking.masks.kept(images, indices))
+            images = [np.ascontiguousarray(image[..., :3]) for image in images]
         one_size = len({image.shape for image in images}) == 1
         if cache == "memory" or not (one_size or strict):
             self._source = Decoded(images)
@@ -137,6 +144,8 @@ class Feed:
             for row, image in zip(planes, images, strict=True):
                 row.copy_(torch.from_numpy(image).permute(2, 0, 1))
             self._resident = planes.to(self._device)
+            if self._masking is not None:
+                self._resident_masks = ResidentMasks(self._masking, images, self._device)
 
     def _crop_on_device(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
         assert self._resident is not None
@@ -150,6 +159,8 @@ class Feed:
                 np.full(len(samples), height), np.full(len(samples), width),
             )  # fmt: skip
             views = [device_crops(images, b, s.size) for b, s in zip(boxes, self._plan.sizes, strict=True)]
+            if self._resident_masks is not None:
+                self._resident_masks.cut(views[0], images, boxes[0], self._seed, self._sampler.epoch(number), samples)
             yield views, samples
 
     # Decoded for every batch by workers
@@ -160,7 +171,7 @@ class Feed:
         ]
         loader = iter(
             DataLoader(
-                _Chunks(self._source, self._sampler, self._plan, self._seed),
+                _Chunks(self._source, self._sampler, self._plan, self._seed, self._masking),
                 batch_size=None,
                 sampler=_Units(step, stop, chunks),
                 num_workers=self._workers,
@@ -203,8 +214,11 @@ Crops = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size
 class _Chunks(Dataset):
     """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
 
-    def __init__(self, source: Images, sampler: Sampler, plan: ViewPlan, seed: int) -> None:
+    def __init__(
+        self, source: Images, sampler: Sampler, plan: ViewPlan, seed: int, masking: Masking | None = None
+    ) -> None:
         self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
+        self._masking = masking
 
     def __getitem__(self, unit: tuple[int, int, int]) -> Crops | RelicError:
         try:
@@ -215,14 +229,20 @@ class _Chunks(Dataset):
     def _make(self, step: int, first: int, last: int) -> Crops:
         samples = self._sampler.batch(step)[first:last]
         crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.sizes]
-        used, passed = np.empty_like(samples), []
+        used, passed, epoch = np.empty_like(samples), [], self._sampler.epoch(step)
+        masking, cutouts = self._masking, None
+        if masking is not None:
+            drawn = masking.draw(self._seed, epoch, samples, self._plan.sizes[0].count)
         for start in range(0, len(samples), DECODED_AT_ONCE):
             rows = slice(start, start + DECODED_AT_ONCE)
             loaded = [load_or_next(self._source, int(sample)) for sample in samples[rows]]
             used[rows] = [index for _, index, _ in loaded]
             passed += [bad for _, _, skipped in loaded for bad in skipped]
             images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
-            crop_views(images, self._plan, self._seed, self._sampler.epoch(step), samples[rows], out)
+            if masking is not None:
+                cutouts = masking.cutouts(drawn[rows], self._seed, epoch, samples[rows], used[rows], images)
+                images = [image[..., :3] for image in images]
+            crop_views(images, self._plan, self._seed, epoch, samples[rows], out, cutouts)
         return [torch.from_numpy(crop) for crop in crops], used, passed
 
 
@@ -271,16 +291,25 @@ def _boxes(
 
 
 def crop_views(
-    images: list[np.ndarray], plan: ViewPlan, seed: int, epoch: int, samples: np.ndarray, out: list[np.ndarray]
+    images: list[np.ndarray],
+    plan: ViewPlan,
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    out: list[np.ndarray],
+    cutouts: list[list[Cutout | None]] | None = None,
 ) -> None:
     """All views of decoded images, uint8 ``[H, W, 3]``, into ``out``: per size uint8 ``[count, B, size, size, 3]``.
 
     The boxes of all ``samples`` (``[B]``) are drawn at once: for one image the drawing costs as much as a crop.
+    ``cutouts``: per image what removes the background of each large view.
     """
     heights, widths = np.array([image.shape[:2] for image in images]).T
-    for size, boxes, views in zip(plan.sizes, _boxes(plan, seed, epoch, samples, heights, widths), out, strict=True):
+    places = _boxes(plan, seed, epoch, samples, heights, widths)
+    for number, (size, boxes, views) in enumerate(zip(plan.sizes, places, out, strict=True)):
         for row, image in enumerate(images):
-            host_crops(image, boxes[row], size.size, views[:, row])
+            edits = cutouts[row] if cutouts is not None and number == 0 else None
+            host_crops(image, boxes[row], size.size, views[:, row], edits)
 
 
 def _quiet_worker(_: int) -> None:
@@ -290,10 +319,11 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def choose_cache(cache: str, source: Source, device: torch.device) -> str:
+def choose_cache(cache: str, source: Source, device: torch.device, masked: bool = False) -> str:
     """Settle ``auto``: ``device`` or ``memory`` where the decoded images take at most a quarter of what is free.
 
-    The device crops images of one size; a CPU does so only up to 64 px, above which its host's road is faster.
+    With ``masked`` their masks, one bit a pixel, count too. The device crops images of one size; a CPU does so only
+    up to 64 px, above which its host's road is faster.
     """
     if cache != "auto":
         return cache
@@ -305,7 +335,7 @@ def choose_cache(cache: str, source: Source, device: torch.device) -> str:
             continue
     if not images:
         return "none"
-    need = len(source) * sum(image.nbytes for image in images) / len(images)
+    need = len(source) * sum(image.nbytes for image in images) / len(images) * (25 / 24 if masked else 1)
     if need > min(free_host_memory() / 4, 8 * GIB):
         return "none"
     if len({image.shape for image in images}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
@@ -50,13 +51,22 @@ def decode_rgb(data: bytes) -> np.ndarray:
     values of 16 bits and more are scaled to 8, palettes resolved, CMYK converted without its colour profile.
     Raises BadImage for anything that is no complete image of one of FORMATS, or has more than MAX_PIXELS.
     """
+    return _decode(data, _to_rgb)
+
+
+def decode_rgba(data: bytes) -> np.ndarray:
+    """Like ``decode_rgb``; where the image has transparency uint8 ``[H, W, 4]``, its alpha beside the same RGB."""
+    return _decode(data, _to_rgba)
+
+
+def _decode(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
         image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        image = _to_rgb(image)
+        image = convert(image)
         return np.array(image if turn is None else image.transpose(turn))
     except BadImage:
         raise
@@ -85,6 +95,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = _to_8_bits(np.asarray(image), white=65535 if sixteen_bits else None)
         image = Image.fromarray(grey)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return _to_rgb(image)
+    shown = _to_rgb(image)
+    shown.putalpha(image.convert("RGBA").getchannel("A"))
+    return shown
 
 
 def _to_8_bits(values: np.ndarray, white: int | None) -> np.ndarray:

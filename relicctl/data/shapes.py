@@ -91,6 +91,7 @@ class ShapesSource(Source):
 
     def __init__(self, spec: str, settings: ShapesSpec, split: Literal["train", "val"], rows: np.ndarray) -> None:
         self.spec, self.settings, self.split, self.rows = spec, settings, split, rows
+        self.realm = f"shapes {VERSION} {settings.seed}"  # objects depend on no more, beside their names
         self.labels = rows % len(CLASSES)
         self.behind = self._backgrounds()
 

@@ -62,7 +62,10 @@ def open_torchvision(spec: str, split: Split, download: bool) -> Source:
     _, name, root = [*place.split(":", 2), ""][:3]
     root = os.path.abspath(os.path.expanduser(root or DEFAULT_ROOT))
     dataset = _construct(name, root, split, own_split, download)
-    labels, classes = _labels(dataset), _classes(dataset)
+    labels, classes, paths = _labels(dataset), _classes(dataset), _paths(dataset)
+    if name == "SUN397" and labels is not None:  # in whatever order the file system lists them
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        paths, labels = [paths[row] for row in order], labels[order]
     if labels is None:
         classes = ()
     elif not classes:
@@ -72,7 +75,7 @@ def open_torchvision(spec: str, split: Split, download: bool) -> Source:
         if images.ndim == 4 and images.shape[1] == 3:  # some keep the channels first
             images = images.transpose(0, 2, 3, 1)
         return ArraySource(spec, f"{name}-{own_split or split}", images, classes, labels)
-    return _files(spec, name, root, _paths(dataset), classes, labels)
+    return _files(spec, name, root, paths, classes, labels)
 
 
 def _construct(name: str, root: str, split: Split, own_split: str, download: bool) -> Any:
@@ -102,7 +105,7 @@ def _construct(name: str, root: str, split: Split, own_split: str, download: boo
         except TypeError as error:
             raise _unsupported(name, root) from error
         except (RuntimeError, OSError) as error:
-            raise _not_there(name, root, "download" in parameters, download, error) from error
+            raise not_there(name, root, "download" in parameters, download, error) from error
     raise DataError(f"torchvision's {name} does not have that split: {refusal.rstrip('.')}.", "Name another.")
 
 
@@ -143,7 +146,7 @@ def _pairs(dataset: Any) -> list[tuple[Any, int]] | None:
 def _labels(dataset: Any) -> np.ndarray | None:
     """int64 ``[N]``, or None if some sample has no class."""
     pairs = _pairs(dataset)
-    raw = [label for _, label in pairs] if pairs else _attribute(dataset, "targets", "labels", "_labels")
+    raw = [label for _, label in pairs] if pairs else _attribute(dataset, "targets", "labels", "_labels", "y")
     labels = np.asarray([] if raw is None else raw)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0 or labels.min() < 0:
         return None
@@ -152,10 +155,15 @@ def _labels(dataset: Any) -> np.ndarray | None:
 
 def _classes(dataset: Any) -> tuple[str, ...]:
     """Names of the classes; of several names for one the first."""
-    return tuple(known if isinstance(known, str) else known[0] for known in _attribute(dataset, "classes") or ())
+    names = _attribute(dataset, "classes", "categories") or ()
+    return tuple(known if isinstance(known, str) else known[0] for known in names)
 
 
 def _paths(dataset: Any) -> Any:
+    if isinstance(dataset, datasets.Caltech101):  # it numbers the files of each class
+        folders = [os.path.join(dataset.root, "101_ObjectCategories", name) for name in dataset.categories]
+        numbered = zip(dataset.y, dataset.index, strict=True)
+        return [os.path.join(folders[label], f"image_{number:04d}.jpg") for label, number in numbered]
     pairs = _pairs(dataset)
     return [path for path, _ in pairs] if pairs else _attribute(dataset, "_image_files", "_images", "data")
 
@@ -183,7 +191,8 @@ def _unsupported(name: str, root: str) -> DataError:
     )
 
 
-def _not_there(name: str, root: str, downloadable: bool, tried: bool, error: Exception) -> DataError:
+def not_there(name: str, root: str, downloadable: bool, tried: bool, error: Exception) -> DataError:
+    """torchvision's ``error`` over data that are not there, in our words; ``tried``: to download them."""
     if not downloadable:
         fix = f"torchvision cannot download it: fetch it by hand into {root}."
     elif tried:

@@ -33,10 +33,12 @@ class Source(ABC):
     """An indexed set of images. Cheap to fork and to pickle; safe to read from many threads.
 
     ``spec``: what the user named. ``classes``: sorted names, ``()`` if unlabelled. ``labels``: int64 ``[N]``
-    that index ``classes``, or None.
+    that index ``classes``, or None. ``realm``: what tells its names from equal names of other pictures; none for
+    files, whose names are their own.
     """
 
     spec: str
+    realm: str = ""
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
 
@@ -79,7 +81,7 @@ class Selection(Source):
 
     def __init__(self, source: Source, rows: np.ndarray) -> None:
         self.source, self.rows = source, rows
-        self.spec, self.classes = source.spec, source.classes
+        self.spec, self.realm, self.classes = source.spec, source.realm, source.classes
         self.labels = None if source.labels is None else source.labels[rows]
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from relicctl.config.schema import Eval
 from relicctl.core.counted import Stream, counted_uniform
+from relicctl.core.distributed import World
 from relicctl.core.models.resnet import ResNet
 from relicctl.data.bad_images import BadImages
 from relicctl.data.sources import Source
@@ -47,12 +48,18 @@ class Evaluator:
         self._bank_labels = torch.from_numpy(train.labels[bank]).to(device)
         self._asked_labels = torch.from_numpy(held_out_labels[asked]).to(device)
 
-    def __call__(self, encoder: ResNet) -> dict[str, Any]:
-        """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly."""
-        bank = extract(encoder, self._bank, self._device)
-        queries = extract(encoder, self._asked, self._device)
+    def __call__(self, encoder: ResNet, world: World | None = None) -> dict[str, Any]:
+        """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly.
+
+        All processes of ``world`` extract features; the main one classifies, the others are told nothing: {}.
+        """
+        world = world or World()
+        bank = extract(encoder, self._bank, self._device, world)
+        queries = extract(encoder, self._asked, self._device, world)
         known = torch.from_numpy(self._bank.good_rows(self.bad_train)).to(self._device)
         asked = torch.from_numpy(self._asked.good_rows(self.bad_held_out)).to(self._device)
+        if not world.is_main:
+            return {}
         args = bank[known], self._bank_labels[known], queries[asked], self._asked_labels[asked]
         figures: dict[str, Any] = {f"knn{k}": value for k, value in knn_accuracy(*args, ks=(20, 200)).items()}
         if self._config.probe:

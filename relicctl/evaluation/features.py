@@ -1,9 +1,13 @@
-"""Features of whole data sets: images are prepared once, the encoder is left exactly as it was."""
+"""Features of whole data sets: images are prepared once, the encoder is left exactly as it was.
+
+Several processes share the images out in whole chunks. So the encoder sees the very batches that it sees in one
+process, and the features are the same to the bit where machines and thread counts are.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from relicctl.core.distributed import World
 from relicctl.data.augment import MEAN, STD
 from relicctl.data.bad_images import BadImages, load_or_next
 from relicctl.data.crops import eval_box, host_crops
@@ -42,14 +47,22 @@ class EvalImages:
             report.add(self._source.key(index), reason)
         return np.array([row for row in range(len(self)) if row not in self.bad], dtype=np.int64)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def shares(self, world: World) -> list[tuple[int, int]]:
+        """Of each process, the first and last+1 image."""
+        chunks = -(-len(self) // CHUNK)
+        return [(first * CHUNK, min(last * CHUNK, len(self))) for first, last in world.shares(chunks)]
+
+    def chunks(self, world: World) -> Iterator[np.ndarray]:
+        """This process's share, the same at every call."""
         if self._kept:
             yield from self._kept
             return
         made = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(self), CHUNK):
-                chunk = np.stack(list(pool.map(self._crop, range(first, min(first + CHUNK, len(self))))))
+        start, stop = self.shares(world)[world.rank]
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // processes)) as pool:
+            for first in range(start, stop, CHUNK):
+                chunk = np.stack(list(pool.map(self._crop, range(first, min(first + CHUNK, stop)))))
                 if self._keep:
                     made.append(chunk)
                 yield chunk
@@ -75,11 +88,29 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             m.training = mode
 
 
-def extract(encoder: nn.Module, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
-    """float32 ``[N, F]`` features on ``device``, in float32 arithmetic; ``images`` as EvalImages gives them."""
+def extract(
+    encoder: nn.Module,
+    images: EvalImages,
+    device: torch.device,
+    world: World | None = None,
+    show: Callable[[int], None] = lambda done: None,
+) -> torch.Tensor:
+    """float32 ``[N, F]`` features of all images on ``device``, in float32 arithmetic, alike on every process.
+
+    Each process extracts its share; ``show`` is told how many chunks of it are done.
+    """
+    world = world or World()
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(STD, device=device).view(3, 1, 1)
+    mine = []
     with frozen(encoder):
-        return torch.cat(
-            [encoder(((torch.from_numpy(c).to(device).permute(0, 3, 1, 2) / 255) - mean) / std) for c in images]
-        )
+        for chunk in images.chunks(world):
+            pixels = torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2)
+            mine.append(encoder((pixels / 255 - mean) / std))
+            show(len(mine))
+    told = world.tell([mine[0].shape[1] if mine else None, sorted(images.bad.items())])
+    width = next(found for found, _ in told if found is not None)
+    for _, bad in told:
+        images.bad.update((index, reason) for index, reason in bad)
+    features = torch.cat(mine) if mine else torch.empty(0, width, device=device)
+    return world.gather_rows(features, [last - first for first, last in images.shares(world)])

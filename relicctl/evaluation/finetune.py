@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from relicctl.core.batchnorm import synchronised
 from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.distributed import World
 from relicctl.core.models.resnet import seeded
 from relicctl.core.schedules import learning_rate
 from relicctl.data.feed import Batch
@@ -19,7 +22,10 @@ from relicctl.data.feed import Batch
 
 @dataclass(frozen=True)
 class Tuning:
-    """One training: ``rate`` falls along a cosine to 0 over ``steps``; ``decay`` is on all parameters."""
+    """One training: ``rate`` falls along a cosine to 0 over ``steps``; ``decay`` is on all parameters.
+
+    ``one_vs_rest``: each class has its own sigmoid.
+    """
 
     rate: float
     decay: float
@@ -32,13 +38,21 @@ class Tuning:
 
 
 class FinetuneTask:
-    """The loop's task. ``encoder`` itself is left as it is; ``state`` is a copy of it and a linear layer."""
+    """The loop's task. ``encoder`` itself is left as it is; ``state`` is a copy of it and a linear layer.
 
-    def __init__(self, encoder: Any, classes: int, tuning: Tuning, device: torch.device) -> None:
+    Each process of ``world`` has its rows of the global batch; BatchNorm and gradients are taken over all of them.
+    """
+
+    def __init__(
+        self, encoder: Any, classes: int, tuning: Tuning, device: torch.device, world: World | None = None
+    ) -> None:
+        split = world is not None and world.size > 1
         self._tuning, self._classes = tuning, classes
         with seeded(counted_seed(tuning.seed, Stream.INIT)):
             head = nn.Linear(encoder.feature_dim, classes)
         network = nn.Sequential(copy.deepcopy(encoder).requires_grad_(True), head)
+        if split:
+            network = synchronised(network, device)
         self.state: nn.Module = network.to(device).to(memory_format=torch.channels_last).train()
         for module in network.modules():
             if isinstance(module, _BatchNorm):
@@ -46,16 +60,22 @@ class FinetuneTask:
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             network.parameters(), tuning.rate, tuning.momentum, weight_decay=tuning.decay, nesterov=True, foreach=True
         )
+        self._network: nn.Module = DistributedDataParallel(self.state) if split else self.state
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=tuning.precision == "bf16")
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Cross-entropy of a softmax; of a sigmoid for each class where each is ranked by itself."""
+        """Cross-entropy of a softmax; of a sigmoid for each class where each is ranked by itself.
+
+        Labels int8 ``[B, C]`` are 1 and -1, and 0 where an image does not count for a class: it adds 0 to the mean.
+        """
         assert batch.labels is not None
         with self._autocast:
-            logits = self.state(batch.views[0][0])
+            logits = self._network(batch.views[0][0])
         if self._tuning.one_vs_rest:
-            targets = one_hot(batch.labels, self._classes).float()
-            return {"loss": binary_cross_entropy_with_logits(logits.float(), targets)}
+            several = batch.labels.ndim == 2
+            truth = batch.labels if several else one_hot(batch.labels, self._classes)
+            counted = (truth != 0).float() if several else None
+            return {"loss": binary_cross_entropy_with_logits(logits.float(), (truth > 0).float(), counted)}
         return {"loss": cross_entropy(logits.float(), batch.labels)}
 
     def learning_rate(self, step: int) -> float:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from relicctl.core.checkpoint import atomically
+from relicctl.core.distributed import World
 from relicctl.errors import DataError, RunFailed
 
 
@@ -28,17 +29,31 @@ def encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
     return digest.hexdigest()
 
 
-def kept(path: Path, device: torch.device, make: Callable[[], tuple[Tensor, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
+def kept(
+    path: Path, device: torch.device, make: Callable[[], tuple[Tensor, np.ndarray]], world: World
+) -> tuple[Tensor, np.ndarray] | None:
     """What ``make`` gives, features ``[N, F]`` and their rows int64 ``[N]``, from ``path`` if it is there and whole.
 
+    All processes of ``world`` make them; the main one alone reads, writes and gets them, the others get None.
     Raises DataError for features that are not finite, RunFailed when they cannot be written.
     """
+    found = _read(path, device) if world.is_main else None
+    if not world.lead(lambda: found is not None):
+        made = make()
+        world.lead(lambda: _keep(path, *made))
+        found = made if world.is_main else None
+    return found
+
+
+def _read(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
     try:
         tensors = load_file(path, device=str(device))
         return tensors["features"], tensors["rows"].cpu().numpy()
     except (FileNotFoundError, SafetensorError, KeyError):
-        pass  # not there, or damaged
-    features, rows = make()
+        return None  # not there, or damaged
+
+
+def _keep(path: Path, features: Tensor, rows: np.ndarray) -> None:
     bad = int((~features.isfinite().all(1)).sum())
     if bad:
         raise DataError(
@@ -53,4 +68,3 @@ def kept(path: Path, device: torch.device, make: Callable[[], tuple[Tensor, np.n
             f"Features cannot be kept in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",
             "Make room or choose another --out; with --resume everything finished is taken over.",
         ) from None
-    return features, rows

@@ -38,14 +38,24 @@ def knn_votes(
     ks: tuple[int, ...],
     temperature: float = TEMPERATURE,
 ) -> Iterator[tuple[slice, dict[int, torch.Tensor]]]:
-    """Chunk by chunk the queries' rows, and for every k their classes' weights, float32 ``[rows, classes]``."""
+    """Chunk by chunk the queries' rows, and for every k their classes' weights, float32 ``[rows, classes]``.
+
+    ``bank_labels``: int64 ``[N]``. Or int8 ``[N, classes]``, 1 and -1, and 0 where an image does not count: then a
+    class's weight is a mean over neighbours, so that queries can be ranked by it.
+    """
     bank = normalize(bank_NF.float(), dim=1)
-    chunk = max(1, min(1024, SIMILARITIES // len(bank)))
+    wide = max(len(bank), max(ks) * classes * (bank_labels.ndim - 1))
+    chunk = max(1, min(1024, SIMILARITIES // wide))
     for first in range(0, len(queries_MF), chunk):
         queries = normalize(queries_MF[first : first + chunk].float(), dim=1)
         similarity, nearest = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
         weights = (similarity / temperature).exp()
-        votes = {k: weights.new_zeros(len(queries), classes) for k in ks}
-        for k in ks:
-            votes[k].scatter_add_(1, bank_labels[nearest[:, :k]], weights[:, :k])
+        votes = {k: _votes(weights[:, :k], bank_labels[nearest[:, :k]], classes) for k in ks}
         yield slice(first, first + len(queries)), votes
+
+
+def _votes(weights_QK: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    if labels.ndim == 2:
+        return weights_QK.new_zeros(len(weights_QK), classes).scatter_add_(1, labels, weights_QK)
+    shares = weights_QK / weights_QK.sum(1, keepdim=True)
+    return torch.einsum("qk,qkc->qc", shares, labels.float())

@@ -18,7 +18,7 @@ SHOWN = 5  # class names in a message
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images and their labels, int64 ``[N]``, in the numbering of ``classes``.
+    """Images and their labels, int64 ``[N]``, in the numbering of ``classes``; int8 ``[N, C]`` as Tagged has them.
 
     ``missing``: classes without an image here. ``foreign``: the data's own classes that are none of ``classes``.
     """

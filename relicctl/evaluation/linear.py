@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from relicctl.core.schedules import learning_rate
 from relicctl.data.feed import Feed
@@ -71,7 +72,10 @@ class Standard:
 
 
 class LinearTask:
-    """The loop's task. ``rates`` are per 256 images; each falls along a cosine to 0 over ``total_steps``."""
+    """The loop's task. ``rates`` are per 256 images; each falls along a cosine to 0 over ``total_steps``.
+
+    With ``split`` each process has its rows of the global batch, and gradients are averaged over them.
+    """
 
     def __init__(
         self,
@@ -83,8 +87,10 @@ class LinearTask:
         momentum: float,
         total_steps: int,
         device: torch.device,
+        split: bool = False,
     ) -> None:
         self.state = Classifiers(features, classes, rates).to(device)
+        self._classifiers: nn.Module = DistributedDataParallel(self.state) if split else self.state
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.state.parameters(), 0.0, momentum, nesterov=True, foreach=True
         )
@@ -95,7 +101,7 @@ class LinearTask:
         """``nll``: mean cross-entropy of the rate that fits the batch best; ``loss``: all, weighted by their rates."""
         features, labels = batch
         targets = labels[:, None].expand(-1, len(self._shares))
-        nll_R = cross_entropy(self.state(features), targets, reduction="none").mean(0)
+        nll_R = cross_entropy(self._classifiers(features), targets, reduction="none").mean(0)
         return {"loss": self._shares @ nll_R, "nll": nll_R.amin()}
 
     def learning_rate(self, step: int) -> float:
@@ -109,7 +115,7 @@ class LinearTask:
 
 
 class FeatureBatches:
-    """Batches of features ``[N, F]`` that are there already."""
+    """Batches of features ``[N, F]`` that are there already; every process has the whole batch."""
 
     waited = 0.0
 

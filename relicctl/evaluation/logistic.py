@@ -5,7 +5,8 @@ For every lambda it minimises, over weights W ``[C, F]`` and intercepts b ``[C]`
     J(W, b) = sum_i loss(W x_i + b, y_i) + lambda / 2 |W|^2
 
 where the loss is the cross-entropy of a softmax (one class an image) or of C sigmoids (one-vs-rest, any number of
-classes an image). The sum is over images and b is free, so lambda = 1 / C of scikit-learn's LogisticRegression.
+classes an image, each over the images that count for it). The sum is over images and b is free, so lambda = 1 / C of
+scikit-learn's LogisticRegression.
 
 How: Newton's method. The features are centred and turned to their principal axes once, for all lambdas (|W| and b's
 freedom do not feel it), which leaves a Hessian that its own diagonal preconditions well. Lambdas go from strong to
@@ -51,8 +52,10 @@ class Solutions:
 def solve(
     features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: Solutions | None = None
 ) -> Solutions:
-    """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or bool ``[N, C]`` for C sigmoids.
+    """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or ``[N, C]`` for C sigmoids.
 
+    For sigmoids they are bool, or int8 of 1 and -1, and 0 where an image does not count for a class. A class that all
+    or none of the images are of has its optimum at infinity: it is left out, and keeps logits of 0.
     ``start``: solutions of a like problem, one for each lambda, to begin at.
     """
     x = features.double()
@@ -89,7 +92,12 @@ class _Problem:
         self.x32 = self.x.float()
         self._squares = self.x32.square()
         self.softmax = targets.ndim == 1
-        self._truth = (one_hot(targets, classes) if self.softmax else targets).double().T[:, None].contiguous()
+        truth = one_hot(targets, classes).bool() if self.softmax else targets > 0
+        known = torch.ones_like(truth) if targets.dtype == torch.bool or self.softmax else targets != 0
+        if not self.softmax:
+            known &= (truth & known).any(0) & (~truth & known).any(0)
+        self._truth = _by_class(truth & known)
+        self._known = None if bool(known.all()) else _by_class(known)
         self.penalised = torch.ones_like(self.x[0])
         self.penalised[-1] = 0
 
@@ -98,7 +106,7 @@ class _Problem:
 
     def objective(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
         """``[R]``."""
-        losses = logits.logsumexp(0) if self.softmax else softplus(logits).sum(0)
+        losses = logits.logsumexp(0) if self.softmax else self._counted(softplus(logits)).sum(0)
         penalty = (coefficients.square() * self.penalised).sum((0, 2))
         return (losses - (logits * self._truth).sum(0)).sum(1) + lambdas / 2 * penalty
 
@@ -141,7 +149,11 @@ class _Problem:
         return found.double()
 
     def _told(self, logits: Tensor) -> Tensor:
-        return logits.softmax(0) if self.softmax else logits.sigmoid()
+        """Shares of the classes; 0 where an image does not count, so that errors and slopes are 0 there too."""
+        return logits.softmax(0) if self.softmax else self._counted(logits.sigmoid())
+
+    def _counted(self, values: Tensor) -> Tensor:
+        return values if self._known is None else values * self._known
 
 
 def _minimise(problem: _Problem, lambdas: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,6 +209,11 @@ def _principal_axes(centred: Tensor) -> Tensor:
         return torch.linalg.qr(centred.T @ vectors[:, keep])[0]
     eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
     return vectors[:, eigenvalues > SMALLEST * eigenvalues[-1]]
+
+
+def _by_class(matrix: Tensor) -> Tensor:
+    """``[N, C]`` -> float64 ``[C, 1, N]``."""
+    return matrix.double().T[:, None].contiguous()
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ OF_DATA = {
 
 
 def measure(metric: str, scores: Tensor, targets: Tensor) -> float:
-    """A share of 1. ``targets``: int64 ``[N]``; for ``map11`` also bool ``[N, C]``."""
+    """A share of 1. ``targets``: int64 ``[N]``; for ``map11`` also bool or int8 ``[N, C]``, as it takes them."""
     if metric == "map11":
-        truth = targets if targets.ndim == 2 else torch.nn.functional.one_hot(targets, scores.shape[1])
-        return map11(scores, truth.bool())
+        truth = targets if targets.ndim == 2 else torch.nn.functional.one_hot(targets, scores.shape[1]).bool()
+        return map11(scores, truth)
     right = (scores.argmax(1) == targets).double()
     return right.mean().item() if metric == "top1" else mean_per_class(right, targets)
 
@@ -35,10 +35,15 @@ def mean_per_class(right: Tensor, labels: Tensor) -> float:
 def map11(scores: Tensor, truth: Tensor) -> float:
     """PASCAL VOC 2007's mean average precision: precision at recall 0, .1, ..., 1, each the best at or beyond it.
 
-    ``truth``: bool ``[N, C]``. The mean is over classes with an image. Images of one score come in together, as
-    at a threshold.
+    ``truth`` ``[N, C]``: bool, or int8 of 1 and -1, and 0 for what does not count: as in VOC's own evaluation, an
+    image that shows a class in difficult objects alone is left out of that class's ranking. The mean is over classes
+    with an image, of which there must be one. Images of one score come in together, as at a threshold.
     """
-    found = [_ap11(scores[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()]
+    counted = torch.ones_like(truth) if truth.dtype == torch.bool else truth != 0
+    truth = truth > 0
+    found = [
+        _ap11(scores[counted[:, c], c], truth[counted[:, c], c]) for c in range(truth.shape[1]) if truth[:, c].any()
+    ]
     return sum(found) / len(found)
 
 

@@ -2,7 +2,8 @@
 
 ``photos.zip`` or a folder holds ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; where ``{split}``
 stands in a name, as in ``cifar10-{split}.zip``, it becomes those words. torchvision's sets bring their own splits.
-The demo data are tested on what they call val.
+The demo data are tested on what they call val. Data without splits are divided by a counted draw, which is our own
+and no published list. Images may have any number of classes each (see tagged.py).
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from relicctl.core.counted import Stream
+from relicctl.data.source_voc import voc_folder
 from relicctl.data.sources import Source, open_source
 from relicctl.errors import DataError, RelicError
+from relicctl.evaluation.dense.samples import inside
 from relicctl.evaluation.labelled import Labelled, match
-from relicctl.evaluation.subsets import hold_out_of_each, labelled_rows
+from relicctl.evaluation.subsets import first_of_each, hold_out_of_each, labelled_rows
+from relicctl.evaluation.tagged import Tagged, match_tagged, open_tagged
 
-NAMES = {"train": ("train", "trainval"), "val": ("val", "valid", "validation"), "test": ("test",)}
+TRAIN, VAL = ("train", "trainval"), ("val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Division:
 class Joined(Source):
     """One source after the other; they share their classes."""
 
-    def __init__(self, first: Source, second: Source, labels: np.ndarray) -> None:
+    def __init__(self, first: Source, second: Source, labels: np.ndarray | None) -> None:
         self._sources, self._first = (first, second), len(first)
         self.spec, self.classes, self.labels = first.spec, first.classes, labels
 
@@ -68,34 +73,62 @@ class Joined(Source):
         return source.size(row)
 
 
-def open_data_set(name: str, spec: str, *, download: bool, warn: Callable[[str], None]) -> DataSet:
-    """Raises DataError when there is no train or test split, or they cannot make a classification."""
-    train: Source | None
-    test: Source | None
-    if spec.partition(":")[0] == "shapes":
-        val, train, test = None, open_source(spec, split="train"), open_source(spec, split="val")
+def open_data_set(
+    name: str, spec: str, *, download: bool, warn: Callable[[str], None], test: str = "test",
+    draw: tuple[int, ...] = (), seed: int = 0,
+) -> DataSet:  # fmt: skip
+    """``test``: the split to test on. ``draw``: how many images of each class to take where there are no splits.
+
+    Raises DataError when there is no train or test split, or they cannot make a classification.
+    """
+    found: dict[str, Source | None] = {}
+    if draw:
+        found["train"], found["test"] = drawn(name, open_source(spec, download=download), draw, seed)
+    elif spec.partition(":")[0] == "shapes":
+        found = {"train": open_source(spec, split="train"), "test": open_source(spec, split="val")}
     else:
-        train = _split(spec, "train", download, required=True)
-        val, test = (_split(spec, part, download, required=False) for part in ("val", "test"))
+        spec = voc_folder(spec, download) or spec
+        train = found["train"] = _split(spec, TRAIN, (), download, required=True)
+        known_classes = train.classes if train is not None else ()
+        for part, words in (("val", tuple(word for word in VAL if word != test)), ("test", (test,))):
+            found[part] = _split(spec, words, known_classes, download, required=False)
+    train, val, tested = (found.get(part) for part in ("train", "val", "test"))
     assert train is not None
-    if test is None:
+    if tested is None:
         raise DataError(
-            f"{name} has no test split in {spec}.",
-            "Give a folder or archive with train and test in it, or a name with {split} where the two words go.",
+            f"{name} has no {test} split in {spec}.",
+            "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
+            f"data.test_split={{{name}: val}} to test on another, or data.draw={{{name}: [30]}} to learn from 30 "
+            "images of each class.",
         )
-    known = match(train, train.classes)
-    if len(known.labels) < len(known.classes):
+    known = _labelled(name, "train", train, train.classes, warn)
+    if not isinstance(train, Tagged) and len(known.labels) < len(known.classes):
         raise DataError(
             f"{name} has {len(known.labels)} images to learn from, fewer than its {len(known.classes)} classes.",
             "Give at least one image of every class.",
         )
-    tested = _matched(name, "test", test, known.classes, warn)
-    if val is not None:
-        chosen_on = _matched(name, "val", val, known.classes, warn)
-        labels = np.concatenate([known.labels, chosen_on.labels])
-        joined = Joined(known.source, chosen_on.source, labels)
-        return DataSet(name, Labelled(joined, labels, known.classes), len(known.labels), tested)
-    return DataSet(name, known, len(known.labels), tested)
+    asked = _labelled(name, "test", tested, known.classes, warn)
+    if val is None:
+        return DataSet(name, known, len(known.labels), asked)
+    return DataSet(name, _joined(known, _labelled(name, "val", val, known.classes, warn)), len(known.labels), asked)
+
+
+def drawn(name: str, source: Source, draw: tuple[int, ...], seed: int) -> tuple[Source, Source]:
+    """Images to learn from, the first number of each class, and to test on: the second number, or all others.
+
+    Our counted draw: it depends on the seed and the order of the images alone.
+    """
+    labels = match(source, source.classes).labels
+    counts = np.bincount(labels, minlength=len(source.classes))
+    if counts.min() < max(sum(draw), draw[0] + 1):
+        few = int(counts.argmin())
+        raise DataError(
+            f"{name} has only {counts[few]} images of {source.classes[few]}, too few for data.draw {list(draw)}.",
+            "Draw fewer.",
+        )
+    train, taken = (first_of_each(labels, np.full(len(counts), n), seed, Stream.EVAL) for n in (draw[0], sum(draw)))
+    candidates = taken if len(draw) > 1 else np.arange(len(labels))
+    return source.select(train), source.select(np.setdiff1d(candidates, train))
 
 
 def divide(data: DataSet, labels: str, share: float, seed: int) -> Division:
@@ -107,33 +140,55 @@ def divide(data: DataSet, labels: str, share: float, seed: int) -> Division:
     truth = data.known.labels[: data.trained]
     rows = labelled_rows(train, truth, labels, seed)
     fit, chosen_on = hold_out_of_each(truth[rows], share, seed)
-    if not len(chosen_on) or len(np.unique(truth[rows])) < 2:
+    if not _tells(truth[rows], fit, chosen_on):
         raise DataError(
             f"{data.name} with --labels {labels} has too few labels to choose on some of them.",
             "Keep at least two images of some class, and two classes.",
         )
-    return Division(rows[fit], rows[chosen_on], f"{share:.0%} of each class of train, cut by seed {seed}")
+    of = "of each class of train" if truth.ndim == 1 else "of train"
+    return Division(rows[fit], rows[chosen_on], f"{share:.0%} {of}, cut by seed {seed}")
 
 
-def _matched(name: str, part: str, source: Source, classes: tuple[str, ...], warn: Callable[[str], None]) -> Labelled:
-    images = match(source, classes)
+def _tells(labels: np.ndarray, fit: np.ndarray, chosen_on: np.ndarray) -> bool:
+    """Whether a classifier can be learned from some of ``labels`` and judged by others."""
+    if labels.ndim == 1:
+        return len(chosen_on) > 0 and len(np.unique(labels)) > 1
+    learned = (labels[fit] > 0).any(0) & (labels[fit] < 0).any(0)
+    return bool((learned & (labels[chosen_on] > 0).any(0)).any())
+
+
+def _joined(known: Labelled, val: Labelled) -> Labelled:
+    labels = np.concatenate([known.labels, val.labels])
+    if isinstance(known.source, Tagged) and isinstance(val.source, Tagged):
+        images = Joined(known.source.images, val.source.images, None)
+        return Labelled(Tagged(images, known.classes, labels), labels, known.classes)
+    return Labelled(Joined(known.source, val.source, labels), labels, known.classes)
+
+
+def _labelled(name: str, part: str, source: Source, classes: tuple[str, ...], warn: Callable[[str], None]) -> Labelled:
+    images = match_tagged(source, classes) if isinstance(source, Tagged) else match(source, classes)
     if images.foreign:
         raise DataError(
             f"{name} has classes in {part} that are not in train, {images.foreign[0]!r} among them.",
-            "Name its folders as those of train.",
+            "Name its classes as those of train.",
         )
     if images.missing:
         warn(f"{name}: {len(images.missing)} classes have no image in {part}, {images.missing[0]!r} among them")
     return images
 
 
-def _split(spec: str, part: str, download: bool, *, required: bool) -> Source | None:
+def _split(
+    spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool, *, required: bool
+) -> Source | None:
     """The first of a split's names that is there; None, or the last refusal, if none is."""
     refusal: RelicError | None = None
-    for name in NAMES[part]:
-        place = spec.replace("{split}", name) if "{split}" in spec else f"{spec}{'/' if '#' in spec else '#'}{name}"
+    for word in words:
+        place = spec.replace("{split}", word) if "{split}" in spec else inside(spec, word)
+        tagged = open_tagged(spec, place, word, classes)
+        if tagged is not None:
+            return tagged
         try:
-            return open_source(place, split="train" if part == "train" else "val", download=download)
+            return open_source(place, split="train" if word in TRAIN else "val", download=download)
         except DataError as error:
             refusal = refusal or error
     if required and refusal is not None:

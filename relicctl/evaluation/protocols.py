@@ -26,7 +26,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Examples:
-    """``features`` ``[N, F]``, ``labels`` int64 ``[N]``."""
+    """``features`` ``[N, F]``, ``labels`` int64 ``[N]``, or int8 ``[N, C]`` as Tagged has them."""
 
     features: Tensor
     labels: Tensor
@@ -37,7 +37,8 @@ class Examples:
 
     def targets(self, metric: str, classes: int) -> Tensor:
         """For a softmax; or for one-vs-rest where each class is ranked by itself."""
-        return one_hot(self.labels, classes).bool() if metric == "map11" else self.labels
+        one_of_many = metric == "map11" and self.labels.ndim == 1
+        return one_hot(self.labels, classes).bool() if one_of_many else self.labels
 
 
 def best(tried: list[dict[str, float]]) -> dict[str, float]:

@@ -29,11 +29,18 @@ def check_labels(text: str) -> None:
 def labelled_rows(source: Source, labels: np.ndarray, text: str, seed: int) -> np.ndarray:
     """The rows, ascending, that keep their ``labels`` int64 ``[N]``; the same for every encoder.
 
-    A share keeps at least one image of every class. Raises DataError when there are too few images, or a name
-    in the list is none of the data's.
+    A share keeps at least one image of every class. Of images with any number of classes, ``[N, C]``, it is a share
+    of all. Raises DataError when there are too few images, or a name in the list is none of the data's; UsageError
+    for a number of each class where an image has any number of them.
     """
     if text == "all":
         return np.arange(len(labels))
+    if PER_CLASS.fullmatch(text) and labels.ndim == 2:
+        raise UsageError(
+            f"--labels {text} means nothing to {source.spec}, whose images have any number of classes.",
+            "Give a share such as 0.1, or a file of names.",
+        )
+    labels = _kinds(labels)
     if (number := PER_CLASS.fullmatch(text)) is not None:
         wanted = np.full(labels.max() + 1, int(number[1]))
         counts = np.bincount(labels)
@@ -49,7 +56,11 @@ def labelled_rows(source: Source, labels: np.ndarray, text: str, seed: int) -> n
 
 
 def hold_out_of_each(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on, and ``share`` of each class to choose on: at least one, unless it is the class's only image."""
+    """Rows to train on, and ``share`` of each class to choose on: at least one, unless it is the class's only image.
+
+    Of images with any number of classes, ``[N, C]``, it is a share of all.
+    """
+    labels = _kinds(labels)
     counts = np.bincount(labels)
     wanted = np.minimum(np.maximum(1, np.rint(share * counts)), counts - 1)
     held = first_of_each(labels, wanted, seed, Stream.HOLDOUT)
@@ -63,6 +74,11 @@ def first_of_each(labels: np.ndarray, wanted: np.ndarray, seed: int, stream: Str
     sorted_labels = labels[by_class]
     place = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)  # within the class
     return np.sort(by_class[place < wanted[sorted_labels]])
+
+
+def _kinds(labels: np.ndarray) -> np.ndarray:
+    """int64 ``[N]``: what is drawn from apart from the rest, each class where an image has but one."""
+    return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 
 def _share(text: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from relicctl.errors import UsageError
+from safetensors import SafetensorError
+
+from relicctl.core.checkpoint import disk_error
+from relicctl.errors import RunFailed, UsageError
 
 # what an exported folder may hold: --overwrite deletes no folder with anything else in it
 OWN = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
@@ -39,9 +43,12 @@ def placed(out: Path) -> Iterator[Path]:
         if out.is_dir():
             shutil.rmtree(out)
         os.replace(temporary, out)
-    except OSError as reason:
+    except (OSError, SafetensorError) as error:
+        reason = disk_error(error) if isinstance(error, SafetensorError) else error
         if reason.errno is None:  # a library's own, about what is in the files
-            raise
+            raise error
+        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(f"The disk is full: {out} was not written.", "Make room, then do it again.") from None
         raise UsageError(f"{out} cannot be written ({reason.strerror or reason}).", "Choose another --out.") from None
     finally:
         if temporary.is_dir():

@@ -3,7 +3,8 @@
     python tests/bench/soak.py --minutes 120 --out soak.json [-- more arguments of `relicctl pretrain`]
 
 The run is the demo's at small size, without an end; after the time SIGTERM ends it, so that saving on a signal is
-tried too. Every 30 s: proportional memory (PSS), open files and CPU time of the process and its children.
+tried too. Every 30 s: memory of its own (USS: what its end would free; shared libraries are not in it), open files
+and CPU time of the process and its children.
 Slopes are of a least-squares line after the first tenth. Images per CPU second stay comparable on a machine
 that does other work meanwhile; images per second do not.
 """
@@ -29,7 +30,7 @@ SMALL = ["optim.epochs=100000", "eval.every_epochs=20", "checkpoint.every_minute
 def look(process: psutil.Process) -> dict[str, float]:
     family = [process, *process.children(recursive=True)]
     return {
-        "pss": sum(p.memory_full_info().pss for p in family),
+        "uss": sum(p.memory_full_info().uss for p in family),
         "files": sum(p.num_fds() for p in family),
         "threads": sum(p.num_threads() for p in family),
         "processes": len(family),
@@ -80,8 +81,8 @@ def main() -> None:
         "minutes": round(late[-1]["s"] / 60, 1),
         "images": int(late[-1]["images"]),
         "exit_code": code,
-        "pss_mib": [round(column["pss"][i] / 2**20, 1) for i in (0, len(late) // 2, -1)],
-        "pss_mib_per_hour": round(slope_per_hour(seconds, column["pss"]) / 2**20, 3),
+        "uss_mib": [round(column["uss"][i] / 2**20, 1) for i in (0, len(late) // 2, -1)],
+        "uss_mib_per_hour": round(slope_per_hour(seconds, column["uss"]) / 2**20, 3),
         "files": [int(column["files"].min()), int(column["files"].max())],
         "threads": [int(column["threads"].min()), int(column["threads"].max())],
         "images_per_cpu_s_by_thirds": per_cpu_s,

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from handmade_runs import lively_encoder
+from handmade_voc import write_voc
 from PIL import Image
 
 from relicctl.cli import run as relicctl
 from relicctl.commands import transfer as command
+from relicctl.config.resolve import resolve
 from relicctl.encoder import save_encoder
 from relicctl.evaluation import kept as keeping
 from relicctl.evaluation import logistic
+from relicctl.evaluation.metrics import OF_DATA
 
 DATA = "shapes:size=16,train=120,val=60"
 FAST = """
@@ -70,6 +73,45 @@ def test_every_protocol_on_every_data_set_for_every_encoder(encoders, compare, t
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("|")]) == 2 + 8
     assert (tmp_path / "out" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_classes_an_image_by_every_protocol(encoders, compare, tmp_path):
+    kinds = (["cat"], ["dog"], ["cat", "dog"], ["dog?"], [])
+    lists = {
+        part: {str(n): kinds[n % 5] for n in range(first, first + 20)}
+        for part, first in (("train", 0), ("val", 20), ("test", 40))
+    }
+    voc = write_voc(tmp_path / "voc", lists)
+    told = [encoders[0], "--data", f"x={voc}", *PROTOCOLS, "--set", "finetune.steps=2"]
+    assert compare("out", *told, "--labels=all", "--labels=0.9") == 0
+    cells = results(tmp_path / "out")["cells"]
+    assert [(c["protocol"], c["labels"], c["metric"]) for c in cells] == [
+        (p, n, "map11") for p in ("logistic", "knn", "finetune") for n in ("all", "0.9")
+    ]
+    assert all(0 < c["value"] <= 1 for c in cells)
+    assert cells[0]["value"] > 0.5  # cats are red
+    images = {c["labels"]: c["images"] for c in cells}
+    assert images == {
+        "all": {"fit": 20, "validation": 20, "test": 20},
+        "0.9": {"fit": 14, "validation": 4, "test": 20},
+    }
+
+
+def test_lengths_are_chosen_with_the_rates(encoders, compare, tmp_path):
+    told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune", "--set", "finetune.epochs=[1, 2]"]
+    assert compare("out", *told, "--set", "finetune.batch_size=48") == 0
+    (cell,) = results(tmp_path / "out")["cells"]
+    assert [(c["rate"], c["epochs"]) for c in cell["tried"]] == [(0.01, 1), (0.01, 2), (0.1, 1), (0.1, 2)]
+    (best,) = [c for c in cell["tried"] if cell["chosen"].items() <= c.items()]
+    assert best["value"] == max(c["value"] for c in cell["tried"])
+    (folder,) = (tmp_path / "out" / "finetune").iterdir()
+    steps = {
+        path.name: [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()][-1]
+        for path in folder.iterdir()
+    }
+    assert steps["0.01-0-1"] == 2  # of 96 images; in the end of all 120, the last batch of each pass left out
+    assert steps["0.1-0-2"] == 4
+    assert steps["final"] == 2 * cell["chosen"]["epochs"]
 
 
 def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders, compare, tmp_path, monkeypatch):
@@ -174,6 +216,7 @@ def photos(tmp_path):
             path = tmp_path / split / classes[number % len(classes)] / f"{number:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+    write_voc(tmp_path / "voc", {"train": {"1": ["cat"], "2": ["dog"]}, "test": {"3": ["cat"]}})
     return tmp_path
 
 
@@ -201,6 +244,11 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, p
         (["A", "--data", "x=full", "--labels", "9-per-class"], 3, "only 4 images"),
         (["A", "--data", "x=full", "--protocol", "svm"], 2, "protocol"),
         (["A", "--data", "x=full", "--set", "data.metrics={x: f1}"], 2, "data.metrics"),
+        (["A", "--data", "x=full", "--set", "data.draw={x: [1, 2, 3]}"], 2, "data.draw"),
+        (["A", "--data", "x=full/train", "--set", "data.draw={x: [9]}"], 3, "only 4 images"),
+        (["A", "--data", "x=full", "--set", "finetune.epochs=[]"], 2, "finetune.epochs"),
+        (["A", "--data", "x=voc", "--set", "data.metrics={x: top1}"], 2, "any number of classes"),
+        (["A", "--data", "x=voc", "--labels", "1-per-class"], 2, "any number of classes"),
         (["A", "--data", "x=full", "--out", "full"], 2, "not empty"),
         (["--resume", "nowhere"], 2, "--resume"),
         (["A", "--data", "x=full", "--preset", "demo"], 2, "pretrain"),
@@ -218,11 +266,30 @@ def test_bad_input_gets_two_sentences_and_its_code(encoders, photos, monkeypatch
     assert [line.split(":")[0].strip() for line in said.err.splitlines()[-2:]] == ["error", "fix"]
 
 
+def test_byols_suite_has_its_metrics_and_draws():
+    data = resolve("byol-suite").config.data
+    assert OF_DATA.keys() <= data.sets.keys()
+    assert data.metrics == {}
+    assert data.draw == {"sun397": (50, 50), "caltech101": (30,)}
+
+
+def test_a_draw_is_named_in_the_table(encoders, compare, photos):
+    told = ["--data", f"x={photos / 'full/train'}", "--set", "data.draw={x: [2, 1], y: [1]}"]
+    assert compare("out", encoders[0], *told) == 0
+    found = results(photos / "out")
+    assert found["data"]["x"] | {"source": ""} == {
+        "source": "", "classes": 3, "train": 6, "val": None, "test": 3, "draw": [2, 1],
+    }  # fmt: skip
+    notes = [line for line in (photos / "out" / "table.md").read_text().splitlines() if "drawn" in line]
+    assert notes == ["- x: 2 images of each class to learn from and 1 to test on, drawn by seed 0"]
+
+
 def test_a_dry_run_prints_the_config_and_makes_nothing(encoders, photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
     before = set(photos.rglob("*"))
     assert relicctl(["transfer", encoders[0], "--preset", "byol-suite", "--labels", "0.1", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "torchvision:FGVCAircraft" in said
+    assert "caltech101: [30]" in said
     assert "# from --labels" in said
     assert set(photos.rglob("*")) == before

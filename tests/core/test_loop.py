@@ -198,3 +198,21 @@ def test_a_second_signal_ends_the_process_at_once():
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (130, "one 15\n")
     assert loop.StopSignals().received is None
+
+
+def test_a_scheduler_and_torchrun_may_both_send_sigterm():
+    """Two at nearly the same time are one request: what the first asked to save must not be lost by the second."""
+    script = (
+        "import os, signal, time\n"
+        "from relicctl.core.loop import StopSignals\n"
+        "StopSignals.TWICE_SECONDS = 0.5\n"
+        "with StopSignals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('one', signals.received, flush=True)\n"
+        "    time.sleep(0.6)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('never', flush=True)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (143, "one 15\n")

@@ -138,6 +138,31 @@ def test_data_without_splits_are_not_used_twice(tmp_path):
     assert "eval.holdout" in error.fix
 
 
+def test_caltech101s_files_are_numbered_by_class_and_its_background_is_none(tmp_path):
+    base = tmp_path / "caltech101/101_ObjectCategories"
+    for number, path in enumerate(
+        ["BACKGROUND_Google/image_0001", "ant/image_0001", "ant/image_0002", "bee/image_0001"]
+    ):
+        save(base / f"{path}.jpg", number)
+    source = open_source(f"torchvision:Caltech101:{tmp_path}")
+    assert (source.classes, source.labels.tolist()) == (("ant", "bee"), [0, 0, 1])
+    assert [source.load(index)[0, 0, 0] for index in range(3)] == [1, 2, 3]
+
+
+def test_sun397_is_in_one_order_whatever_the_file_system_lists(tmp_path, monkeypatch):
+    base = tmp_path / "SUN397"
+    for number, path in enumerate(["a/abbey/sun_b", "b/balcony/exterior/sun_a", "a/abbey/sun_a"]):
+        save(base / f"{path}.jpg", number)
+    (base / "ClassName.txt").write_text("/a/abbey\n/b/balcony/exterior\n")
+    source = open_source(f"torchvision:SUN397:{tmp_path}")
+    assert source.classes == ("abbey", "balcony/exterior")
+    assert source.labels.tolist() == [0, 0, 1]
+    assert [source.load(index)[0, 0, 0] for index in range(3)] == [2, 0, 1]
+    listing = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(listing(self, pattern))))
+    assert open_source(f"torchvision:SUN397:{tmp_path}").fingerprint() == source.fingerprint()
+
+
 @pytest.mark.parametrize("wrong", ["CIFAR11", "cifar10", "Cifar-10"])
 def test_an_unknown_name_brings_the_closest(wrong):
     error = refused(f"torchvision:{wrong}")

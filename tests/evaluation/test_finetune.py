@@ -15,6 +15,17 @@ def test_norms_forget_slower_in_longer_epochs(steps, decay):
     assert 1 - norm_momentum(steps) == pytest.approx(decay)
 
 
+def test_what_does_not_count_adds_nothing_to_the_loss():
+    encoder = lively_encoder("resnet18", 0.125, "cifar")
+    task = FinetuneTask(encoder, 3, Tuning(0.1, 0, 0.9, 4, 400, True, 0, "fp32"), torch.device("cpu"))
+    images = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, -1, 0], [0, 0, 0], [-1, -1, 1], [1, 1, -1]], dtype=torch.int8)
+    share = task.loss(Batch([images], labels), 0)["loss"]
+    logits = task.state.train()(images[0])  # the same batch: the same statistics
+    losses = torch.nn.functional.softplus(-labels * logits)
+    torch.testing.assert_close(share, (losses * (labels != 0)).sum() / 12)
+
+
 @pytest.mark.parametrize("one_vs_rest", [False, True])
 def test_a_step_is_nesterovs_on_all_parameters_and_the_encoder_itself_stays(one_vs_rest):
     encoder = lively_encoder("resnet18", 0.125, "cifar")

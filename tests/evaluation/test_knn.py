@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.evaluation.knn import knn_accuracy
+from relicctl.evaluation.knn import knn_accuracy, knn_votes
 from relicctl.evaluation.probe import probe_accuracy
 
 
@@ -33,6 +33,19 @@ def test_knn_equals_a_literal_loop(k):
     measured = knn_accuracy(bank, bank_labels, queries, labels, ks=(k,))[k]
     assert measured == pytest.approx(literal_knn(bank, bank_labels, queries, labels, k))
     assert 0 < measured < 1
+
+
+def test_of_several_classes_each_is_ranked_by_the_mean_of_the_neighbours_that_count():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    labels = torch.randint(-1, 2, (60, 3), generator=generator).to(torch.int8)
+    found = torch.cat([votes[7] for _, votes in knn_votes(bank, labels, queries, 3, ks=(7, 100))])
+    similarity = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=-1)
+    for q in range(40):
+        nearest = similarity[q].topk(7)
+        weights = torch.exp(nearest.values / 0.07)
+        wanted = sum(w * labels[i].float() for w, i in zip(weights, nearest.indices, strict=True)) / weights.sum()
+        torch.testing.assert_close(found[q], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_k_may_exceed_the_bank():

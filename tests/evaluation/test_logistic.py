@@ -67,6 +67,29 @@ def test_sigmoids_are_one_vs_rest_of_scikit_learn():
             np.testing.assert_allclose(found.logits(x)[r, :, c].numpy(), wanted, atol=2e-3 * abs(wanted).max())
 
 
+def test_each_sigmoid_is_fitted_to_the_images_that_count_for_it():
+    x, y = points()
+    targets = torch.stack([y == 0, y != 1], 1).to(torch.int8) * 2 - 1
+    assert torch.equal(solve(x, targets, (0.1,), 2).weight, solve(x, targets > 0, (0.1,), 2).weight)
+    targets[::5, 0] = 0
+    found = solve(x, targets, (0.1, 10.0), 2)
+    assert found.converged.all()
+    for c in range(2):
+        counts = targets[:, c] != 0
+        alone = solve(x[counts], targets[counts, c, None] > 0, (0.1, 10.0), 1)
+        wanted = alone.logits(x)[:, :, 0]
+        torch.testing.assert_close(found.logits(x)[:, :, c], wanted, rtol=0, atol=2e-3 * wanted.abs().max().item())
+
+
+def test_classes_without_an_image_leave_the_others_as_they_are():
+    x, y = points()
+    targets = torch.stack([y == 0, y < 0, y >= 0], 1)  # some, none and all
+    found, alone = (solve(x, t, (0.1, 10.0), t.shape[1]) for t in (targets, targets[:, :1]))
+    assert found.converged.all()
+    assert not found.logits(x)[..., 1:].any()
+    torch.testing.assert_close(found.logits(x)[..., 0], alone.logits(x)[..., 0], rtol=0, atol=2e-3)
+
+
 def test_the_gradient_is_zero_at_every_lambda_of_the_sweep():
     x, y = points(count=120, features=8)
     lambdas = np.logspace(-6, 5, 45).tolist()

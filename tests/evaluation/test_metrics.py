@@ -50,3 +50,13 @@ def test_map11_of_a_single_label_takes_it_as_one_of_many(told):
     assert measure("map11", scores, labels) == map11(scores, torch.nn.functional.one_hot(labels, 5).bool())
     perfect = torch.nn.functional.one_hot(labels, 5).float()
     assert measure("map11", perfect, labels) == 1
+
+
+def test_images_that_do_not_count_for_a_class_are_as_if_they_were_not_there(told):
+    scores, labels = told
+    truth = torch.where(torch.nn.functional.one_hot(labels, 5) > 0, 1, -1).to(torch.int8)
+    assert map11(scores, truth) == map11(scores, truth > 0)
+    truth[::4, 0] = 0
+    wanted = [map11(scores[truth[:, c] != 0, c, None], truth[truth[:, c] != 0, c, None] > 0) for c in (0, 1, 2, 4)]
+    assert map11(scores, truth) == pytest.approx(np.mean(wanted), abs=1e-12)
+    assert map11(scores, truth) != map11(scores, truth > 0)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relicctl.data.sources import open_source
 from relicctl.errors import DataError
+from relicctl.evaluation import parts
 from relicctl.evaluation.parts import divide, open_data_set
 
 
@@ -26,8 +28,9 @@ def photos(tmp_path):
     return make
 
 
-def opened(spec, warnings=None):
-    return open_data_set("x", str(spec), download=False, warn=(warnings if warnings is not None else []).append)
+def opened(spec, warnings=None, **options):
+    warn = (warnings if warnings is not None else []).append
+    return open_data_set("x", str(spec), download=False, warn=warn, **options)
 
 
 def test_folder_archive_and_pattern_are_the_same(photos, tmp_path):
@@ -50,6 +53,47 @@ def test_without_val_a_part_of_train_is_cut_and_said_so(photos):
     assert np.bincount(data.known.labels[division.chosen_on]).tolist() == [1, 1, 1]
     assert sorted([*division.fit, *division.chosen_on]) == list(range(15))
     assert "cut" in division.validation
+
+
+def test_val_can_be_what_is_tested_on(photos):
+    folder = photos({"train": "abc", "val": "abc"})
+    data = opened(folder, test="val")
+    assert (data.trained, len(data.known.labels), len(data.test.labels)) == (15, 15, 15)
+    assert data.test.source.load(0)[0, 0].tolist() == [0, ord("a"), 3]
+    with pytest.raises(DataError, match="no test split") as refused:
+        opened(folder)
+    assert "test_split={x: val}" in refused.value.fix
+
+
+@pytest.mark.parametrize(("draw", "tested"), [((3,), 9), ((2, 2), 6)])
+def test_without_splits_a_counted_draw_makes_them(photos, draw, tested):
+    folder = photos({"": "abc"}, each=6)
+    data = opened(folder, draw=draw)
+    assert np.bincount(data.known.labels).tolist() == [draw[0]] * 3
+    assert np.bincount(data.test.labels).tolist() == [tested // 3] * 3
+    names = [{part.source.key(row) for row in range(len(part.labels))} for part in (data.known, data.test)]
+    assert len(names[0] | names[1]) == len(data.known.labels) + tested
+    again, other = opened(folder, draw=draw), opened(folder, draw=draw, seed=1)
+    assert again.known.source.fingerprint() == data.known.source.fingerprint() != other.known.source.fingerprint()
+    division = divide(data, "all", 0.3, 0)
+    assert np.bincount(data.known.labels[division.chosen_on]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("draw", [(6,), (7,), (4, 3)])
+def test_no_more_is_drawn_than_there_is(photos, draw):
+    with pytest.raises(DataError, match="only 6 images of"):
+        opened(photos({"": "abc"}, each=6), draw=draw)
+
+
+def test_fewer_images_than_classes_are_refused(photos, monkeypatch):
+    def with_more_classes(*args, **kwargs):
+        source = open_source(*args, **kwargs)
+        source.classes = ("a", "b", *"cdefgh")  # as torchvision may name classes of which it lists no image
+        return source
+
+    monkeypatch.setattr(parts, "open_source", with_more_classes)
+    with pytest.raises(DataError, match="4 images to learn from, fewer than its 8 classes"):
+        opened(photos({"train": "ab", "test": "ab"}, each=2))
 
 
 def test_few_labels_are_of_train_alone(photos):

@@ -44,6 +44,16 @@ def test_what_is_held_out_parts_every_class_and_empties_none(labels, share, seed
     assert set(many) == set(labels[held])
 
 
+def test_of_images_with_any_number_of_classes_a_share_of_all_is_taken(source):
+    labels = np.random.default_rng(0).integers(-1, 2, (200, 4)).astype(np.int8)
+    few, more = (labelled_rows(source, labels, text, 0) for text in ("0.1", "0.3"))
+    assert (len(few), len(more)) == (20, 60)
+    assert set(few) < set(more)
+    fit, held = hold_out_of_each(labels, 0.2, 0)
+    assert (len(fit), len(held)) == (160, 40)
+    assert sorted([*fit, *held]) == list(range(200))
+
+
 def test_a_list_names_images_wholly_or_by_their_files(source, tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(f"{source.key(5)}\n\n{source.key(2).rpartition('/')[2]}\n")

@@ -1,0 +1,108 @@
+"""``relicctl train-bgmask``: options and help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relicctl.cli.options import (
+    AsJson,
+    ConfigFile,
+    Debug,
+    Device,
+    Download,
+    Quiet,
+    Seed,
+    Workers,
+    before_first_step,
+    emit,
+)
+
+EXAMPLES = """\b
+Examples:
+  relicctl train-bgmask --preset demo-bgmask --eval-data shapes
+  relicctl train-bgmask --preset demo-bgmask | relicctl pretrain --preset demo --bgmask -
+  relicctl train-bgmask --preset u2netp --data photos.zip --data more/ --eval-data ecssd.zip
+  relicctl train-bgmask --preset u2netp --data photos.zip --dry-run
+  relicctl train-bgmask --resume runs/u2netp
+  relicctl train-bgmask --resume runs/u2netp --masks-for imagenet/train"""
+
+
+def train_bgmask(
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
+    config: ConfigFile = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in optim.epochs=5; repeatable."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder]; repeatable, then "
+            "all are trained on together, and the first gets the masks.",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images with true masks, to measure on and never to train: a folder or archive with images/ and "
+            "masks/, or shapes.",
+        ),
+    ] = None,
+    masks_for: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images that get masks, instead of the first --data.")
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|WEIGHTS", help="Encoder that model.arch=resnet starts from: one trained without labels."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without RUN, with --out's or the newest of the preset."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
+    ] = False,
+    download: Download = False,
+    device: Device = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
+    with before_first_step():
+        from relicctl.commands.options import BgmaskOptions
+        from relicctl.config.bgmask import BgmaskConfig
+        from relicctl.config.resolve import resolve
+
+    options = {
+        "data": tuple(data) if data else None,
+        "eval-data": eval_data,
+        "masks-for": masks_for,
+        "init-from": init_from,
+        "device": device,
+        "workers": workers,
+        "seed": seed,
+    }
+    resolved = resolve(preset, config, sets or (), options, schema=BgmaskConfig)
+    told = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
+    with before_first_step():
+        from relicctl.commands import train_bgmask as command
+
+        if dry_run:
+            emit(command.dry_run(resolved, told))
+            return
+        result = command.train_bgmask(resolved, told)
+    emit(json.dumps(result) if as_json else result["run"])

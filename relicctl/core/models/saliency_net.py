@@ -1,0 +1,79 @@
+"""Networks that tell the object from its background: U2-Net, or a self-supervised ResNet with a light decoder.
+
+All of them map normalised images [N, 3, H, W] to a list of logits [N, 1, H, W], the one to use first, then the
+side outputs that are trained along with it (deep supervision).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from relicctl.core.models.resnet import ResNet
+from relicctl.core.models.u2net import ENCODERS, U2Net, enlarged
+
+ARCHITECTURES = (*ENCODERS, "resnet")
+DECODER_CHANNELS = 64
+
+
+class ResNetU(nn.Module):
+    """A ResNet encoder, and a decoder that goes up its stages (a feature pyramid with a U's skips).
+
+    The encoder's stages are brought to 64 channels each; from the deepest on, a level is enlarged, added to the
+    next finer one and smoothed by a 3x3 convolution. The finest level is the stem's output.
+    """
+
+    def __init__(self, encoder: ResNet) -> None:
+        super().__init__()
+        self.encoder = encoder
+        with torch.no_grad():
+            widths = [level.shape[1] for level in _levels(encoder, torch.zeros(2, 3, 64, 64))]
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, DECODER_CHANNELS, 1, bias=False), nn.BatchNorm2d(DECODER_CHANNELS))
+            for width in widths
+        )
+        self.smooth = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(DECODER_CHANNELS, DECODER_CHANNELS, 3, padding=1, bias=False),
+                nn.BatchNorm2d(DECODER_CHANNELS),
+                nn.ReLU(inplace=True),
+            )
+            for _ in widths
+        )
+        self.sides = nn.ModuleList(nn.Conv2d(DECODER_CHANNELS, 1, 1) for _ in widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        size = x.shape[-2:]
+        levels = _levels(self.encoder, x)
+        outputs: list[Tensor] = []
+        above: Tensor | None = None
+        for k in reversed(range(len(levels))):
+            level = self.lateral[k](levels[k])
+            if above is not None:
+                level = level + enlarged(above, level.shape[-2:])
+            above = self.smooth[k](level)
+            outputs.insert(0, enlarged(self.sides[k](above), size))
+        return outputs
+
+
+def _levels(encoder: ResNet, x: Tensor) -> list[Tensor]:
+    """The outputs of the stem and of the four stages, finest first; the stem's only where it is finer."""
+    stem = encoder.relu(encoder.bn1(encoder.conv1(x)))
+    levels, x = [stem], encoder.maxpool(stem)
+    for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        x = stage(x)
+        levels.append(x)
+    return levels if levels[1].shape[-2:] != stem.shape[-2:] else levels[1:]
+
+
+def build_saliency_net(arch: str, encoder: ResNet | None = None) -> nn.Module:
+    """A randomly initialised network, except for the ``encoder`` that arch ``resnet`` starts from.
+
+    Draws from torch's default CPU generator: wrap the call in ``seeded``. ValueError for an unknown arch.
+    """
+    if arch in ENCODERS:
+        return U2Net(arch)
+    if arch != "resnet" or encoder is None:
+        raise ValueError(f"arch is one of {', '.join(ARCHITECTURES)}, and resnet needs an encoder; not {arch!r}")
+    return ResNetU(encoder)

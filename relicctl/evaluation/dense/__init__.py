@@ -1,0 +1,1 @@
+"""Encoders in segmentation and detection."""

@@ -1,0 +1,149 @@
+"""Object detection: the encoder under torchvision's Faster R-CNN on a feature pyramid, and COCO's average precision.
+
+Networks and losses are torchvision's; the losses are summed. Its own random draws (which regions are trained on,
+which size an image is resized to) come from its generator, which is set anew from (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+from relicctl.config.dense import DetectionConfig
+from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.distributed import World
+from relicctl.core.models.resnet import ResNet, seeded
+from relicctl.data.images import BadImage
+from relicctl.evaluation.dense.average_precision import Found, average_precision
+from relicctl.evaluation.dense.boxes import BoxedImages, Boxes
+from relicctl.evaluation.dense.training import normalisation, prepared, sgd, spread, step_rate
+
+TESTED_AT_ONCE = 8
+RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> FasterRCNN:
+    """``classes`` are those of objects; the background comes on top. Keeps the encoder's modules, not copies."""
+    head, images = config.head, config.images
+    depths = [getattr(encoder, stage)[-1] for stage in STAGES]
+    channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in depths]
+    names = {stage: str(level) for level, stage in enumerate(STAGES)}
+    weights = encoder.state_dict()
+    backbone = BackboneWithFPN(encoder, names, channels, head.channels)
+    backbone.body.load_state_dict(weights, strict=True)  # the pyramid stands on all of the encoder and nothing else
+    mean, std = (t.flatten().tolist() for t in normalisation(encoder, torch.device("cpu")))
+    return FasterRCNN(
+        backbone,
+        min_size=images.short,
+        max_size=images.long,
+        image_mean=mean,
+        image_std=std,
+        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in head.anchors), (RATIOS,) * len(head.anchors)),
+        rpn_pre_nms_top_n_train=head.proposals_train,
+        rpn_post_nms_top_n_train=head.proposals_train,
+        rpn_pre_nms_top_n_test=head.proposals_test,
+        rpn_post_nms_top_n_test=head.proposals_test,
+        box_batch_size_per_image=head.regions,
+        box_head=TwoMLPHead(head.channels * 7**2, head.hidden),
+        box_predictor=FastRCNNPredictor(head.hidden, classes + 1),
+    )
+
+
+class DetectionTask:
+    """The loop's task. A batch is (images uint8 [3, H, W] each, targets as torchvision wants them)."""
+
+    def __init__(
+        self, encoder: Any, classes: int, config: DetectionConfig, device: torch.device, precision: str, world: World
+    ) -> None:
+        self._schedule, self._seed, self._device, self._rank = config.optim, config.seed, device, world.rank
+        body = prepared(encoder, config.model, device, world)
+        with seeded(counted_seed(config.seed, Stream.INIT, 1)):
+            network = build_detector(body, classes, config)
+        self.state: FasterRCNN = network.to(device).train()
+        self._network = spread(self.state, world)
+        self.optimizer: torch.optim.Optimizer = sgd(self.state, config.optim)
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The sum of Faster R-CNN's four losses, and each."""
+        images, targets = batch
+        with _drawn(counted_seed(self._seed, Stream.NEGATIVES, step, self._rank), self._device), self._autocast:
+            losses = self._network([image / 255 for image in images], targets)
+        return {"loss": torch.stack([loss.float() for loss in losses.values()]).sum(), **losses}
+
+    def learning_rate(self, step: int) -> float:
+        return step_rate(step, self._schedule)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def score(self, samples: BoxedImages, bad: dict[int, str]) -> dict[str, Any]:
+        """Average precision on ``samples``; images that cannot be decoded come into ``bad`` and do not count."""
+        self.state.eval()
+        found: dict[int, Found] = {}
+        for first in range(0, len(samples), TESTED_AT_ONCE):
+            images, rows = [], []
+            for row in range(first, min(first + TESTED_AT_ONCE, len(samples))):
+                try:
+                    images.append(_planes(samples.load(row)).to(self._device) / 255)
+                    rows.append(row)
+                except BadImage as reason:
+                    bad[row] = reason.reason
+            with self._autocast:
+                told = self.state(images) if images else []
+            for row, one in zip(rows, told, strict=True):
+                corners, scores, labels = (one[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
+                found[row] = Found(corners, scores, labels.astype(np.int64) - 1)
+        return average_precision(samples, found)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Perhaps flipped; boxes that are ignored are left out."""
+
+    probability: float
+
+    def __call__(self, image: np.ndarray, boxes: Boxes, uniform: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        kept = boxes[~boxes.ignored]
+        corners = kept.corners.copy()
+        if uniform[0] < self.probability:
+            image = image[:, ::-1].copy()
+            corners[:, [0, 2]] = image.shape[1] - corners[:, [2, 0]]
+        # 0 is torchvision's background
+        return _planes(image), {"boxes": torch.from_numpy(corners), "labels": torch.from_numpy(kept.labels + 1)}
+
+
+def listed(items: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
+    return [image for image, _ in items], [target for _, target in items]
+
+
+def _planes(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _drawn(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn within from torch's generators, the host's and the device's, is a function of ``seed``."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,59 @@
+"""What both dense tasks train with: the schedule, the optimiser, and an encoder that is held in part or whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from relicctl.config.dense import DenseNetwork, Schedule
+from relicctl.core.batchnorm import synchronised
+from relicctl.core.distributed import World
+
+
+def step_rate(step: int, schedule: Schedule) -> float:
+    """Linear up to ``base_lr`` over the warm-up, then a tenth of it after each drop that is passed."""
+    passed = sum(step >= share * schedule.steps for share in schedule.drops)
+    warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    return schedule.base_lr * warmup / 10**passed
+
+
+def sgd(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Of all parameters that are trained."""
+    return torch.optim.SGD(
+        [p for p in network.parameters() if p.requires_grad], schedule.base_lr, schedule.momentum,
+        weight_decay=schedule.weight_decay, foreach=True,
+    )  # fmt: skip
+
+
+def prepared(encoder: Any, told: DenseNetwork, device: torch.device, world: World) -> Any:
+    """A copy of ``encoder`` to be trained as ``told``; norms that are frozen never leave eval mode."""
+    encoder = copy.deepcopy(encoder).train().requires_grad_(not told.frozen)
+    if not (told.frozen or told.norm == "frozen"):
+        return synchronised(encoder, device) if world.size > 1 else encoder
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            _hold(module.requires_grad_(False))
+    return encoder
+
+
+def spread(network: nn.Module, world: World) -> nn.Module:
+    """``network`` with gradients that are the mean over all processes."""
+    return DistributedDataParallel(network) if world.size > 1 else network
+
+
+def _hold(module: nn.Module) -> None:
+    """Eval mode, whatever mode is set around it."""
+    module.eval()
+    vars(module)["train"] = lambda mode=True: module
+
+
+def normalisation(encoder: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[3, 1, 1]`` of pixels in [0, 1] that the encoder was trained with."""
+    mean, std = (torch.tensor(json.loads(encoder.metadata[name]), device=device) for name in ("mean", "std"))
+    return mean.view(3, 1, 1), std.view(3, 1, 1)

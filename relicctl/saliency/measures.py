@@ -1,0 +1,128 @@
+"""How well saliency maps agree with true masks, and with one another. Formulas are pysodmetrics'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+from py_sod_metrics import (
+    Emeasure,
+    FmeasureV2,
+    IOUHandler,
+    OverallAccuracyHandler,
+    PrecisionHandler,
+    RecallHandler,
+    Smeasure,
+)
+
+BETA2 = 0.3  # weight of recall against precision in F, as in Achanta et al., CVPR 2009
+FIGURES = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")
+
+_iou, _accuracy, _precision, _recall = (
+    handler(with_dynamic=False, with_adaptive=False)
+    for handler in (IOUHandler, OverallAccuracyHandler, PrecisionHandler, RecallHandler)
+)
+
+
+class Measures:
+    """Sums over pairs of a map and a true mask; nothing is kept of a pair that was added.
+
+    ``figures`` has fractions of 1:
+
+    - ``max_f``: precision and recall at each of 256 thresholds (map >= t / 255) are averaged over the images; F is
+      (1 + beta2) P R / (beta2 P + R) of these averages with beta2 0.3; the largest F over the thresholds. One
+      threshold serves all images.
+    - ``f_50``: the same F of averaged precision and recall where foreground is what exceeds 0.5.
+    - ``iou``, ``accuracy``: of that foreground, per image, then averaged.
+    - ``mae``: mean absolute difference of map and mask, averaged over the images.
+    - ``s_measure``: structure measure, alpha 0.5 (Fan et al., ICCV 2017), averaged over the images.
+    - ``e_measure``: enhanced-alignment measure (Fan et al., IJCAI 2018), its mean over 256 thresholds, averaged
+      over the images.
+
+    Maps count as they are: none is stretched to [0, 1] first. A division of nothing by nothing, such as the recall
+    of an empty mask, is 0.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.left_out = 0
+        self._curve = np.zeros((2, 256))  # precision and recall at t = 255, 254, ..., 0
+        self._half = np.zeros(2)
+        self._sums = dict.fromkeys(("mae", "iou", "accuracy", "s_measure", "e_measure"), 0.0)
+
+    def add(self, saliency: np.ndarray, mask: np.ndarray) -> None:
+        """A map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
+        if not np.isfinite(saliency).all():
+            self.left_out += 1
+            return
+        saliency = saliency.astype(np.float64)
+        foreground = np.count_nonzero(mask)
+        count = {"gt": mask, "FG": foreground, "BG": mask.size - foreground}
+        curve = FmeasureV2().dynamically_binarizing(saliency, **count)
+        half = FmeasureV2().get_statistics(saliency > 0.5, **count)
+        self._curve += _precision(**curve), _recall(**curve)
+        self._half += _precision(**half), _recall(**half)
+        emeasure = Emeasure()
+        emeasure.gt_fg_numel, emeasure.gt_size = foreground, mask.size
+        for name, value in {
+            "mae": np.abs(saliency - mask).mean(),
+            "iou": _iou(**half),
+            "accuracy": _accuracy(**half),
+            "s_measure": Smeasure().cal_sm(saliency, mask),
+            "e_measure": emeasure.cal_changeable_em(saliency, mask).mean(),
+        }.items():
+            self._sums[name] += float(value)
+        self.images += 1
+
+    def figures(self) -> dict[str, float | None]:
+        """The figures by name; None where no image was measured."""
+        if not self.images:
+            return dict.fromkeys(FIGURES)
+        f_of = partial(_f, count=self.images)
+        figures = {"max_f": float(f_of(self._curve).max()), "f_50": float(f_of(self._half))}
+        figures |= {name: total / self.images for name, total in self._sums.items()}
+        return {name: figures[name] for name in FIGURES}
+
+
+def _f(sums: np.ndarray, count: int) -> np.ndarray:
+    """F of precision and recall, ``[2, ...]``, summed over ``count`` images."""
+    precision, recall = sums / count
+    down = BETA2 * precision + recall
+    return np.divide((1 + BETA2) * precision * recall, down, out=np.zeros_like(down), where=down > 0)
+
+
+def measure(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:
+    """The figures of maps, each float ``[H, W]`` in [0, 1], beside their true masks, each bool ``[H, W]``."""
+    measures = Measures()
+    for saliency, mask in zip(maps, masks, strict=True):
+        measures.add(saliency, mask)
+    return measures.figures()
+
+
+def agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """How alike priors are: mean correlation over the images, float64 ``[P, P]``; NaN where no image tells.
+
+    ``maps``: uint8 ``[N, P, S, S]``, ``valid``: bool ``[N, P]``. Of an image count the priors that are valid and
+    not the same everywhere. Images are looked at one by one, so that ``maps`` may lie on the disk.
+    """
+    priors = maps.shape[1]
+    sums, counts = np.zeros((priors, priors)), np.zeros((priors, priors))
+    for image, fine in zip(maps, valid, strict=True):
+        flat = image.reshape(priors, -1).astype(np.float64)
+        flat -= flat.mean(1, keepdims=True)
+        norms = np.linalg.norm(flat, axis=1)
+        usable = fine & (norms > 0)
+        flat[usable] /= norms[usable, None]
+        both = usable[:, None] & usable
+        sums += np.where(both, flat @ flat.T, 0.0)
+        counts += both
+    with np.errstate(invalid="ignore"):
+        return sums / counts
+
+
+def mean_agreement(matrix: np.ndarray) -> float | None:
+    """The mean over pairs of different priors, float ``[P, P]``, that could be compared; None if none could."""
+    pairs = [matrix[i, j] for i, j in combinations(range(len(matrix)), 2) if np.isfinite(matrix[i, j])]
+    return float(np.mean(pairs)) if pairs else None

@@ -1,0 +1,96 @@
+"""The mask network as a file, and as the module that comes back from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relicctl import __version__
+from relicctl.config.bgmask import BgmaskConfig, MaskNet
+from relicctl.core.checkpoint import atomically
+from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.models.resnet import ResNet, build_encoder, seeded
+from relicctl.core.models.saliency_net import build_saliency_net
+from relicctl.encoder import load_encoder
+from relicctl.errors import UsageError
+
+FORMAT = "relicctl-saliency"
+FILE_NAME = "saliency.safetensors"
+ANOTHER_FILE = "Give a finished run of train-bgmask, or its saliency.safetensors."
+
+
+class SaliencyNet(nn.Module):
+    """Normalised images ``[N, 3, H, W]`` -> logits ``[N, 1, H, W]``, the one to use first.
+
+    ``size``: side in pixels of the squashed images it was trained on. ``metadata``: strings that say how to build
+    it again; of a loaded network also what its file says besides.
+    """
+
+    def __init__(self, arch: str, size: int, encoder: ResNet | None = None) -> None:
+        super().__init__()
+        self.arch, self.size = arch, size
+        self.metadata = {"format": FORMAT, "arch": arch, "size": str(size), "version": __version__}
+        if encoder is not None:
+            for name in ("arch", "width", "stem", "padding"):
+                self.metadata[f"encoder_{name}"] = str(getattr(encoder, name))
+        self.body = build_saliency_net(arch, encoder)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.body(x)
+
+
+def open_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
+    """The network of a training's ``stage``, initialised as a pure function of the seed, and of the weights that
+    ``model.encoder`` names. Raises UsageError when these cannot be read."""
+    model = config.model
+    with seeded(counted_seed(config.seed, Stream.INIT, stage)):
+        return SaliencyNet(model.arch, model.size, _encoder(model) if model.arch == "resnet" else None)
+
+
+def _encoder(model: MaskNet) -> ResNet:
+    if model.encoder is None:
+        return build_encoder("resnet18")
+    return load_encoder(model.encoder)
+
+
+def save_saliency(path: Path, net: SaliencyNet) -> None:
+    """Write the network to ``path``, wholly or not at all."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in net.body.state_dict().items()}
+    atomically(path, lambda temporary: save_file(tensors, temporary, metadata=net.metadata))
+
+
+def load_saliency(path_or_run: str | Path) -> SaliencyNet:
+    """A trained network in eval mode, from a run's folder or a file of ``save_saliency``.
+
+    Raises UsageError when there is none, or it is damaged.
+    """
+    path = Path(path_or_run)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"There is no mask network at {path}.", ANOTHER_FILE)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UsageError(f"{path} holds no mask network of relicctl.", ANOTHER_FILE)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        net = _outline(metadata)
+        net.body.load_state_dict(tensors, assign=True)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as reason:
+        raise UsageError(f"{path} is truncated or damaged ({reason}).", ANOTHER_FILE) from None
+    net.metadata = metadata
+    return net.eval()
+
+
+def _outline(metadata: dict[str, str]) -> SaliencyNet:
+    """The network that ``metadata`` describe, without weights."""
+    encoder = None
+    if metadata["arch"] == "resnet":
+        arch, width, stem, padding = (metadata[f"encoder_{name}"] for name in ("arch", "width", "stem", "padding"))
+        encoder = build_encoder(arch, float(width), stem, padding)
+    net = SaliencyNet(metadata["arch"], int(metadata["size"]), encoder)
+    return net.to(torch.device("meta"))

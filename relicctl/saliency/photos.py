@@ -1,0 +1,103 @@
+"""Images squashed to a square, whatever their shape: streamed through data workers, or all kept in memory."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from relicctl.data.bad_images import BadImages
+from relicctl.data.crops import host_crops
+from relicctl.data.images import BadImage
+from relicctl.data.sources import Source
+from relicctl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Squashed:
+    """Some samples of a source. ``bad`` are (index, reason) of those among them that cannot be decoded."""
+
+    indices: np.ndarray  # int64 [K], in the order asked for, without the bad ones
+    images: Tensor  # uint8 [K, 3, S, S]
+    bad: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The decodable images of a source, in memory."""
+
+    indices: np.ndarray  # int64 [K]
+    images: Tensor  # uint8 [K, 3, S, S]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def squash(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 ``[size, size, 3]``: the whole image, uint8 ``[H, W, 3]``, its aspect given up (antialiased bicubic)."""
+    whole = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
+    return host_crops(image, whole, size)[0]
+
+
+def load_photos(
+    source: Source, size: int, *, workers: int, bad: BadImages, show: Callable[[int], None] = lambda done: None
+) -> Photos:
+    """Decode every image of ``source`` once. Bad ones are left out and told to ``bad``; DataError if all are bad."""
+    indices: list[np.ndarray] = []
+    images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
+    kept = seen = 0
+    for some in stream(source, np.arange(len(source)), size, batch_size=64, workers=workers):
+        images[kept : kept + len(some.indices)] = some.images
+        indices.append(some.indices)
+        kept, seen = kept + len(some.indices), seen + len(some.indices) + len(some.bad)
+        for index, reason in some.bad:
+            bad.add(source.key(index), reason)
+        show(seen)
+    if not kept:
+        raise DataError(f"Not one of the {len(source)} images can be decoded.", "Check that the files are images.")
+    return Photos(np.concatenate(indices), images[:kept])
+
+
+def stream(source: Source, indices: np.ndarray, size: int, *, batch_size: int, workers: int) -> Iterator[Squashed]:
+    """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time."""
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    loader = DataLoader(
+        _Batches(source, batches, size),
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        worker_init_fn=_quiet_worker,
+        prefetch_factor=2 if workers and batches else None,
+    )
+    yield from loader
+
+
+class _Batches(Dataset):
+    def __init__(self, source: Source, batches: Sequence[np.ndarray], size: int) -> None:
+        self._source, self._batches, self._size = source, batches, size
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> Squashed:
+        kept, images, bad = [], [], []
+        for index in self._batches[number].tolist():
+            try:
+                images.append(squash(self._source.load(index), self._size))
+                kept.append(index)
+            except BadImage as reason:
+                bad.append((index, reason.reason))
+        pixels = np.stack(images) if images else np.empty((0, self._size, self._size, 3), np.uint8)
+        planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return Squashed(np.array(kept, dtype=np.int64), planes, bad)
+
+
+def _quiet_worker(_: int) -> None:
+    """Signals are the main process's business: a worker goes on until it is told there is no more to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,157 @@
+"""Training a mask network on soft labels: the loop's batches and its task.
+
+A batch is a function of (seed, step) alone: which images, where they are cropped (image, label and weight
+alike), what colours they get. The labels come from priors or from an earlier network; nothing here has ever
+seen a true mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relicctl.core.optim import build_optimizer
+from relicctl.core.schedules import learning_rate
+from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
+from relicctl.data.crops import crop_boxes, device_crops
+from relicctl.data.sampler import Sampler
+
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255."""
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How an image is varied: share of its area, width / height, and colours (flip among them)."""
+
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    photometric: Photometric
+
+
+@dataclass(frozen=True)
+class MaskBatch:
+    """float32 of one size: normalised images ``[B, 3, s, s]``; labels and weights ``[B, 1, s, s]`` in [0, 1]."""
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+class MaskBatches:
+    """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident."""
+
+    waited = 0.0
+
+    def __init__(self, data: Labelled, views: Views, *, size: int, batch_size: int, seed: int, first: int = 0) -> None:
+        self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
+        self.sampler = Sampler(seed, len(data), batch_size)
+
+    def from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
+        """The batches of steps ``step`` to ``stop - 1``."""
+        return (self._batch(number - self._first) for number in range(step, stop))
+
+    def _batch(self, step: int) -> MaskBatch:
+        data, seed, samples = self._data, self._seed, self.sampler.batch(step)
+        picked = torch.from_numpy(samples).to(data.images.device)
+        layers = torch.cat([layer[picked] for layer in (data.images, data.labels, data.weights)], 1)
+        side = np.full(len(samples), layers.shape[-1])
+        boxes = crop_boxes(
+            seed, self.sampler.epoch(step), samples, side, side,
+            first_view=0, count=1, area=self._views.area, aspect=self._views.aspect,
+        )  # fmt: skip
+        crops = device_crops(layers, boxes, self._size)
+        draw = draw_photometry(self._views.photometric, seed, step, np.arange(len(samples)), 1)
+        flips = torch.from_numpy(draw.flip[0]).to(crops.device)[:, None, None, None]
+        maps = crops[0, :, 3:]
+        maps = torch.where(flips, maps.flip(-1), maps)
+        images = apply_photometry(crops[:, :, :3], draw)[0]
+        return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:])
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much of each term the loss has; ``beta2`` is the squared beta of the F loss."""
+
+    bce: float
+    iou: float
+    f: float
+    beta2: float
+
+
+class MaskTraining:
+    """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: LossWeights,
+        *,
+        rate: float,
+        weight_decay: float,
+        warmup: int,
+        steps: int,
+        first: int = 0,
+        stage: int = 0,
+        autocast: torch.autocast,
+    ) -> None:
+        self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
+        self._first, self._stage, self._autocast = first, stage, autocast
+        self.state = net
+        self.optimizer = build_optimizer("adamw", net.named_parameters(), rate, 0.9, weight_decay)
+
+    def loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
+        """``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
+        self.state.train()
+        with self._autocast:
+            outputs = self.state(batch.images)
+        losses = [mask_loss(logits.float(), batch.labels, batch.weights, self._loss) for logits in outputs]
+        return {"loss": torch.stack(losses).mean(), "fused": losses[0].detach()}
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step - self._first + 1, peak=self._rate, warmup_steps=self._warmup, total_steps=self._steps + 1
+        )
+
+    def after_step(self, step: int) -> None: ...
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"stage": self._stage}
+
+
+def mask_loss(logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights) -> Tensor:
+    """Scalar. ``logits``, soft ``labels`` and pixels' ``weights``: float32 ``[B, 1, H, W]``; weight 0 = not looked at.
+
+    Weighted binary cross-entropy per pixel, plus, per image and from the soft overlap of prediction and label,
+    1 - IoU and 1 - F (DeepUSPS, arXiv 1909.13055: (1 + beta2) PR / (beta2 P + R)).
+    """
+    total = logits.new_zeros(())
+    if terms.bce:
+        cross = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
+        total = total + terms.bce * cross / weights.sum().clamp_min(TINY)
+    if terms.iou or terms.f:
+        p, y, w = logits.sigmoid().flatten(1), labels.flatten(1), weights.flatten(1)
+        overlap, predicted, wanted = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)
+        if terms.iou:
+            iou = (overlap + TINY) / (predicted + wanted - overlap + TINY)
+            total = total + terms.iou * (1 - iou).mean()
+        if terms.f:
+            f = ((1 + terms.beta2) * overlap + TINY) / (terms.beta2 * wanted + predicted + TINY)
+            total = total + terms.f * (1 - f).mean()
+    return total

@@ -1,0 +1,323 @@
+"""The doctor: each check passes on a sound machine, fails on the trouble it is for, and says what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relicctl.benchmark.photos import GeneratedPhotos
+from relicctl.cli import run as relicctl
+from relicctl.config.resolve import resolve
+from relicctl.config.schema import Config
+from relicctl.data.sources import open_source
+from relicctl.doctor import machine, trials
+from relicctl.doctor.check import Finding, fail, find, ok, warn
+from relicctl.errors import UsageError
+
+CPU = torch.device("cpu")
+SMALL = ("model.arch=resnet18", "model.width=0.125", "views.large.size=32", "views.small.size=16")
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def config() -> Config:
+    return resolve(sets=SMALL, schema=Config).config
+
+
+@pytest.fixture
+def sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check does anything, and all is well."""
+    for module, names in (
+        (machine, "python versions cuda nccl bf16 cores disk shared_memory files"),
+        (trials, "decoders loader overfit processes run_folder"),
+    ):
+        for name in names.split():
+            monkeypatch.setattr(module, name, lambda *told: ok("well"))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_sound_machine(sound: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert relicctl(["doctor"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "ok\n"
+    assert len(said.err.splitlines()) == 1 + 14
+
+
+def test_a_warning_is_no_failure(
+    sound: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "files", lambda: warn("few files.", "ulimit -n 65536."))
+    assert relicctl(["doctor"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "ok\n"
+    assert "files: ulimit -n 65536." in said.err
+
+
+def test_what_fails_is_named(sound: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> Finding:
+        raise UsageError("It is broken.", "Mend it.")
+
+    monkeypatch.setattr(trials, "decoders", broken)
+    monkeypatch.setattr(machine, "disk", lambda *told: fail("full.", "Make room."))
+    assert relicctl(["doctor"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "disk decoders\n"
+    assert "decoders: Mend it." in said.err
+    assert relicctl(["doctor", "--json", "--quiet"]) == 1
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert (said.err, result["ok"], result["failed"], result["warned"]) == ("", False, ["disk", "decoders"], [])
+    assert {"name": "decoders", "state": "fail", "found": "It is broken.", "fix": "Mend it."} in result["checks"]
+
+
+def test_help_is_light_and_its_examples_run(
+    sound: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys; from relicctl.cli import run; run(['doctor', '--help']); "
+        "sys.exit(bool({'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    examples = [line.split()[1:] for line in done.stdout.splitlines() if line.strip().startswith("relicctl doctor")]
+    assert len(examples) == 3
+    monkeypatch.setattr("relicctl.commands.doctor.open_source", lambda spec, **more: None)
+    for example in examples:
+        assert relicctl(example) == 0, example
+
+
+def test_an_error_nobody_expected_is_a_failure() -> None:
+    def broken() -> Finding:
+        return [ok("well")][1]
+
+    assert find(broken).state == "fail"
+    assert "IndexError" in find(broken).found
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_this_machine_runs_its_own_tests() -> None:
+    assert machine.versions().state == "ok"
+    assert machine.bf16(CPU, "auto").state == "ok"
+    assert machine.python().state == "ok"
+
+
+def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch, "__version__", "2.10.1+cpu")
+    found = machine.versions()
+    assert (found.state, "torch>=2.11" in found.fix) == ("fail", True)
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "wanted", "state"),
+    [
+        (None, "", "auto", "ok"),
+        ("13.0", "", "auto", "ok"),
+        (None, "580.1", "auto", "warn"),  # a GPU that this torch leaves idle
+        ("13.0", "470.1", "cpu", "warn"),
+        ("13.0", "470.1", "cuda", "fail"),
+        ("13.0", "", "cuda", "fail"),
+    ],
+)
+def test_a_gpu_that_is_not_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, driver: str, wanted: str, state: str
+) -> None:
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.torch.version, "cuda", built)
+    monkeypatch.setattr(machine, "_driver", lambda: driver)
+    found = machine.cuda(wanted)
+    assert found.state == state
+    assert bool(found.fix) == (state != "ok")
+
+
+def test_wrong_bf16_fails_where_it_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "bf16_error", lambda device: math.inf)
+    assert machine.bf16(CPU, "bf16").state == "fail"
+    assert machine.bf16(CPU, "fp32").state == "warn"
+
+
+def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.functional.linear
+
+    def spoilt(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        return linear(x, *more) * (torch.nan if torch.is_autocast_enabled("cpu") else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spoilt)
+    assert machine.bf16_error(CPU) > 1e30
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8.0),
+        ({"cpu.max": "max 100000\n"}, 8.0),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "1600000 100000\n"}, 8.0),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8.0),
+    ],
+)
+def test_cores_are_those_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float
+) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.usable_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("threads", "load", "state"), [(2, 0.5, "ok"), (8, 0.5, "warn"), (2, 9.0, "warn")])
+def test_more_threads_or_load_than_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int, load: float, state: str
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, load, load))
+    assert machine.cores().state == state
+
+
+def test_the_disk_must_hold_the_checkpoints(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = machine.checkpoint_bytes(config)
+    for free, state in ((need - 1, "fail"), (2 * need, "warn"), (3 * need, "ok")):
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
+        assert machine.disk(tmp_path, config).state == state
+
+
+def test_checkpoints_are_as_large_as_foreseen(config: Config, tmp_path: Path) -> None:
+    from relicctl.core.loop import Progress, snapshot
+    from relicctl.pretraining import Pretraining
+
+    task = Pretraining(config, classes=1, steps_per_epoch=1, total_steps=1, device=CPU, precision="fp32")
+    tensors, _ = snapshot(task, Progress())
+    size = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("mean", "var", "tracked")))
+    momentum = 4 * sum(p.numel() for p in task.state.online.parameters())  # which the first step makes
+    assert machine.checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
+
+
+def test_shared_memory_must_hold_what_workers_make(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_image = 3 * (4 * 32**2 + 2 * 16**2)
+    assert machine.handed_over_bytes(config, 3) == 3 * 4 * 64 * per_image
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
+    assert machine.shared_memory(config, 2, tmp_path).state == "ok"
+    found = machine.shared_memory(config, 100, tmp_path)
+    assert found.state == "fail"
+    assert "--shm-size" in found.fix
+    assert machine.shared_memory(config, 2, tmp_path / "none").state == "warn"
+
+
+@pytest.mark.parametrize(
+    ("limit", "state"), [((256, 4096), "warn"), ((20000, 20000), "ok"), ((resource.RLIM_INFINITY,) * 2, "ok")]
+)
+def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], state: str) -> None:
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: limit)
+    found = machine.files()
+    assert found.state == state
+    assert ("ulimit -n 4096" in found.fix) == (state == "warn")
+
+
+# ---------------------------------------------------------------- the trials
+
+
+def test_photos_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trials.decoders().state == "ok"
+    decode = trials.decode_rgb
+    monkeypatch.setattr(trials, "decode_rgb", lambda data: decode(data)[..., ::-1])  # blue and red swapped
+    assert trials.decoders().state == "fail"
+
+
+def test_the_loader_is_timed(config: Config) -> None:
+    found = trials.loader(GeneratedPhotos(4, 64, 48), config, 2.0)
+    assert found.state == "ok"
+    assert "with 2 cores" in found.found
+
+
+def test_a_slow_host_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "host_figures", lambda *told, repeats: {"all": {"median": 10.0}})
+    assert trials.loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
+
+
+def test_broken_images_are_told(config: Config, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    found = trials.loader(open_source(str(tmp_path)), config, 1.0)
+    assert found.state == "warn"
+    assert found.found.startswith("1 of 3 images cannot be decoded")
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    assert trials.loader(open_source(str(tmp_path)), config, 1.0).state == "fail"
+
+
+def test_one_batch_is_learnt_by_heart() -> None:
+    found = trials.overfit(open_source("shapes:train=64"), CPU)
+    assert found.state == "ok", found.found
+
+
+@pytest.mark.parametrize("fault", ["no gradient", "NaN"])
+def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    loss = trials.Pretraining.loss
+    factor = 0.0 if fault == "no gradient" else math.nan
+
+    def spoilt(self: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
+        true = loss(self, batch, step)["loss"]
+        return {"loss": true.detach() + factor * true}
+
+    monkeypatch.setattr(trials.Pretraining, "loss", spoilt)
+    monkeypatch.setattr(trials, "OVERFIT_STEPS", 10)
+    assert trials.overfit(open_source("shapes:train=64"), CPU).state == "fail"
+
+
+@pytest.mark.slow
+def test_two_processes_meet() -> None:
+    assert trials.processes(CPU).state == "ok"
+
+
+def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(code: int, stderr: str) -> Callable[..., Any]:
+        return lambda *told, **more: SimpleNamespace(returncode=code, stderr=stderr)
+
+    def hangs(command: list[str], **more: Any) -> Any:
+        raise trials.subprocess.TimeoutExpired(command, more["timeout"])
+
+    monkeypatch.setattr(trials.subprocess, "run", ended(1, "trace\nno route to host"))
+    assert "no route to host" in trials.processes(CPU).found
+    monkeypatch.setattr(trials.subprocess, "run", hangs)
+    assert trials.processes(CPU).state == "fail"
+
+
+def test_a_run_folder_is_tried_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trials.run_folder(tmp_path).state in ("ok", "warn")  # the disk may be slow
+    assert list(tmp_path.iterdir()) == []
+    load = trials.checkpoint.load
+
+    def flipped(path: Path) -> Any:
+        tensors, header = load(path)
+        return {name: t + 1 for name, t in tensors.items()}, header
+
+    monkeypatch.setattr(trials.checkpoint, "load", flipped)
+    assert trials.run_folder(tmp_path).state == "fail"
+
+
+def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials.os, "access", lambda path, mode: False)
+    assert trials.run_folder(tmp_path).state == "fail"

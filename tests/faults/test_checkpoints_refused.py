@@ -1,0 +1,140 @@
+"""Checkpoints that cannot be read, through the command: the one before is taken, and stays safe from then on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from faulty import assert_same_run, command, in_a_process, two_sentences
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from relicctl.core import checkpoint
+
+
+@pytest.fixture(scope="module")
+def cut(tiny, tmp_path_factory) -> Path:
+    """A run that was killed after step 6, with checkpoints of steps 3 and 6."""
+    run = tmp_path_factory.mktemp("cut") / "run"
+    assert in_a_process(command(tiny, run), f"{__name__}.after_step_6").code == 7
+    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == list(map(checkpoint.file_name, (3, 6)))
+    return run
+
+
+def after_step_6() -> None:
+    import os
+
+    from relicctl.pretraining import Pretraining
+
+    genuine = Pretraining.after_step
+    Pretraining.after_step = lambda self, step: os._exit(7) if step == 6 else genuine(self, step)  # type: ignore
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def with_a_flipped_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def of_a_newer_version(path: Path) -> None:
+    tensors, _ = checkpoint.load(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"format_version": "99"}
+    save_file(tensors, path, metadata)
+
+
+def with_a_flipped_bit_in_its_step(path: Path) -> None:
+    """Or a run would go on in silence at a step that is not its own."""
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'step\\": 6', b'step\\": 7', 1))
+    assert path.read_bytes() != data
+
+
+SPOILT = [truncated, emptied, with_a_flipped_bit, of_a_newer_version, with_a_flipped_bit_in_its_step]
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_the_checkpoint_before_is_taken(tiny, whole, cut, tmp_path, spoil):
+    run = tmp_path / "run"
+    shutil.copytree(cut, run)
+    spoil(run / "checkpoints" / checkpoint.file_name(6))
+    ended = in_a_process(command(tiny, run), log=tmp_path / "log")
+    assert ended.code == 0, ended.err
+    assert "warning: " in ended.err
+    assert checkpoint.file_name(6) in ended.err
+    assert_same_run(run, whole)
+    assert len(list((run / "checkpoints").glob("*.unreadable"))) == 1  # the user may want it: it is not deleted
+
+
+def test_one_that_cannot_be_read_is_never_kept_in_place_of_one_that_can(tiny, whole, cut, tmp_path):
+    """With checkpoint.keep 1, a later step's broken file would make the run delete every new checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(cut, run)
+    (run / "checkpoints" / checkpoint.file_name(6)).rename(run / "checkpoints" / checkpoint.file_name(7))
+    truncated(run / "checkpoints" / checkpoint.file_name(7))
+    line = command(tiny, run, "--set", "checkpoint.keep=1", "--set", "checkpoint.every_steps=2")
+    assert in_a_process(line, f"{__name__}.after_step_6").code == 7
+    (newest,) = checkpoint.listed(run / "checkpoints")
+    assert checkpoint.load(newest)[1]["step"] == 6
+    assert in_a_process(line).code == 0
+    assert_same_run(run, whole)
+
+
+def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_start_anew_in_silence(tiny, cut, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cut, run)
+    for path in checkpoint.listed(run / "checkpoints"):
+        truncated(path)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    ended = in_a_process(command(tiny, run), log=tmp_path / "log")
+    assert ended.code == 2
+    assert two_sentences(ended.err)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
+def test_times_of_files_mean_nothing(tiny, whole, cut, tmp_path):
+    """The newest checkpoint is that of the latest step, whatever a clock that jumped back has stamped on it."""
+    import os
+
+    run = tmp_path / "run"
+    shutil.copytree(cut, run)
+    os.utime(run / "checkpoints" / checkpoint.file_name(3), (4e9, 4e9))
+    os.utime(run / "checkpoints" / checkpoint.file_name(6), (0, 0))
+    ended = in_a_process([part for part in command(tiny, run) if part != "--quiet"], log=tmp_path / "log")
+    assert ended.code == 0
+    assert "at step 6" in ended.err
+    assert_same_run(run, whole)
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tiny, whole, tmp_path):
+    run = tmp_path / "run"
+    by_time = ("--set", "checkpoint.every_minutes=1")
+    assert in_a_process(command(tiny, run, *by_time), f"{__name__}.clock_back", tmp_path / "log").code == 0
+    assert_same_run(run, whole)
+    assert all(x > 0 for x in eta(run))
+
+
+def clock_back() -> None:
+    """Each look at the wall clock shows an hour earlier than the one before."""
+    import itertools
+    import time
+
+    hours = itertools.count()
+    now = time.time()
+    time.time = lambda: now - 3600 * next(hours)  # type: ignore[assignment]
+    time.time_ns = lambda: int(time.time() * 1e9)  # type: ignore[assignment]
+
+
+def eta(run: Path) -> list[float]:
+    import json
+
+    return [json.loads(line)["images_per_s"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,125 @@
+"""A full disk costs no more than the way from the last checkpoint, and says so; with room made, the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty import assert_same_run, command, in_a_process, two_sentences
+
+from relicctl.cli import run as relicctl
+from relicctl.core import checkpoint
+
+LEFT = 1000  # bytes: less than any file here takes
+
+
+def fill(folder: Path, left: int = LEFT) -> None:
+    """Use up the file system that ``folder`` lies on, but for about ``left`` bytes."""
+    disk = next(path for path in (folder, *folder.parents) if os.path.ismount(path))
+    with open(disk / "ballast", "ab", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(bytes(1 << 16))
+        except OSError:
+            pass
+        ballast.truncate(max(0, ballast.tell() - left))
+
+
+def _before(owner: object, name: str, when: Callable[..., Path | None]) -> None:
+    """Fill the disk before the call of ``owner.name`` for whose arguments ``when`` gives a folder on it."""
+    genuine = getattr(owner, name)
+
+    def filling(*given, **named):
+        folder = when(*given)
+        if folder is not None:
+            fill(folder)
+        return genuine(*given, **named)
+
+    setattr(owner, name, filling)
+
+
+def at_a_checkpoint() -> None:
+    _before(checkpoint, "save", lambda path, *_: path.parent if path.name == checkpoint.file_name(6) else None)
+
+
+def at_metrics() -> None:
+    from relicctl.runs import RunFolder
+
+    def when(run: RunFolder, record: dict) -> Path | None:
+        if record["step"] != 5:
+            return None
+        page = 4096 - (run.path / "metrics.jsonl").stat().st_size % 4096  # what the file's last page still takes
+        with open(run.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps({"step": 4, "filler": "x" * (page - 50)})[: page - 1] + "\n")
+        return run.path
+
+    _before(RunFolder, "metrics", when)
+
+
+def at_the_encoder() -> None:
+    from relicctl.commands import pretrain
+
+    _before(pretrain, "save_encoder", lambda path, *_: path.parent)
+
+
+def at_the_results() -> None:
+    from relicctl.runs import RunFolder
+
+    _before(RunFolder, "write_json", lambda run, *_: run.path)
+
+
+@pytest.mark.parametrize(
+    ("moment", "kept"),
+    [(at_a_checkpoint, 3), (at_metrics, 3), (at_the_encoder, 8), (at_the_results, 8)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(tiny, whole, small_disk, tmp_path, moment, kept):
+    run, log = small_disk.path / "run", tmp_path / "log"
+    ended = in_a_process(command(tiny, run), f"{__name__}.{moment.__name__}", log)
+    assert ended.code == 1
+    assert two_sentences(ended.err)
+    assert "No space left" in ended.err or "disk is full" in ended.err
+    assert "--resume" in ended.err
+    newest = checkpoint.listed(run / "checkpoints")[-1]
+    assert checkpoint.load(newest)[1]["step"] == kept
+    small_disk.free()
+    again = in_a_process(command(tiny, run), log=log)
+    assert again.code == 0, again.err
+    assert_same_run(run, whole)
+
+
+def test_an_export_that_finds_no_room_leaves_nothing(whole, small_disk, capsys):
+    fill(small_disk.path, 300_000)  # an encoder takes 718 kB
+    out = small_disk.path / "export" / "r18.safetensors"
+    export = ["export", str(whole), "--format", "relicctl", "--out", str(out), "--quiet"]
+    assert relicctl(export) == 1
+    told = capsys.readouterr()
+    assert two_sentences(told.err)
+    assert "disk is full" in told.err
+    assert (told.out, list(out.parent.iterdir())) == ("", [])
+    small_disk.free()
+    assert relicctl(export) == 0
+
+
+def test_features_that_find_no_room_are_made_anew(small_disk):
+    """The feature cache of transfer and linear-eval: either whole or absent."""
+    import numpy as np
+    import torch
+
+    from relicctl.core.distributed import World
+    from relicctl.errors import RunFailed
+    from relicctl.evaluation.kept import kept
+
+    path, device = small_disk.path / "features" / "a.safetensors", torch.device("cpu")
+    made = torch.randn(20_000, 32), np.arange(20_000)
+    fill(small_disk.path, 500_000)
+    with pytest.raises(RunFailed, match="No space left") as failed:
+        kept(path, device, lambda: made, World())
+    assert failed.value.code == 1
+    assert list(path.parent.iterdir()) == []
+    small_disk.free()
+    assert torch.equal(kept(path, device, lambda: made, World())[0], made[0])
+    assert torch.equal(kept(path, device, lambda: pytest.fail("it was kept"), World())[0], made[0])

@@ -1,0 +1,149 @@
+"""SIGKILL at the worst moments: the same command line goes on, and ends with the bits of a run never killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty import assert_same_run, command, in_a_process
+
+from relicctl.core import checkpoint
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_step() -> None:
+    from relicctl.pretraining import Pretraining
+
+    genuine = Pretraining.after_step
+
+    def after_step(self: Pretraining, step: int) -> None:
+        if step == 4:
+            die()
+        genuine(self, step)
+
+    Pretraining.after_step = after_step  # type: ignore[method-assign]
+
+
+def before_the_first_checkpoint() -> None:
+    from relicctl.pretraining import Pretraining
+
+    Pretraining.after_step = lambda self, step: die()  # type: ignore[method-assign]
+
+
+def in_half_a_checkpoint() -> None:
+    genuine = checkpoint.save_file
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        genuine(tensors, path, metadata)
+        if checkpoint.file_name(6) in path.name:
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    checkpoint.save_file = save_file
+
+
+def _around_replace(name: str, *, after: bool) -> None:
+    """Die before or after a temporary file takes its place as ``name``."""
+    genuine = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        ours = Path(target).name == name
+        if after or not ours:
+            genuine(source, target)
+        if ours:
+            die()
+
+    os.replace = replace  # type: ignore[assignment]
+
+
+def before_the_rename() -> None:
+    _around_replace(checkpoint.file_name(6), after=False)
+
+
+def after_the_rename() -> None:
+    _around_replace(checkpoint.file_name(6), after=True)
+
+
+def before_there_is_a_config() -> None:
+    _around_replace("config.yaml", after=False)
+
+
+def before_the_results() -> None:
+    _around_replace("results.json", after=False)
+
+
+def in_half_a_line_of_metrics() -> None:
+    import json
+
+    from relicctl import runs
+
+    genuine = runs.RunFolder.metrics
+
+    def metrics(self: runs.RunFolder, record: dict) -> None:
+        if record["step"] == 5:
+            with open(self.path / "metrics.jsonl", "a") as handle:
+                handle.write(json.dumps(record)[:40])
+            die()
+        genuine(self, record)
+
+    runs.RunFolder.metrics = metrics  # type: ignore[method-assign]
+
+
+def while_old_checkpoints_go() -> None:
+    checkpoint.prune = lambda folder, keep: die()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        in_a_step, before_the_first_checkpoint, in_half_a_checkpoint, before_the_rename, after_the_rename,
+        while_old_checkpoints_go, in_half_a_line_of_metrics, before_there_is_a_config, before_the_results,
+    ],
+    ids=lambda moment: moment.__name__,
+)  # fmt: skip
+def test_killed_and_resumed_is_never_killed(tiny, whole, tmp_path, moment):
+    run = tmp_path / "run"
+    killed = in_a_process(command(tiny, run), f"{__name__}.{moment.__name__}")
+    assert killed.code == -signal.SIGKILL
+    again = in_a_process(command(tiny, run), log=tmp_path / "log")
+    assert again.code == 0, again.err
+    assert_same_run(run, whole)
+
+
+def test_killed_in_every_life_it_still_arrives(tiny, whole, tmp_path):
+    """Each life dies after its first checkpoint is in place: every kill costs that life's steps at most."""
+    run = tmp_path / "run"
+    while (ended := in_a_process(command(tiny, run), f"{__name__}.while_old_checkpoints_go")).code:
+        assert ended.code == -signal.SIGKILL
+        saved = len(list((run / "checkpoints").glob("step-*.safetensors")))
+        assert saved <= 4
+    assert_same_run(run, whole)
+
+
+def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, whole, tmp_path):
+    """Also from given weights, which are the run's start and not that of its continuation."""
+    run = tmp_path / "run"
+    line = command(tiny, run, "--init-from", str(whole))
+    assert in_a_process(line, f"{__name__}.in_a_step").code == -signal.SIGKILL
+    assert in_a_process(line).code == 0
+    assert in_a_process(line).code == 0  # there is nothing left to do
+    other = in_a_process(command(tiny, run, "--init-from", str(whole / "encoder.safetensors")), log=tmp_path / "log")
+    assert other.code == 2
+    assert "another run" in other.err
+    uncut = tmp_path / "uncut"
+    assert in_a_process(command(tiny, uncut, "--init-from", str(whole))).code == 0
+    assert_same_run(run, uncut)
+
+
+def test_a_folder_of_something_else_is_never_taken_for_a_run(tiny, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert in_a_process(command(tiny, precious)).code == 2
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,130 @@
+"""Signals and deaths among the processes that torchrun has started: saved once, told by exit codes, gone on with."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faulty import STEPS, command
+
+from relicctl.core import checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="processes are found through /proc"),
+]
+LONG = ("--set", "optim.epochs=500", "--set", "checkpoint.every_steps=1000000")  # ends by a signal alone
+
+
+@dataclass
+class Group:
+    """A torchrun of two processes, the run's folder, and what they say."""
+
+    process: subprocess.Popen
+    run: Path
+    log: Path
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank."""
+        found = {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                variables = environ.read_bytes().split(b"\0")
+                parent = int(re.search(r"PPid:\s*(\d+)", (environ.parent / "status").read_text())[1])
+            except OSError:  # it has ended, or is another user's
+                continue
+            for variable in variables:
+                if parent == self.process.pid and variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = int(environ.parent.name)
+        return found
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until ``count`` more lines are logged."""
+        metrics = self.run / "metrics.jsonl"
+        lines = lambda: len(metrics.read_text().splitlines()) if metrics.exists() else 0  # noqa: E731
+        until = lines() + count
+        while lines() < until:
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+
+    def wait(self) -> int:
+        return self.process.wait(400)
+
+    def steps_saved(self) -> list[int]:
+        return [checkpoint.load(path)[1]["step"] for path in checkpoint.listed(self.run / "checkpoints")]
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """Start a group; whatever is left of it is killed at the end."""
+    groups: list[Group] = []
+
+    def start(*more: str, restarts: int = 0) -> Group:
+        run, log = tmp_path / "run", tmp_path / "log"
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            str(restarts),
+        ]
+        with open(log, "w") as out:
+            process = subprocess.Popen(
+                [sys.executable, *launch, "-m", "relicctl", *command(tiny, run, *more)],
+                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+        groups.append(Group(process, run, log))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        if group.process.poll() is None:
+            os.killpg(group.process.pid, signal.SIGKILL)
+            group.process.wait()
+
+
+@pytest.mark.parametrize(("number", "rank", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 0, 130)])
+def test_a_signal_at_any_rank_saves_once_and_every_rank_ends_with_its_code(start, number, rank, code):
+    group = start(*LONG)
+    group.wait_for_steps(3)
+    os.kill(group.ranks()[rank], number)
+    assert group.wait() == 1  # torchrun's own, for any worker's failure
+    said = group.log.read_text()
+    assert re.findall(r"exitcode\s*: (\d+)", said)[-1] == str(code)  # the first rank that ended
+    (step,) = group.steps_saved()
+    assert len(re.findall(rf"Stopped by a signal after step {step} of", said)) == 2
+
+
+def test_ctrl_c_reaches_every_process_twice_and_still_everything_is_saved(start):
+    """The terminal sends SIGINT to torchrun and to its workers, and torchrun hands it on to the workers once more."""
+    group = start(*LONG)
+    group.wait_for_steps(3)
+    os.killpg(group.process.pid, signal.SIGINT)
+    group.wait()
+    (step,) = group.steps_saved()
+    assert f"after step {step} of" in group.log.read_text()
+
+
+def test_a_worker_that_is_killed_is_started_again_and_goes_on(start, tmp_path):
+    """By the same command line, which torchrun executes again; the end is that of a group never killed."""
+    slow = ("--set", "optim.epochs=4")
+    group = start(*slow, restarts=3)
+    group.wait_for_steps(4)
+    os.kill(group.ranks()[1], signal.SIGKILL)
+    assert group.wait() == 0, group.log.read_text()
+    assert group.steps_saved()[-1] == 4 * STEPS
+    killed, _ = checkpoint.load(checkpoint.listed(group.run / "checkpoints")[-1])
+    group.run.rename(tmp_path / "killed")
+    whole = start(*slow)
+    assert whole.wait() == 0
+    expected, _ = checkpoint.load(checkpoint.listed(whole.run / "checkpoints")[-1])
+    assert [name for name in expected if not (expected[name] == killed[name]).all()] == []

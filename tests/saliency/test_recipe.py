@@ -1,0 +1,185 @@
+"""The stages of training masks: from priors to a network, cut anywhere and gone on with."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relicctl.config.bgmask import Augment, BgmaskConfig, Labels, MaskNet, MaskOptim, Predict, Refine, Rounds
+from relicctl.config.schema import Checkpoint, Machine
+from relicctl.core.models.resnet import build_encoder, seeded
+from relicctl.data.bad_images import BadImages
+from relicctl.data.shapes import ShapesSource
+from relicctl.encoder import save_encoder
+from relicctl.runs import RunFolder
+from relicctl.saliency.nets import load_saliency
+from relicctl.saliency.photos import load_photos
+from relicctl.saliency.recipe import run_recipe, stages_of, total_steps
+
+CPU = torch.device("cpu")
+SIDE, COUNT = 32, 12
+
+
+class Killed(Exception):
+    """Stands for a death that nothing in the process can answer."""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    with seeded(0):
+        small = build_encoder("resnet18", 0.125)
+    save_encoder(path, small, {"size": "32", "crop_ratio": "1.0", "mean": "[0.5, 0.5, 0.5]", "std": "[1, 1, 1]"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos():
+    source = ShapesSource.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
+    return load_photos(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
+
+
+@pytest.fixture
+def store():
+    """Two priors: a blob that wanders about the middle, and a coarser one."""
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    maps = np.zeros((COUNT, 2, SIDE, SIDE), np.uint8)
+    for k in range(COUNT):
+        far = np.hypot(rows - 12 - k % 5, columns - 18 + k % 3)
+        maps[k] = 255 * np.exp(-((far / 8) ** 2)), 255 * np.exp(-((far / 11) ** 2))
+    return SimpleNamespace(maps=maps, valid=np.ones((COUNT, 2), bool))
+
+
+def config_of(encoder, **more):
+    sections = {
+        "model": MaskNet(arch="resnet", size=32, encoder=str(encoder)),
+        "labels": Labels(size=SIDE, drop=0.25),
+        "refine": Refine(radius=2),
+        "rounds": Rounds(count=1, epochs=2),
+        "optim": MaskOptim(batch_size=3, epochs=3),
+        "augment": Augment(area=(0.5, 1.0)),
+        "predict": Predict(batch_size=5),
+        "checkpoint": Checkpoint(every_steps=2),
+        "runtime": Machine(log_every=1),
+    }
+    return BgmaskConfig(**{**sections, **more})
+
+
+def go(config, photos, store, path, *, resume=False, show=lambda step, record: None, warned=None):
+    """The final network, and the names of the stages that were told of."""
+    if resume:
+        run = RunFolder.reopen(path, keep=2)
+    else:
+        run = RunFolder.create(path, overwrite=False, keep=2)
+        run.write_text(run.config, "")
+    told = []
+    try:
+        net = run_recipe(
+            config, photos, store, run, device=CPU, precision="fp32", show=show,
+            stage=lambda name, net: told.append(name), warn=(warned if warned is not None else []).append,
+            resume_command="again",
+        )  # fmt: skip
+    finally:
+        run.close()
+    return net, told
+
+
+def weights(path):
+    """By name, as bytes: the order of a file's metadata is left to chance by safetensors."""
+    return {name: t.numpy().tobytes() for name, t in load_file(path / "saliency.safetensors").items()}
+
+
+def test_steps_are_counted_through_all_stages(encoder):
+    stages = stages_of(config_of(encoder), COUNT)  # a quarter of the images is dropped: 3 steps an epoch
+    assert [(s.name, s.first, s.last) for s in stages] == [("round 1", 0, 6), ("final", 6, 15)]
+    assert total_steps(config_of(encoder), COUNT) == 15
+
+
+def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, photos, store, tmp_path):
+    config, steps = config_of(encoder), []
+    _, told = go(config, photos, store, tmp_path / "whole", show=lambda step, record: steps.append(step))
+    assert told == ["round 1", "final"]
+    assert steps == list(range(1, 16))
+
+    for deadly in (3, 9):
+
+        def kill(step, record, deadly=deadly):
+            if step == deadly:
+                raise Killed
+
+        path = tmp_path / f"killed-{deadly}"
+        with pytest.raises(Killed):
+            go(config, photos, store, path, show=kill)
+        steps.clear()
+        _, told = go(config, photos, store, path, resume=True, show=lambda step, record: steps.append(step))
+        assert steps == list(range(deadly, 16))  # from the checkpoint, which is a step older
+        assert told == ["round 1", "final"]
+        assert weights(path) == weights(tmp_path / "whole")
+        records = RunFolder.reopen(path, keep=2).read_metrics()
+        assert [record["step"] for record in records] == list(range(1, 16))
+        assert {record["stage"] for record in records} == {0, 1}
+
+
+def test_a_finished_run_is_not_trained_again_and_a_damaged_outcome_is(encoder, photos, store, tmp_path):
+    config, path, warned, steps = config_of(encoder), tmp_path / "run", [], []
+
+    def count(step, record):
+        steps.append(step)
+
+    go(config, photos, store, path)
+    before = weights(path)
+    go(config, photos, store, path, resume=True, show=count)
+    assert steps == []
+    assert weights(path) == before
+    outcome = path / "stages" / "round-1.safetensors"
+    outcome.write_bytes(outcome.read_bytes()[:-100])
+    go(config, photos, store, path, resume=True, show=count, warned=warned)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert "made again" in warned[0]
+    assert weights(path) == before
+
+
+def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, tmp_path):
+    net, _ = go(config_of(encoder, rounds=Rounds(count=0)), photos, store, tmp_path / "run")
+    again = load_saliency(tmp_path / "run")
+    assert not net.training
+    assert (again.arch, again.size) == ("resnet", 32)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store, tmp_path):
+    config = config_of(encoder, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
+    store.valid[2, 1] = store.valid[5] = False
+    go(config, photos, store, tmp_path / "zero")
+    store.maps[2, 1] = store.maps[5] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE))
+    go(config, photos, store, tmp_path / "junk")
+    assert weights(tmp_path / "zero") == weights(tmp_path / "junk")
+
+
+def test_an_image_without_any_prior_is_not_trained_on(encoder, photos, store, tmp_path):
+    config = config_of(encoder, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
+    store.valid[[1, 4, 8]] = False  # as many as are dropped
+    go(config, photos, store, tmp_path / "one")
+    changed = photos.images.clone()
+    changed[[1, 4, 8]] = 255 - changed[[1, 4, 8]]
+    go(config, type(photos)(photos.indices, changed), store, tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_training_never_opens_a_true_mask(encoder, store, tmp_path, monkeypatch):
+    """The embedded data know their masks; who trains does not even load the module that reads masks."""
+
+    def refuse(*_):
+        raise AssertionError("a true mask was opened")
+
+    monkeypatch.setattr(ShapesSource, "mask", refuse)
+    monkeypatch.setitem(sys.modules, "relicctl.saliency.truth", None)  # importing it fails
+    source = ShapesSource.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
+    photos = load_photos(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
+    go(config_of(encoder), photos, store, tmp_path / "run")
