@@ -38,8 +38,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     stand_in(monkeypatch, pretrain)
     linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
     monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
-    monkeypatch.setattr(commands, "transfer", SimpleNamespace(transfer=pretrain), raising=False)
-    bgmask = SimpleNamespace(train_bgmask=pretrain, dry_run=lambda *told: "plan")
+    plan = {"dry_run": lambda *told: "plan"}
+    monkeypatch.setattr(commands, "transfer", SimpleNamespace(transfer=pretrain, **plan), raising=False)
+    dense = SimpleNamespace(transfer_dense=pretrain, **plan)
+    monkeypatch.setattr(commands, "transfer_dense", dense, raising=False)
+    bgmask = SimpleNamespace(train_bgmask=pretrain, **plan)
     monkeypatch.setattr(commands, "train_bgmask", bgmask, raising=False)
     return made
 

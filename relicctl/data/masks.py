@@ -70,7 +70,7 @@ class MaskBank:
 
     def __init__(self, path: Path, header: dict[str, Any], content: np.ndarray) -> None:
         self.path, self.side, self.count = path, int(header["side"]), int(header["count"])
-        self.made_by, self.fingerprint = str(header["made_by"]), str(header["fingerprint"])
+        self.made_by, self.fingerprint = str(header.get("made_by")), str(header.get("fingerprint"))
         self.identity = str(header["sha256"])  # of everything after the header
         layout = _Layout(self.count, self.side)
         self._names = content[HEADER : layout.rows].view(f"S{NAME_BYTES}")
@@ -104,8 +104,10 @@ class MaskBank:
         layout = _Layout(int(header["count"]), int(header["side"]))
         if len(content) != layout.end:
             raise _broken(path, f"is cut short or too long ({len(content):,} bytes, not {layout.end:,})")
-        if zlib.crc32(content[HEADER : layout.masks].data) != header["tables_crc"]:
+        if zlib.crc32(content[HEADER : layout.masks].data) != header.get("tables_crc"):
             raise _broken(path, "is damaged: the checksum of its tables does not match")
+        if layout.side % 8 or content[layout.rows : layout.areas].view("<u4").max() >= layout.count:
+            raise _broken(path, "speaks of masks that it cannot have")
         return cls(path, header, content)
 
     def __reduce__(self) -> Any:
@@ -294,7 +296,13 @@ def _read_header(path: Path) -> dict[str, Any]:
     text = start[_PREFIX : _PREFIX + length]
     if version < 1 or zlib.crc32(text) != crc:
         raise _broken(path, "is damaged: the checksum of its header does not match")
-    return json.loads(text)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or not all(type(header.get(n)) is int and header[n] > 0 for n in ("count", "side")):
+        raise _broken(path, "has a header without the number and size of its masks")
+    return header
 
 
 def _reopened(path: Path, identity: str) -> MaskBank:

@@ -8,9 +8,10 @@ import struct
 import tarfile
 import time
 import zipfile
+import zlib
 
 import pytest
-from hostile import TARGETS, read_archive, read_checkpoint, read_config, read_weights
+from hostile import TARGETS, banks, read_archive, read_bank, read_checkpoint, read_config, read_weights, with_true_sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -163,3 +164,23 @@ def test_no_claim_in_a_safetensors_header_is_believed(header):
     for data in (struct.pack("<Q", len(text)) + text + bytes(4), struct.pack("<Q", 1 << 60) + text):
         read_checkpoint(data)
         read_weights(data)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"count": 1 << 40}, {"count": 0}, {"count": -8}, {"count": "8"}, {"count": None}, {"side": 1 << 20}, {"side": 0},
+        {"side": 127}, {"side": 1.5}, {"tables_crc": None}, {"fingerprint": 3}, {"made_by": None}, {"sha256": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_claim_in_a_mask_bank_is_believed(claim):
+    """With checksums that fit; and rows that point beyond the masks."""
+    whole = banks()[1]
+    length = struct.unpack_from("<I", whole, 12)[0]
+    header = json.loads(whole[20 : 20 + length]) | claim
+    text = json.dumps(header).encode()
+    prefix = whole[:12] + struct.pack("<II", len(text), zlib.crc32(text)) + text
+    read_bank(prefix.ljust(4096, b"\0") + whole[4096:])
+    rows = 4096 + 16 * 8
+    read_bank(with_true_sums(whole[:rows] + b"\xff" * 32 + whole[rows + 32 :]))
