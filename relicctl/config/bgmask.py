@@ -51,14 +51,14 @@ class Refine(Section):
 
     radius: Count = key(8, "radius of the filter's window in pixels of labels.size")
     eps: Positive = key(1e-3, "regulariser of the filter: higher smooths across weaker edges")
-    cut: Fraction = key(0.5, "weight in a label of the graph cut; the rest is the filtered map")
-    background: Fraction = key(0.12, "where a map is below this, the cut takes the background for certain")
+    cut: Fraction = key(1.0, "weight in a label of the graph cut; the rest is the filtered map")
+    background: Fraction = key(0.2, "where a map is below this, the cut takes the background for certain")
     foreground: Fraction = key(0.9, "where a map is above this, the cut takes the object for certain")
     keep: Fraction = key(0.7, "weight of the old label in the moving average after a round")
 
 
 class Rounds(Section):
-    count: int = key(2, "rounds of training on labels that a network refined, before the final one", ge=0)
+    count: int = key(0, "rounds of training on labels that a network refined, before the final one", ge=0)
     epochs: Count = key(10, "passes over the images in each round")
 
 
@@ -98,7 +98,7 @@ class Predict(Section):
     flip: bool = key(True, "average with the mirrored image")
     scales: Scales = key((1.0,), "factors on model.size whose predictions are averaged")
     refine: Literal["none", "guided", "cut"] = key(
-        "guided", "how a map is drawn to the image's edges: not, by the guided filter, by filter and cut"
+        "cut", "how a map is drawn to the image's edges: not, by the guided filter, by filter and cut"
     )
     threshold: Fraction = key(0.5, "probability above which a pixel is foreground")
     batch_size: Count = key(32, "images at a time")

@@ -212,8 +212,8 @@ class StopSignals:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once.
 
     A scheduler may send SIGTERM to a job's processes more than once: two within TWICE_SECONDS are one. torchrun hands
-    on what a terminal or a scheduler has sent to its processes already: under it no second one counts. Who does not
-    want to wait for the end of the step may kill torchrun.
+    on to its workers what a scheduler has sent to them already: under it no second one counts, and it kills them itself
+    if they take longer than its patience.
     """
 
     TWICE_SECONDS = 5.0

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -69,7 +71,9 @@ def fuzz(name: str, seconds: float, findings: Path) -> dict[str, object]:
     """One target in its own process; how many inputs were tried, and the finding that ended it if there was one."""
     before, began = set(findings.iterdir()), time.monotonic()
     command = [sys.executable, __file__, "--target", name, "--seconds", str(seconds), "--out", str(findings / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    with tempfile.TemporaryDirectory() as place:  # atheris ends the process without tidying up
+        told_where = os.environ | {"TMPDIR": place}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=told_where)
     counts = re.findall(r"number_of_executed_units: *(\d+)", done.stderr) or re.findall(r"^#(\d+)", done.stderr, re.M)
     new = [path for path in set(findings.iterdir()) - before if path.is_file()]
     found = [str(path) for path in new if "slow-unit" not in path.name]  # libFuzzer's note of 10 s is none of ours

@@ -16,7 +16,7 @@ NAMES = {
     "demo", "cifar10-r18", "imagenette-r18", "stl10-r18", "r50-1000ep", "r50-300ep", "r50-100ep",
     "r50-100ep-1gpu", "r50-2large6small", "r50x2-1000ep", "r50x4-1000ep", "r101-1000ep", "r152-1000ep",
     "r200-1000ep", "r200x2-1000ep", "linear-imagenet", "byol-suite", "finetune-byol", "finetune-quick",
-    "demo-bgmask", "u2netp", "u2net", "voc-segmentation", "voc-detection", "coco-detection",
+    "demo-bgmask", "resnet-bgmask", "u2netp", "u2net", "voc-segmentation", "voc-detection", "coco-detection",
     "segmentation-quick", "detection-quick", "semi-1pct", "semi-10pct",
 }  # fmt: skip
 

@@ -61,6 +61,7 @@ def _work(arguments: list[str], fault: str, log: str, environ: dict[str, str]) -
     err = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(err, 1)
     os.dup2(err, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as for everyone else
     try:
         torch.set_num_threads(1)
         from relicctl.commands import pretrain

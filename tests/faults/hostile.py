@@ -34,7 +34,8 @@ from relicctl.errors import RelicError
 from relicctl.export.deepmind import read_deepmind
 from relicctl.export.unpickle import load_pickle
 
-PLACE = Path(tempfile.mkdtemp(prefix="hostile-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+_REMOVED_AT_EXIT = tempfile.TemporaryDirectory(prefix="hostile-")
+PLACE = Path(_REMOVED_AT_EXIT.name)
 
 
 @dataclass(frozen=True)

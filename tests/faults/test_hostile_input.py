@@ -169,8 +169,9 @@ def test_no_claim_in_a_safetensors_header_is_believed(header):
 @pytest.mark.parametrize(
     "claim",
     [
-        {"count": 1 << 40}, {"count": 0}, {"count": -8}, {"count": "8"}, {"count": None}, {"side": 1 << 20}, {"side": 0},
-        {"side": 127}, {"side": 1.5}, {"tables_crc": None}, {"fingerprint": 3}, {"made_by": None}, {"sha256": []},
+        {"count": 1 << 40}, {"count": 0}, {"count": -8}, {"count": "8"}, {"count": None}, {"side": 1 << 20},
+        {"side": 0}, {"side": 127}, {"side": 1.5}, {"tables_crc": None}, {"fingerprint": 3}, {"made_by": None},
+        {"sha256": []},
     ],
     ids=str,
 )  # fmt: skip

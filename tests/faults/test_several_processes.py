@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faulty import STEPS, command
+from faulty import STEPS, command, in_a_process
 
 from relicctl.core import checkpoint
 
@@ -54,6 +56,13 @@ class Group:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.01)
 
+    def kill(self) -> None:
+        """End torchrun and its workers, which have sessions of their own, without a word."""
+        for pid in (self.process.pid, *self.ranks().values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
     def wait(self) -> int:
         return self.process.wait(400)
 
@@ -88,8 +97,7 @@ def start(tiny, tmp_path):
     yield start
     for group in groups:
         if group.process.poll() is None:
-            os.killpg(group.process.pid, signal.SIGKILL)
-            group.process.wait()
+            group.kill()
 
 
 @pytest.mark.parametrize(("number", "rank", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 0, 130)])
@@ -104,14 +112,49 @@ def test_a_signal_at_any_rank_saves_once_and_every_rank_ends_with_its_code(start
     assert len(re.findall(rf"Stopped by a signal after step {step} of", said)) == 2
 
 
-def test_ctrl_c_reaches_every_process_twice_and_still_everything_is_saved(start):
-    """The terminal sends SIGINT to torchrun and to its workers, and torchrun hands it on to the workers once more."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves(start, number):
+    """As by ^C in a terminal, and by a scheduler that wants its machines back."""
     group = start(*LONG)
     group.wait_for_steps(3)
-    os.killpg(group.process.pid, signal.SIGINT)
-    group.wait()
+    group.process.send_signal(number)
+    assert group.wait() == 1
     (step,) = group.steps_saved()
     assert f"after step {step} of" in group.log.read_text()
+
+
+def test_killed_at_two_processes_it_goes_on_at_one_and_back(start, tiny, tmp_path):
+    """With the same batches: the weights after a further step are those of the other number, up to rounding."""
+    gentle = ("--set", "optim.name=sgd", "--set", "optim.epochs=8")
+    group = start(*gentle)
+    group.wait_for_steps(4)
+    group.kill()
+    for path in group.run.glob("checkpoints/*"):
+        if path.name != checkpoint.file_name(3):
+            path.unlink()
+    shutil.copytree(group.run, tmp_path / "one")
+    one = in_a_process(command(tiny, tmp_path / "one", *gentle, "--set", "optim.max_steps=4"), log=tmp_path / "log-one")
+    assert one.code == 0, one.err
+    two = start(*gentle, "--set", "optim.max_steps=4")
+    assert two.wait() == 0, two.log.read_text()
+    assert_nearly_the_same(two.run, tmp_path / "one", 4)
+
+    shutil.rmtree(two.run)
+    shutil.copytree(tmp_path / "one", two.run)
+    back = start(*gentle, "--set", "optim.max_steps=5")
+    assert back.wait() == 0, back.log.read_text()
+    assert in_a_process(command(tiny, tmp_path / "one", *gentle, "--set", "optim.max_steps=5")).code == 0
+    assert_nearly_the_same(back.run, tmp_path / "one", 5)
+
+
+def assert_nearly_the_same(one: Path, other: Path, step: int) -> None:
+    """Another batch would change weights and momenta by much more than the rounding of sums in another order."""
+    tensors, others = (checkpoint.load(run / "checkpoints" / checkpoint.file_name(step))[0] for run in (one, other))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        if name.startswith(("state.", "optim.")):
+            difference = (tensor.double() - others[name].double()).norm()
+            assert difference < 1e-3 * tensor.double().norm().clamp_min(1e-2), name
 
 
 def test_a_worker_that_is_killed_is_started_again_and_goes_on(start, tmp_path):

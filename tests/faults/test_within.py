@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -39,6 +40,30 @@ def test_one_nan_in_one_gradient_ends_the_run_with_exit_4(tiny, whole, tmp_path)
     assert kept.name in ended.err
     assert in_a_process(command(tiny, run)).code == 0
     assert_same_run(run, whole)
+
+
+def the_same_signal_twice() -> None:
+    from relicctl.pretraining import Pretraining
+
+    genuine = Pretraining.after_step
+
+    def after_step(self: Pretraining, step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        genuine(self, step)
+
+    Pretraining.after_step = after_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("launcher", "saved"), [({"TORCHELASTIC_RUN_ID": "x"}, [3, 5]), ({}, [3])])
+def test_under_torchrun_a_signal_that_comes_twice_is_one(tiny, tmp_path, launcher, saved):
+    """A scheduler sends it to all processes, and torchrun hands it on; a person's second one means at once."""
+    run = tmp_path / "run"
+    fault = f"{__name__}.the_same_signal_twice"
+    ended = in_a_process(command(tiny, run), fault, tmp_path / "log", **launcher)
+    assert ended.code == 130
+    assert [checkpoint.load(path)[1]["step"] for path in checkpoint.listed(run / "checkpoints")] == saved
 
 
 def _no_memory(error: BaseException) -> None:
