@@ -21,7 +21,8 @@ IMAGES, MASKS = "images", "masks"
 class TrueMasks(Protocol):
     """The masks that belong to the images of a source, under the same indices."""
 
-    images: Source
+    @property
+    def images(self) -> Source: ...
 
     def mask(self, index: int) -> np.ndarray:
         """Where the object is: bool ``[H, W]``, of the image's own size."""
