@@ -65,8 +65,8 @@ case $part in
       [ $objective != relic ] || more+=(--set views.large.count=2 --set views.small.count=0 --set loss.negatives=all)
       train "$objective" "${each[@]}" --config <(printf 'objective: %s\n' "$objective") ${more[@]+"${more[@]}"}
       relicctl transfer "$out/runs/$objective" --data imagenette="$data/imagenette128-{split}.zip" \
-        --protocol logistic --protocol knn --labels all --labels 0.1 --json --quiet \
-        --out "$out/runs/$objective-transfer" --overwrite > "$out/objectives-$objective.json"
+        --set 'data.test_split={imagenette: val}' --protocol logistic --protocol knn --labels all --labels 0.1 --json --quiet \
+        --out "$out/runs/$objective-transfer" --overwrite > "$out/objectives-transfer-$objective.json"
     done ;;
   *)
     echo "unknown part $part" >&2; exit 2 ;;
