@@ -91,6 +91,25 @@ def test_the_device_road_of_the_feed_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_host_road_brings_the_cpus_batches():
+    """Copies run on a stream of their own: with the device busy, no batch may be read before it has come."""
+    source = ShapesSource.from_spec("shapes:train=64", "train")
+    plan = ViewPlan((ViewSize(2, 32, (0.3, 1.0)), ViewSize(1, 24, (0.05, 0.3))), (0.75, 1.33), Photometric())
+    here, there = (
+        Feed(
+            source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device(device), world=_alone(),
+            cache="none", workers=1, bad=BadImages(len(source), 0.0),
+        ).from_step(0, 8)
+        for device in ("cpu", "cuda")
+    )  # fmt: skip
+    load = torch.randn(4096, 4096, device="cuda")
+    for ours, theirs in zip(here, there, strict=True):
+        for _ in range(20):
+            load = (load @ load).clamp_(-1, 1)
+        for mine, yours in zip(ours.views, theirs.views, strict=True):
+            torch.testing.assert_close(yours.cpu(), mine, atol=1e-4, rtol=1e-4)
+
+
 def _alone():
     from relicctl.core.distributed import World
 

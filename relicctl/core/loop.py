@@ -19,6 +19,7 @@ from torch import nn
 
 from relicctl.core import checkpoint
 from relicctl.core.distributed import Agreement, World
+from relicctl.core.hardware import return_freed_memory
 from relicctl.errors import Diverged, Interrupted
 
 
@@ -157,6 +158,7 @@ def train(
                     record = {"step": progress.step, "epoch": round(progress.step / plan.steps_per_epoch, 4)}
                     journal.metrics(record | figures)
                 show(progress.step, figures)
+                return_freed_memory()
                 clock.restart(progress.step)
 
             stopping = agreement.largest(signals.received or 0)

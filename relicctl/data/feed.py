@@ -13,7 +13,9 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +94,7 @@ class Feed:
         self._keys = source.key
         self._sampler, self._plan = sampler, plan
         self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
+        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._masking = masking
         self._resident_masks: ResidentMasks | None = None
         self._first, self._last = world.rows(sampler.batch_size)
@@ -182,10 +185,11 @@ class Feed:
         )
         rows = self._last - self._first
         for _ in range(step, stop):
-            views = [
-                torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
-                for s in self._plan.sizes
-            ]
+            with self._uploading():
+                views = [
+                    torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
+                    for s in self._plan.sizes
+                ]
             samples = np.empty(rows, dtype=np.int64)
             for first, last in chunks:
                 asked = time.perf_counter()
@@ -199,9 +203,23 @@ class Feed:
                 self._note(passed)
                 here = slice(first - self._first, last - self._first)
                 samples[here] = used
-                for view, crop in zip(views, crops, strict=True):
-                    view[:, here].copy_(crop, non_blocking=True)
+                with self._uploading():
+                    for view, crop in zip(views, crops, strict=True):
+                        view[:, here].copy_(crop, non_blocking=True)
+            self._uploaded(views)
             yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
+
+    def _uploading(self) -> AbstractContextManager[Any]:
+        """Copies go to a GPU on a stream of their own: the host is ahead of it, so they overlap the step before."""
+        return nullcontext() if self._uploads is None else torch.cuda.stream(self._uploads)
+
+    def _uploaded(self, views: list[torch.Tensor]) -> None:
+        """The step waits, on the device, for what was copied; the memory is not used again before it is done."""
+        if self._uploads is not None:
+            step = torch.cuda.current_stream(self._device)
+            step.wait_stream(self._uploads)
+            for view in views:
+                view.record_stream(step)
 
     def _note(self, passed: list[tuple[int, str]]) -> None:
         for index, reason in passed:
