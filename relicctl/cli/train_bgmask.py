@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -105,4 +106,5 @@ def train_bgmask(
             emit(command.dry_run(resolved, told))
             return
         result = command.train_bgmask(resolved, told)
-    emit(json.dumps(result) if as_json else result["run"])
+    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
+        emit(json.dumps(result) if as_json else result["run"])

@@ -22,6 +22,7 @@ from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.console import Console
 from relicctl.core.counted import Stream
+from relicctl.core.distributed import World
 from relicctl.core.hardware import free_memory, pick_precision
 from relicctl.data.joined import Joined
 from relicctl.data.masks import SIDE
@@ -49,16 +50,20 @@ class BgmaskData:
 
 def settle(resolved: Resolved, options: BgmaskOptions) -> tuple[Resolved, Path | None]:
     """The config, and the run that is resumed if one is. Refuses what needs no data to be refused."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train-bgmask runs in one process.", "Start it without torchrun.")
     if options.resume is None:
         return resolved, None
     run = run_to_resume(options, resolved.preset, command="train-bgmask")
     return (continued(resolved, run, FREE_TO_CHANGE), run) if run is not None else (resolved, None)
 
 
-def open_data(config: BgmaskConfig, download: bool) -> BgmaskData:
+def open_data(config: BgmaskConfig, download: bool, world: World | None = None) -> BgmaskData:
     """Raises DataError for what cannot be used, UsageError where no data are named."""
+    if download and world is not None and world.size > 1:
+        world.only(lambda: _opened(config, download))  # one process fetches
+    return _opened(config, download)
+
+
+def _opened(config: BgmaskConfig, download: bool) -> BgmaskData:
     specs = config.data.train
     if not specs:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
@@ -103,10 +108,16 @@ def continued_record(run: Path, resolved: Resolved, data: BgmaskData, device: to
 
 
 def check_memory(
-    config: BgmaskConfig, net: nn.Module, images: int, device: torch.device, precision: str, console: Console
+    config: BgmaskConfig,
+    net: nn.Module,
+    images: int,
+    device: torch.device,
+    precision: str,
+    processes: int,
+    console: Console,
 ) -> None:
     """Raises UsageError when training ``net`` clearly does not fit into memory; warns when it may not."""
-    need, free = sum(memory(config, net, images, precision).values()), free_memory(device)
+    need, free = sum(memory(config, net, images, precision, processes).values()), free_memory(device)
     told = f"Training takes about {in_units(need)}, and {in_units(free)} of memory are free"
     ways = "lower optim.batch_size, model.size or data.images"
     if need > 1.5 * free:
@@ -115,10 +126,13 @@ def check_memory(
         console.warn(f"{told}; if it does not fit, {ways}")
 
 
-def memory(config: BgmaskConfig, net: nn.Module, images: int, precision: str) -> dict[str, int]:
-    """Bytes at the peak of a step of training ``net``, part by part, if every convolution and norm keeps its output."""
+def memory(config: BgmaskConfig, net: nn.Module, images: int, precision: str, processes: int = 1) -> dict[str, int]:
+    """Bytes that one of the processes takes at the peak of a step of training ``net``, part by part.
+
+    Assumed: every convolution and norm keeps its output.
+    """
     weights = 4 * count(net.parameters())
-    kept = _outputs(net, config.model.size) * config.optim.batch_size
+    kept = _outputs(net, config.model.size) * (config.optim.batch_size // processes)
     return {
         "weights": weights,
         "gradients": weights,
@@ -153,7 +167,7 @@ def plan(config: BgmaskConfig, download: bool) -> dict[str, Any]:
     """The figures of a run as plain data."""
     device, data = pick_device(config.runtime.device), open_data(config, download)
     precision, images = pick_precision(config.runtime.precision, device), len(data.train)
-    net = open_net(config)
+    net, processes = open_net(config), int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "parameters": count(net.parameters()),
         "images": images,
@@ -163,7 +177,7 @@ def plan(config: BgmaskConfig, download: bool) -> dict[str, Any]:
         "total_steps": steps(config, images),
         "device": device.type,
         "precision": precision,
-        "memory": memory(config, net, images, precision),
+        "memory": memory(config, net, images, precision, processes),
         "free_memory": free_memory(device),
         "disk": {
             "priors": images * len(NAMES) * config.labels.size**2,

@@ -1,4 +1,7 @@
-"""The steps of ``train-bgmask``: each leaves its result in the run's folder, and finds it there when resumed."""
+"""The steps of ``train-bgmask``: each leaves its result in the run's folder, and finds it there when resumed.
+
+The processes of a run take every step together.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +20,8 @@ from relicctl.commands.bgmask_job import BgmaskData
 from relicctl.commands.common import readable
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.console import Console
+from relicctl.core.distributed import World
+from relicctl.core.hardware import own_cores
 from relicctl.data.bad_images import BadImages
 from relicctl.data.masks import FILE_NAME, MaskBank
 from relicctl.data.sources import Source
@@ -46,10 +51,11 @@ class Work:
         device: torch.device,
         precision: str,
         console: Console,
+        world: World,
     ) -> None:
         self._run, self._config, self._data = run, config, data
-        self._device, self._precision, self._console = device, precision, console
-        self._cores = len(os.sched_getaffinity(0))
+        self._device, self._precision, self._console, self._world = device, precision, console, world
+        self._cores = own_cores()
         self._workers = config.runtime.workers if config.runtime.workers != "auto" else self._cores
         self._listed = run.read_bad_images()
 
@@ -58,7 +64,7 @@ class Work:
         source = self._data.train
         with self._telling("reading", len(source)) as show:
             size, bad = self._config.labels.size, self._bad_images(source)
-            return load_photos(source, size, workers=self._workers, bad=bad, show=show)
+            return load_photos(source, size, workers=self._workers, bad=bad, show=show, world=self._world)
 
     def priors(self) -> PriorStore:
         """The hand-made maps of the images to train on."""
@@ -78,6 +84,7 @@ class Work:
             workers=self._workers,
             threads=self._cores,
             told=lambda row: self._console.note(in_short(row)),
+            world=self._world,
         )
         table.add_priors(store)
         return table
@@ -96,16 +103,17 @@ class Work:
                 stage=lambda name, net: table.add_net(name, net) if table else None,
                 warn=self._console.warn,
                 resume_command=resume_command,
+                world=self._world,
             )
 
-    def masks(self, net: SaliencyNet) -> MaskBank:
-        """The bank of all images that are to have masks."""
-        path, source, made_by = self._run.path / FILE_NAME, self._data.masks_for, self._maker(net)
-        done = self._bank_of(source, made_by)
-        if done is not None:
-            return done
-        with MaskBank.create(path, source, made_by=made_by) as writer:
-            start = len(source) - len(writer.missing())
+    def make_masks(self, net: SaliencyNet) -> None:
+        """The bank of all images that are to have masks, in the run's folder."""
+        path, source = self._run.path / FILE_NAME, self._data.masks_for
+        if self._world.lead(lambda: self._is_there(source, self._maker(net))):
+            return
+        created = self._world.only(lambda: MaskBank.create(path, source, made_by=self._maker(net)))
+        with created or nullcontext() as writer:
+            start = len(source) - len(writer.missing()) if writer else 0
             with self._telling("making masks of", len(source), start) as show:
                 make_bank(
                     net,
@@ -119,8 +127,8 @@ class Work:
                     workers=self._workers,
                     show=show,
                     bad=self._bad_images(source).add,
+                    world=self._world,
                 )
-        return MaskBank.open(path)
 
     def sheet(self, photos: Photos, store: PriorStore, net: SaliencyNet) -> None:
         """sheet.png: some of the images trained on, their priors and masks."""
@@ -142,22 +150,22 @@ class Work:
 
     # Small helpers
 
-    def _bank_of(self, source: Source, made_by: str) -> MaskBank | None:
-        """The finished bank, if it is of these images; one of others is set aside, a broken one made again."""
+    def _is_there(self, source: Source, made_by: str) -> bool:
+        """Whether the bank is finished and of these images; one of others is set aside, a broken one made again."""
         path = self._run.path / FILE_NAME
         if not path.exists():
-            return None
+            return False
         try:
             bank = MaskBank.open(path)
         except DataError as broken:
             self._console.warn(f"{broken.what} It is made again.")
-            return None
+            return False
         if (bank.fingerprint, bank.made_by) == (source.fingerprint(), made_by):
-            return bank
+            return True
         aside = path.with_name(f"masks-{bank.fingerprint[:8]}.bank")
         os.replace(path, aside)
         self._console.note(f"The masks of other images are now {aside}.")
-        return None
+        return False
 
     def _maker(self, net: SaliencyNet) -> str:
         """Tells apart all that would make other masks."""
@@ -168,9 +176,9 @@ class Work:
         return f"{net.arch} at {net.size} px, weights {weights.hexdigest()}, " + ", ".join(map(str, told))
 
     def _filled(self, name: str, source: Source, size: int) -> PriorStore:
-        store = PriorStore.open(self._run.path / name, source, size)
+        store = PriorStore.open(self._run.path / name, source, size, self._world)
         with self._telling("making priors of", len(source), int(store.done.sum())) as show:
-            store.fill(source, self._workers, lambda done, total: show(done))
+            store.fill(source, self._workers, lambda done, total: show(done), self._world)
         return store
 
     def _bad_images(self, source: Source) -> BadImages:

@@ -55,9 +55,7 @@ def joined(runtime: Machine, quiet: bool) -> Iterator[tuple[World, torch.device,
 
 def owned(world: World, open_it: Callable[[], RunFolder], path: Path, keep: int) -> RunFolder:
     """The folder at ``path``, opened and locked by the main process; the others only read there."""
-    opened: list[RunFolder] = []
-    world.lead(lambda: opened.append(open_it()))
-    return opened[0] if opened else RunFolder(path, keep=keep, writer=False)
+    return world.only(open_it) or RunFolder(path, keep=keep, writer=False)
 
 
 def newest_checkpoint(

@@ -12,12 +12,14 @@ import yaml
 from relicctl import __version__
 from relicctl.commands import bgmask_job
 from relicctl.commands.bgmask_work import Work, of_masks, of_priors, report
-from relicctl.commands.common import pick_device
 from relicctl.commands.options import BgmaskOptions
 from relicctl.commands.pretrain import refuse_inside
+from relicctl.commands.processes import joined, owned
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.console import Console
+from relicctl.core.distributed import World
+from relicctl.data.masks import MaskBank
 from relicctl.runs import RunFolder, free_name, refuse_occupied
 from relicctl.saliency.nets import open_net
 
@@ -29,12 +31,22 @@ def train_bgmask(resolved: Resolved, options: BgmaskOptions) -> dict[str, Any]:
     resolved, resumed = bgmask_job.settle(resolved, options)
     if resumed is None and options.out is not None:
         refuse_occupied(options.out, overwrite=options.overwrite)
+    with joined(resolved.config.runtime, options.quiet) as (world, device, console):
+        return _run(resolved, options, resumed, world, device, console)
+
+
+def _run(
+    resolved: Resolved,
+    options: BgmaskOptions,
+    resumed: Path | None,
+    world: World,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any]:
     config = resolved.config
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    console, device = Console(options.quiet), pick_device(config.runtime.device)
-    data = bgmask_job.open_data(config, options.download)
-    out = resumed or options.out or free_name(Path("runs"), resolved.preset or "train-bgmask")
+    data = bgmask_job.open_data(config, options.download, world)
+    named = resumed or options.out
+    out = named or Path(world.lead(lambda: str(free_name(Path("runs"), resolved.preset or "train-bgmask"))))
     for spec in (*config.data.train, config.data.masks_for):
         refuse_inside(out, spec)
     record = (
@@ -43,35 +55,42 @@ def train_bgmask(resolved: Resolved, options: BgmaskOptions) -> dict[str, Any]:
         else bgmask_job.new_record(resolved, data, device)
     )
     total = bgmask_job.steps(config, len(data.train))
-    bgmask_job.check_memory(config, open_net(config), len(data.train), device, record["precision"], console)
+    world.rows(config.optim.batch_size)  # before anything is computed
+    bgmask_job.check_memory(config, open_net(config), len(data.train), device, record["precision"], world.size, console)
 
-    run = open_run(out, config, resumed is not None, options.overwrite)
+    run = open_run(out, config, resumed is not None, options.overwrite, world)
     resume_command = f"relicctl train-bgmask --resume {shlex.quote(str(run.path))}"
     with run.watched() as status:
         run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
         status.expect(total=total, steps_per_epoch=0, resume=resume_command)
-        work = Work(run, config, data, device, record["precision"], console)
+        work = Work(run, config, data, device, record["precision"], console, world)
         photos, store = work.photos(), work.priors()
         table = work.table()
         net = work.train(photos, store, table, resume_command)
-        bank = work.masks(net)
-        work.sheet(photos, store, net)
-        results = {
-            "stages": table.rows if table else [],
-            **of_priors(store),
-            "masks": of_masks(bank),
-            "eval": config.data.eval,
-            "images": len(photos),
-            "bad_images": len(run.read_bad_images()),
-            "preset": resolved.preset,
-            "version": __version__,
-        }
-        run.write_json(run.results, results)
-        report(results, console)
+        work.make_masks(net)
+
+        def concluded() -> dict[str, Any]:
+            work.sheet(photos, store, net)
+            results = {
+                "stages": table.rows if table else [],
+                **of_priors(store),
+                "masks": of_masks(MaskBank.open(run.path)),
+                "eval": config.data.eval,
+                "images": len(photos),
+                "bad_images": len(run.read_bad_images()),
+                "preset": resolved.preset,
+                "version": __version__,
+            }
+            run.write_json(run.results, results)
+            report(results, console)
+            return results
+
+        results = world.lead(concluded)
     return {"run": str(run.path), **results}
 
 
-def open_run(out: Path, config: BgmaskConfig, resumed: bool, overwrite: bool) -> RunFolder:
+def open_run(out: Path, config: BgmaskConfig, resumed: bool, overwrite: bool, world: World) -> RunFolder:
+    keep = config.checkpoint.keep
     if resumed:
-        return RunFolder.reopen(out, keep=config.checkpoint.keep)
-    return RunFolder.create(out, overwrite=overwrite, keep=config.checkpoint.keep)
+        return owned(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
+    return owned(world, lambda: RunFolder.create(out, overwrite=overwrite, keep=keep), out, keep)

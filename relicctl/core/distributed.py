@@ -76,16 +76,30 @@ class World:
             raise SystemExit(code)
         return told
 
+    def only(self, make: Callable[[], T]) -> T | None:
+        """What ``make`` gives the main process, for itself; None elsewhere. Where it fails all end."""
+        made: list[T] = []
+        self.lead(lambda: made.append(make()))
+        return made[0] if made else None
+
+    def mean(self, mine: torch.Tensor) -> torch.Tensor:
+        """Differentiable mean of equally shaped tensors, one from each process.
+
+        As a loss it has, once gradients are averaged over the processes, the gradient of the mean.
+        """
+        return sum_over_processes(mine) / self.size if self.size > 1 else mine
+
     def gather_rows(self, mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """``[N, F]`` of all processes on each of them, where process r brings ``counts[r]`` rows."""
+        """``[N, ...]`` of all processes on each of them, where process r brings ``counts[r]`` rows."""
         if self.size == 1:
             return mine
         whole = mine.new_empty(sum(counts), *mine.shape[1:])
+        group = None if mine.is_cuda else self.talk
         for rank, part in enumerate(whole.split(counts)):
             if rank == self.rank:
                 part.copy_(mine)
             if counts[rank]:
-                dist.broadcast(part, rank)
+                dist.broadcast(part, rank, group)
         return whole
 
 

@@ -29,6 +29,11 @@ def free_host_memory() -> int:
         return free
 
 
+def own_cores() -> int:
+    """Cores for this process: those it may run on, shared with the other processes of the run on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def return_freed_memory() -> None:
     """Give the system back what this process has freed.
 

@@ -19,6 +19,8 @@ from py_sod_metrics import (
 
 BETA2 = 0.3  # weight of recall against precision in F, as in Achanta et al., CVPR 2009
 FIGURES = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")
+MEANS = ("mae", "iou", "accuracy", "s_measure", "e_measure")  # those that are averages over the images
+CURVE = 2 * 256  # numbers: precision and recall at t = 255, 254, ..., 0
 
 _iou, _accuracy, _precision, _recall = (
     handler(with_dynamic=False, with_adaptive=False)
@@ -48,42 +50,54 @@ class Measures:
     def __init__(self) -> None:
         self.images = 0
         self.left_out = 0
-        self._curve = np.zeros((2, 256))  # precision and recall at t = 255, 254, ..., 0
-        self._half = np.zeros(2)
-        self._sums = dict.fromkeys(("mae", "iou", "accuracy", "s_measure", "e_measure"), 0.0)
+        self._sums = np.zeros(CURVE + 2 + len(MEANS))
 
     def add(self, saliency: np.ndarray, mask: np.ndarray) -> None:
         """A map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
-        if not np.isfinite(saliency).all():
+        self.count(numbers_of(saliency, mask))
+
+    def count(self, numbers: np.ndarray) -> None:
+        """A pair by its ``numbers_of``."""
+        if np.isfinite(numbers).all():
+            self._sums += numbers
+            self.images += 1
+        else:
             self.left_out += 1
-            return
-        saliency = saliency.astype(np.float64)
-        foreground = np.count_nonzero(mask)
-        count = {"gt": mask, "FG": foreground, "BG": mask.size - foreground}
-        curve = FmeasureV2().dynamically_binarizing(saliency, **count)
-        half = FmeasureV2().get_statistics(saliency > 0.5, **count)
-        self._curve += _precision(**curve), _recall(**curve)
-        self._half += _precision(**half), _recall(**half)
-        emeasure = Emeasure()
-        emeasure.gt_fg_numel, emeasure.gt_size = foreground, mask.size
-        for name, value in {
-            "mae": np.abs(saliency - mask).mean(),
-            "iou": _iou(**half),
-            "accuracy": _accuracy(**half),
-            "s_measure": Smeasure().cal_sm(saliency, mask),
-            "e_measure": emeasure.cal_changeable_em(saliency, mask).mean(),
-        }.items():
-            self._sums[name] += float(value)
-        self.images += 1
 
     def figures(self) -> dict[str, float | None]:
         """The figures by name; None where no image was measured."""
         if not self.images:
             return dict.fromkeys(FIGURES)
+        curve, half, means = np.split(self._sums, (CURVE, CURVE + 2))
         f_of = partial(_f, count=self.images)
-        figures = {"max_f": float(f_of(self._curve).max()), "f_50": float(f_of(self._half))}
-        figures |= {name: total / self.images for name, total in self._sums.items()}
+        figures = {"max_f": float(f_of(curve.reshape(2, -1)).max()), "f_50": float(f_of(half))}
+        figures |= dict(zip(MEANS, (means / self.images).tolist(), strict=True))
         return {name: figures[name] for name in FIGURES}
+
+
+def numbers_of(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What a map, float ``[H, W]``, and its true mask, bool ``[H, W]``, add to the sums: float64 ``[519]``.
+
+    Precision and recall along the curve and at 0.5, then ``MEANS``; all NaN for a map with a NaN.
+    """
+    if not np.isfinite(saliency).all():
+        return np.full(CURVE + 2 + len(MEANS), np.nan)
+    saliency = saliency.astype(np.float64)
+    foreground = np.count_nonzero(mask)
+    count = {"gt": mask, "FG": foreground, "BG": mask.size - foreground}
+    curve = FmeasureV2().dynamically_binarizing(saliency, **count)
+    half = FmeasureV2().get_statistics(saliency > 0.5, **count)
+    emeasure = Emeasure()
+    emeasure.gt_fg_numel, emeasure.gt_size = foreground, mask.size
+    means = {
+        "mae": np.abs(saliency - mask).mean(),
+        "iou": _iou(**half),
+        "accuracy": _accuracy(**half),
+        "s_measure": Smeasure().cal_sm(saliency, mask),
+        "e_measure": emeasure.cal_changeable_em(saliency, mask).mean(),
+    }
+    at_half = _precision(**half), _recall(**half)
+    return np.concatenate([_precision(**curve), _recall(**curve), at_half, [float(means[name]) for name in MEANS]])
 
 
 def _f(sums: np.ndarray, count: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
 from relicctl.data.crops import host_crops
 from relicctl.data.images import BadImage
 from relicctl.data.sources import Source
+from relicctl.data.workers import working
 from relicctl.errors import DataError
 
 
@@ -45,25 +48,43 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_photos(
-    source: Source, size: int, *, workers: int, bad: BadImages, show: Callable[[int], None] = lambda done: None
+    source: Source,
+    size: int,
+    *,
+    workers: int,
+    bad: BadImages,
+    show: Callable[[int], None] = lambda done: None,
+    world: World | None = None,
 ) -> Photos:
-    """Decode every image of ``source`` once. Bad ones are left out and told to ``bad``; DataError if all are bad."""
-    indices: list[np.ndarray] = []
-    images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
-    kept = seen = 0
-    for some in stream(source, np.arange(len(source)), size, batch_size=64, workers=workers):
-        images[kept : kept + len(some.indices)] = some.images
-        indices.append(some.indices)
-        kept, seen = kept + len(some.indices), seen + len(some.indices) + len(some.bad)
-        for index, reason in some.bad:
-            bad.add(source.key(index), reason)
-        show(seen)
+    """Decode every image of ``source`` once, each process its share; in the end all have all.
+
+    Bad ones are left out and told to ``bad``; DataError if all are bad. ``show`` is told how many are decoded, where
+    the other processes are taken to be as fast as this one.
+    """
+    world = world or World()
+    first, last = world.shares(len(source))[world.rank]
+    images = torch.empty(last - first, 3, size, size, dtype=torch.uint8)
+    indices: list[int] = []
+    unread: list[tuple[int, str]] = []
+    with closing(stream(source, np.arange(first, last), size, batch_size=64, workers=workers)) as decoded:
+        for some in decoded:
+            images[len(indices) : len(indices) + len(some.indices)] = some.images
+            indices += some.indices.tolist()
+            unread += some.bad
+            show(min(len(source), world.size * (len(indices) + len(unread))))
+    told = world.tell([indices, unread])
+    for index, reason in (pair for _, theirs in told for pair in theirs):
+        bad.add(source.key(index), reason)
+    kept = [index for theirs, _ in told for index in theirs]
     if not kept:
         raise DataError(f"Not one of the {len(source)} images can be decoded.", "Check that the files are images.")
-    return Photos(np.concatenate(indices), images[:kept])
+    whole = world.gather_rows(images[: len(indices)], [len(theirs) for theirs, _ in told])
+    return Photos(np.array(kept, dtype=np.int64), whole)
 
 
-def stream(source: Source, indices: np.ndarray, size: int, *, batch_size: int, workers: int) -> Iterator[Squashed]:
+def stream(
+    source: Source, indices: np.ndarray, size: int, *, batch_size: int, workers: int
+) -> Generator[Squashed, None, None]:
     """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time."""
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     loader = DataLoader(
@@ -73,7 +94,8 @@ def stream(source: Source, indices: np.ndarray, size: int, *, batch_size: int, w
         worker_init_fn=_quiet_worker,
         prefetch_factor=2 if workers and batches else None,
     )
-    yield from loader
+    with working(loader) as items:
+        yield from items
 
 
 class _Batches(Dataset):

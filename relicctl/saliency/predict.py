@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relicctl.config.bgmask import Predict, Refine
+from relicctl.core.distributed import World
+from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import MEAN, STD
 from relicctl.data.masks import SIDE, MaskBankWriter
 from relicctl.data.sources import Source
 from relicctl.saliency.nets import SaliencyNet
-from relicctl.saliency.photos import stream
+from relicctl.saliency.photos import Squashed, stream
 from relicctl.saliency.refine import guided_filter, sharpen
 
 GRAIN = 32  # a network's input side is a multiple of it at every scale
@@ -79,7 +82,7 @@ class BankFigures:
 def make_bank(
     net: SaliencyNet,
     source: Source,
-    writer: MaskBankWriter,
+    writer: MaskBankWriter | None,
     *,
     options: Predict,
     refine: Refine,
@@ -89,27 +92,43 @@ def make_bank(
     threads: int = 1,
     show: Callable[[int], None] = lambda done: None,
     bad: Callable[[str, str], None] = lambda name, reason: None,
+    world: World | None = None,
 ) -> BankFigures:
     """Give every sample of ``source`` that ``writer`` misses a mask; an empty one where it cannot be decoded.
 
     Images are decoded and squashed by ``workers`` processes, and only a few batches are in memory at a time.
     ``show`` is told how many samples have masks, ``bad`` the name of a sample and what is wrong with it.
+    The processes of ``world`` make a batch each in turn. The main one has the ``writer``, is told and gets the figures.
     """
-    figures, missing = BankFigures(), writer.missing()
-    done = len(source) - len(missing)
-    for some in stream(source, missing, SIDE, batch_size=options.batch_size, workers=workers):
+    world = world or World()
+    missing = np.array(world.lead(lambda: writer.missing().tolist() if writer else []), dtype=np.int64)
+    batches = [missing[first : first + options.batch_size] for first in range(0, len(missing), options.batch_size)]
+    mine = np.concatenate([missing[:0], *own(world, batches)])  # cut into the same batches again
+    figures, done = BankFigures(), len(source) - len(missing)
+
+    def made(some: Squashed) -> Piece:
+        masks = torch.empty(0, SIDE, SIDE, dtype=torch.bool)
         if len(some.indices):
             maps = predict(
                 net, some.images, options=options, refine=refine, device=device, precision=precision, threads=threads
             )
-            for index, mask in zip(some.indices.tolist(), (maps > options.threshold).numpy(), strict=True):
-                writer.put(index, mask)
-                figures.empty += not mask.any()
-                figures.full += bool(mask.all())
-        for index, reason in some.bad:
+            masks = maps > options.threshold
+        return Piece((torch.from_numpy(some.indices), masks), some.bad)
+
+    def take(piece: Piece) -> None:
+        assert writer is not None
+        indices, masks = (tensor.numpy() for tensor in piece.tensors)
+        for index, mask in zip(indices.tolist(), masks, strict=True):
+            writer.put(index, mask)
+            figures.empty += not mask.any()
+            figures.full += bool(mask.all())
+        for index, reason in piece.words:
             writer.put(index, np.zeros((SIDE, SIDE), dtype=bool))
             bad(source.key(index), reason)
-        figures.made += len(some.indices)
-        figures.bad += len(some.bad)
+        figures.made += len(indices)
+        figures.bad += len(piece.words)
         show(done + figures.made + figures.bad)
+
+    with closing(stream(source, mine, SIDE, batch_size=options.batch_size, workers=workers)) as squashed:
+        in_turn(world, len(batches), map(made, squashed), take)
     return figures

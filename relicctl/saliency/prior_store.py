@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,11 @@ from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
 from relicctl.core.checkpoint import atomically
+from relicctl.core.distributed import World
+from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.images import BadImage
 from relicctl.data.sources import Source
+from relicctl.data.workers import working
 from relicctl.errors import DataError, RelicError, RunFailed
 from relicctl.saliency.priors import NAMES, prior_maps
 
@@ -39,24 +43,28 @@ class PriorStore:
     """
 
     def __init__(self, path: Path, count: int, size: int, state_at: int) -> None:
-        self.path, self.size = path, size
+        self.path, self.size, self._count = path, size, count
         self._state_at, self._valid_at = state_at, state_at + count
         self._maps_at = _whole_pages(self._valid_at + count * len(NAMES))
-        self.maps = np.memmap(path, np.uint8, "r", self._maps_at, (count, len(NAMES), size, size))
-        self._state = np.fromfile(path, np.uint8, count, offset=self._state_at)
-        self.valid = np.fromfile(path, np.uint8, count * len(NAMES), offset=self._valid_at)
-        self.valid = self.valid.reshape(count, len(NAMES)).astype(bool)
+        self._look()
+
+    def _look(self) -> None:
+        """At the file as it is now."""
+        shape = self._count, len(NAMES), self.size, self.size
+        self.maps = np.memmap(self.path, np.uint8, "r", self._maps_at, shape)
+        self._state = np.fromfile(self.path, np.uint8, self._count, offset=self._state_at)
+        valid = np.fromfile(self.path, np.uint8, self._count * len(NAMES), offset=self._valid_at)
+        self.valid = valid.reshape(self._count, len(NAMES)).astype(bool)
 
     @classmethod
-    def open(cls, path: Path, source: Source, size: int) -> PriorStore:
-        """The store at ``path``, made empty if there is none.
+    def open(cls, path: Path, source: Source, size: int, world: World | None = None) -> PriorStore:
+        """The store at ``path``, made empty if there is none, by the main process.
 
         Raises DataError when the file is no store, of another version, data set or size, or truncated.
         """
         header = {"version": VERSION, "names": list(NAMES), "size": size, "count": len(source)}
         header["fingerprint"] = source.fingerprint()
-        if not path.exists():
-            _create(path, header)
+        (world or World()).lead(lambda: None if path.exists() else _create(path, header))
         return cls(path, len(source), size, _read_header(path, header))
 
     @property
@@ -74,35 +82,45 @@ class PriorStore:
         missing = ~self.valid[self._state == DONE]
         return dict(zip(NAMES, missing.sum(axis=0).tolist(), strict=True))
 
-    def fill(self, source: Source, workers: int, show: Callable[[int, int], None]) -> None:
+    def fill(self, source: Source, workers: int, show: Callable[[int, int], None], world: World | None = None) -> None:
         """Make the maps of all samples that are not done, in ``workers`` processes (0: in this one).
 
+        Of several processes in ``world`` each makes its share, with ``workers`` of its own, and the main one writes:
+        file systems that hosts share promise nothing to two that write to one page.
         ``show(done, total)`` is told the number of samples done, as it grows. What was made before an exception
         or a kill stays. Raises RunFailed when a worker dies or the file cannot be written.
         """
-        to_do = np.flatnonzero(~self.done)
-        if not len(to_do):
+        world = world or World()
+        to_do = np.array(world.lead(lambda: np.flatnonzero(~self.done).tolist()), dtype=np.int64)
+        units = [to_do[first : first + UNIT] for first in range(0, len(to_do), UNIT)]
+        if not units:
             return
-        with open(self.path, "r+b", buffering=0) as file:
-            for unit, maps, valid, bad in _made(source, to_do, self.size, workers):
-                try:
-                    self._write(file.fileno(), unit, maps, valid, bad)
-                except OSError as reason:
-                    raise RunFailed(
-                        f"The priors' file {self.path} cannot be written ({reason.strerror}).",
-                        "Make room on the disk and resume: what was made is kept.",
-                    ) from None
-                show(int(self.done.sum()), len(self.done))
 
-    def _write(self, file: int, unit: np.ndarray, maps: np.ndarray, valid: np.ndarray, bad: np.ndarray) -> None:
+        def take(piece: Piece) -> None:
+            try:
+                self._write(*(tensor.numpy() for tensor in piece.tensors))
+            except OSError as reason:
+                raise RunFailed(
+                    f"The priors' file {self.path} cannot be written ({reason.strerror}).",
+                    "Make room on the disk and resume: what was made is kept.",
+                ) from None
+            show(int(self.done.sum()), len(self.done))
+
+        with closing(_made(source, own(world, units), self.size, workers)) as made:
+            in_turn(world, len(units), made, take)
+        self._look()
+
+    def _write(self, unit: np.ndarray, maps: np.ndarray, valid: np.ndarray, bad: np.ndarray) -> None:
         """Maps first and safely, then the marks that say so."""
-        for index, made, fine in zip(unit.tolist(), maps, valid, strict=True):
-            _write_at(file, self._maps_at + index * made.nbytes, made.tobytes())
-            _write_at(file, self._valid_at + index * len(NAMES), fine.astype(np.uint8).tobytes())
-        os.fdatasync(file)
-        state = np.where(bad, BAD, DONE).astype(np.uint8)
-        for index, mark in zip(unit.tolist(), state, strict=True):
-            _write_at(file, self._state_at + index, mark.tobytes())
+        with open(self.path, "r+b", buffering=0) as handle:
+            file = handle.fileno()
+            for index, made, fine in zip(unit.tolist(), maps, valid, strict=True):
+                _write_at(file, self._maps_at + index * made.nbytes, made.tobytes())
+                _write_at(file, self._valid_at + index * len(NAMES), fine.astype(np.uint8).tobytes())
+            os.fdatasync(file)
+            state = np.where(bad, BAD, DONE).astype(np.uint8)
+            for index, mark in zip(unit.tolist(), state, strict=True):
+                _write_at(file, self._state_at + index, mark.tobytes())
         self.valid[unit], self._state[unit] = valid, state
 
 
@@ -157,18 +175,16 @@ def _read_header(path: Path, wanted: dict) -> int:
 
 # Making maps in parallel
 
-Made = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # samples, maps, which are valid, which images are bad
 
-
-def _made(source: Source, samples: np.ndarray, size: int, workers: int) -> Iterator[Made]:
-    """The maps of ``samples``, int64 ``[K]``, unit by unit in their order."""
-    units = _Units(source, size, [samples[first : first + UNIT] for first in range(0, len(samples), UNIT)])
+def _made(source: Source, units: Sequence[np.ndarray], size: int, workers: int) -> Generator[Piece, None, None]:
+    """Of every unit, int64 ``[K]``: its samples, their maps, which of these are valid, which images are bad."""
+    dataset = _Units(source, size, units)
     # Sums depend on the number of threads in their last bits, and processes by cores need no threads.
-    with threadpool_limits(1):
-        loader = iter(DataLoader(units, batch_size=None, num_workers=workers, worker_init_fn=_quiet_worker))
-        for _ in range(len(units)):
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_quiet_worker)
+    with threadpool_limits(1), working(loader) as items:
+        for _ in units:
             try:
-                made = next(loader)
+                made = next(items)
             except RuntimeError as reason:  # torch's word for a worker that was killed
                 if "worker" not in str(reason):
                     raise
@@ -178,14 +194,13 @@ def _made(source: Source, samples: np.ndarray, size: int, workers: int) -> Itera
                 ) from reason
             if isinstance(made, RelicError):
                 raise made
-            unit, maps, valid, bad = made
-            yield unit.numpy(), maps.numpy(), valid.numpy(), bad.numpy()
+            yield Piece(tuple(made))
 
 
 class _Units(Dataset):
     """Item k: the maps of the k-th unit of samples."""
 
-    def __init__(self, source: Source, size: int, units: list[np.ndarray]) -> None:
+    def __init__(self, source: Source, size: int, units: Sequence[np.ndarray]) -> None:
         self._source, self._size, self._units = source, size, units
 
     def __len__(self) -> int:

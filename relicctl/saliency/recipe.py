@@ -3,11 +3,12 @@
 Every stage leaves its outcome in RUN/stages when it is finished, and a resumed run takes it from there. The stage
 under way goes on from its checkpoint; steps are counted through all stages, so that checkpoints and metrics
 are in one order. Nothing here sees a true mask: images and prior maps are all that comes in.
+
+Several processes make labels together and train on one batch. What they leave, the main one writes and all read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from torch import Tensor
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.core import checkpoint
 from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.distributed import World
+from relicctl.core.hardware import own_cores
 from relicctl.core.loop import Plan, Progress, restore, train
+from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import Photometric
 from relicctl.runs import RunFolder
 from relicctl.saliency.nets import FILE_NAME, SaliencyNet, load_saliency, open_net, save_saliency
@@ -75,20 +79,22 @@ def run_recipe(
     stage: Callable[[str, SaliencyNet], None],
     warn: Callable[[str], None],
     resume_command: str,
+    world: World | None = None,
 ) -> SaliencyNet:
     """Run or go on with all stages; the final network, in eval mode, which is also RUN/saliency.safetensors.
 
     ``photos`` and the maps of ``store`` are squashed to the same side. ``stage(name, net)`` is called for every
     finished training, those of an earlier process too. ``show`` is given the loop's records.
     """
-    recipe = _Recipe(config, photos, run, device, precision, show, warn, resume_command)
+    world = world or World()
+    recipe = _Recipe(config, photos, run, device, precision, show, warn, resume_command, world)
     labels = recipe.labels(store)
     for part in stages_of(config, len(photos)):
         net = recipe.trained(part, labels)
         stage(part.name, net)
         if part.name != "final":
             labels = recipe.relabelled(part, labels, net)
-    save_saliency(run.path / FILE_NAME, net)
+    world.lead(lambda: save_saliency(run.path / FILE_NAME, net))
     return net
 
 
@@ -112,6 +118,7 @@ class _Recipe:
     show: Callable[[int, dict[str, Any]], None]
     warn: Callable[[str], None]
     resume_command: str
+    world: World
 
     def labels(self, store: PriorStore) -> SoftLabels:
         """The first labels: what the priors make together."""
@@ -120,7 +127,7 @@ class _Recipe:
             samples = self.photos.indices[rows]
             maps = torch.from_numpy(store.maps[samples]).to(self.device).float() / 255
             valid = torch.from_numpy(store.valid[samples]).to(self.device)
-            fused = fuse(images, maps, valid, self.config.refine, _cores())
+            fused = fuse(images, maps, valid, self.config.refine, own_cores())
             return fused.map, fused.agreement
 
         return self._kept_labels("labels", make)
@@ -138,7 +145,7 @@ class _Recipe:
                 device=self.device,
                 precision=self.precision,
             )
-            fresh = sharpen(images, found.to(self.device), self.config.refine, _cores())
+            fresh = sharpen(images, found.to(self.device), self.config.refine, own_cores())
             before = old.maps[rows].to(self.device).float() / 255
             return keep * before + (1 - keep) * fresh.map, fresh.agreement
 
@@ -146,27 +153,31 @@ class _Recipe:
 
     def _kept_labels(self, name: str, make: Callable[[slice, Tensor], tuple[Tensor, Tensor]]) -> SoftLabels:
         """Labels of an earlier process, or made now and kept."""
-        found = self._find(name)
-        if found is None:
-            maps = torch.empty(len(self.photos), *self.photos.images.shape[2:], dtype=torch.uint8)
-            trust = torch.empty(len(self.photos))
-            for first in range(0, len(self.photos), AT_ONCE):
-                rows = slice(first, first + AT_ONCE)
-                made, agreement = make(rows, self.photos.images[rows].to(self.device))
-                maps[rows] = (255 * made).round().to(torch.uint8)
-                trust[rows] = agreement
-            found = {"maps": maps, "trust": trust}
-            checkpoint.save(self._file(name), found, {})
-        return SoftLabels(found["maps"], found["trust"])
+
+        def made(rows: slice) -> Piece:
+            maps, trust = make(rows, self.photos.images[rows].to(self.device))
+            return Piece(((255 * maps).round().to(torch.uint8).cpu(), trust.cpu()))
+
+        def all_made() -> dict[str, Tensor]:
+            pieces: list[Piece] = []
+            batches = [slice(first, first + AT_ONCE) for first in range(0, len(self.photos), AT_ONCE)]
+            in_turn(self.world, len(batches), map(made, own(self.world, batches)), pieces.append)
+            if not pieces:  # of a process that is not the main one
+                return {}
+            maps, trust = map(torch.cat, zip(*(piece.tensors for piece in pieces), strict=True))
+            return {"maps": maps, "trust": trust}
+
+        return SoftLabels(**self._outcome(name, all_made))
 
     def trained(self, part: Stage, labels: SoftLabels) -> SaliencyNet:
-        """The stage's network: of an earlier process, or trained now, from its checkpoint if it has one."""
+        """The stage's network: of an earlier process, or trained now."""
         net = open_net(self.config, part.number)
-        found = self._find(part.name)
-        if found is not None:
-            net.load_state_dict(found)
-            return net.to(self.device).eval()
-        net = net.to(self.device).to(memory_format=torch.channels_last)
+        net.load_state_dict(self._outcome(part.name, lambda: self._train(part, labels)))
+        return net.to(self.device).to(memory_format=torch.channels_last).eval()
+
+    def _train(self, part: Stage, labels: SoftLabels) -> dict[str, Tensor]:
+        """From the stage's checkpoint if it has one; the trained network's tensors."""
+        net = open_net(self.config, part.number).to(self.device).to(memory_format=torch.channels_last)
         config, data = self.config, self._training_set(labels)
         batches = MaskBatches(
             data,
@@ -175,6 +186,7 @@ class _Recipe:
             batch_size=config.optim.batch_size,
             seed=counted_seed(config.seed, Stream.MASK, part.number),
             first=part.first,
+            world=self.world,
         )
         per_epoch = batches.sampler.steps_per_epoch
         task = MaskTraining(
@@ -187,6 +199,7 @@ class _Recipe:
             first=part.first,
             stage=part.number,
             autocast=torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            world=self.world,
         )
         plan = Plan(
             total=part.last,
@@ -198,22 +211,26 @@ class _Recipe:
             resume_command=self.resume_command,
         )
         progress = self._under_way(part, task)
-        train(task, batches, plan, self.run, progress=progress, device=self.device, show=self.show)
-        checkpoint.save(self._file(part.name), net.state_dict(), {})
-        return net.eval()
+        train(task, batches, plan, self.run, progress=progress, device=self.device, world=self.world, show=self.show)
+        return task.state.state_dict()
 
     def _under_way(self, part: Stage, task: MaskTraining) -> Progress:
         """Where the stage stands: at its newest checkpoint, or at its beginning."""
+        path = self.world.lead(lambda: self._newest(part))
+        if path is None:
+            self.run.rewind_metrics(part.first if part.first else -1)
+            return Progress(part.first)
+        tensors, header = checkpoint.load(Path(path))
+        self.run.rewind_metrics(header["step"])
+        return restore(task, tensors, header, path)
+
+    def _newest(self, part: Stage) -> str | None:
+        """The newest checkpoint of the stage that can be read."""
         for path in checkpoint.listed(self.run.checkpoints):
             if path.name > checkpoint.file_name(part.last):  # of stages that followed an outcome since lost
                 path.unlink()
         found = checkpoint.newest_valid(self.run.checkpoints, self.warn)
-        if found is None or found[2]["step"] <= part.first:
-            self.run.rewind_metrics(part.first if part.first else -1)
-            return Progress(part.first)
-        path, tensors, header = found
-        self.run.rewind_metrics(header["step"])
-        return restore(task, tensors, header, str(path))
+        return str(found[0]) if found is not None and found[2]["step"] > part.first else None
 
     def _training_set(self, labels: SoftLabels) -> Labelled:
         """The images whose labels are trusted most, and the pixels' weights: less where a label is undecided."""
@@ -227,18 +244,23 @@ class _Recipe:
 
     # The outcomes in RUN/stages
 
-    def _file(self, name: str) -> Path:
-        return self.run.path / "stages" / f"{name.replace(' ', '-')}.safetensors"
+    def _outcome(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a finished stage left, or what ``make`` gives the main process now, which writes it; all read it."""
+        path = self.run.path / "stages" / f"{name.replace(' ', '-')}.safetensors"
+        if not self.world.lead(lambda: self._readable(path)):
+            made = make()
+            self.world.lead(lambda: checkpoint.save(path, made, {}))
+        return checkpoint.load(path)[0]
 
-    def _find(self, name: str) -> dict[str, Tensor] | None:
-        """What a finished stage left, if it can be read."""
-        if not self._file(name).exists():
-            return None
+    def _readable(self, path: Path) -> bool:
+        if not path.exists():
+            return False
         try:
-            return checkpoint.load(self._file(name))[0]
+            checkpoint.load(path)
         except checkpoint.BrokenCheckpoint as broken:
             self.warn(f"{broken.what} It is made again.")
-            return None
+            return False
+        return True
 
 
 def _kept(config: BgmaskConfig, images: int) -> int:
@@ -260,7 +282,3 @@ def _views(config: BgmaskConfig) -> Views:
         solarize=(0.0, 0.0),
     )
     return Views(augment.area, augment.aspect, photometric)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

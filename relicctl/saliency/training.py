@@ -1,8 +1,8 @@
 """Training a mask network on soft labels: the loop's batches and its task.
 
 A batch is a function of (seed, step) alone: which images, where they are cropped (image, label and weight
-alike), what colours they get. The labels come from priors or from an earlier network; nothing here has ever
-seen a true mask.
+alike), what colours they get. Of several processes each has its rows of it, and they minimise the loss of the whole
+batch. The labels come from priors or from an earlier network; nothing here has ever seen a true mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from relicctl.core.batchnorm import synchronised
+from relicctl.core.distributed import World
 from relicctl.core.optim import build_optimizer
 from relicctl.core.schedules import learning_rate
 from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
@@ -55,20 +58,34 @@ class MaskBatch:
 
 
 class MaskBatches:
-    """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident."""
+    """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident.
+
+    ``batch_size`` is that of all processes of ``world`` together. Raises UsageError if they cannot share it evenly.
+    """
 
     waited = 0.0
 
-    def __init__(self, data: Labelled, views: Views, *, size: int, batch_size: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        data: Labelled,
+        views: Views,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        first: int = 0,
+        world: World | None = None,
+    ) -> None:
         self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
         self.sampler = Sampler(seed, len(data), batch_size)
+        self._rows = np.arange(*(world or World()).rows(batch_size))
 
     def from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
-        """The batches of steps ``step`` to ``stop - 1``."""
+        """This process's rows of the batches of steps ``step`` to ``stop - 1``."""
         return (self._batch(number - self._first) for number in range(step, stop))
 
     def _batch(self, step: int) -> MaskBatch:
-        data, seed, samples = self._data, self._seed, self.sampler.batch(step)
+        data, seed, samples = self._data, self._seed, self.sampler.batch(step)[self._rows]
         picked = torch.from_numpy(samples).to(data.images.device)
         layers = torch.cat([layer[picked] for layer in (data.images, data.labels, data.weights)], 1)
         side = np.full(len(samples), layers.shape[-1])
@@ -77,7 +94,7 @@ class MaskBatches:
             first_view=0, count=1, area=self._views.area, aspect=self._views.aspect,
         )  # fmt: skip
         crops = device_crops(layers, boxes, self._size)
-        draw = draw_photometry(self._views.photometric, seed, step, np.arange(len(samples)), 1)
+        draw = draw_photometry(self._views.photometric, seed, step, self._rows, 1)
         flips = torch.from_numpy(draw.flip[0]).to(crops.device)[:, None, None, None]
         maps = crops[0, :, 3:]
         maps = torch.where(flips, maps.flip(-1), maps)
@@ -96,7 +113,10 @@ class LossWeights:
 
 
 class MaskTraining:
-    """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``."""
+    """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``.
+
+    With several processes in ``world`` BatchNorm's statistics, the loss and its gradient are those of the joined batch.
+    """
 
     def __init__(
         self,
@@ -110,19 +130,29 @@ class MaskTraining:
         first: int = 0,
         stage: int = 0,
         autocast: torch.autocast,
+        world: World | None = None,
     ) -> None:
+        self._world = world or World()
         self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
         self._first, self._stage, self._autocast = first, stage, autocast
-        self.state = net
-        self.optimizer = build_optimizer("adamw", net.named_parameters(), rate, 0.9, weight_decay)
+        self.state = self._network = net
+        if self._world.size > 1:
+            self.state = synchronised(net, next(net.parameters()).device)
+            self._network = DistributedDataParallel(self.state)
+        self.optimizer = build_optimizer("adamw", self.state.named_parameters(), rate, 0.9, weight_decay)
 
     def loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
         """``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
         self.state.train()
         with self._autocast:
-            outputs = self.state(batch.images)
-        losses = [mask_loss(logits.float(), batch.labels, batch.weights, self._loss) for logits in outputs]
-        return {"loss": torch.stack(losses).mean(), "fused": losses[0].detach()}
+            outputs = self._network(batch.images)
+        whole = self._world.mean(batch.weights.sum())
+        losses = [
+            mask_loss(logits.to(batch.labels.dtype), batch.labels, batch.weights, self._loss, whole)
+            for logits in outputs
+        ]
+        loss, fused = self._world.mean(torch.stack([torch.stack(losses).mean(), losses[0]])).unbind()
+        return {"loss": loss, "fused": fused.detach()}
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -135,16 +165,21 @@ class MaskTraining:
         return {"stage": self._stage}
 
 
-def mask_loss(logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights) -> Tensor:
+def mask_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights, whole: Tensor | None = None
+) -> Tensor:
     """Scalar. ``logits``, soft ``labels`` and pixels' ``weights``: float32 ``[B, 1, H, W]``; weight 0 = not looked at.
 
     Weighted binary cross-entropy per pixel, plus, per image and from the soft overlap of prediction and label,
     1 - IoU and 1 - F (DeepUSPS, arXiv 1909.13055: (1 + beta2) PR / (beta2 P + R)).
+    Of one of several equal parts of a batch: the mean of the parts' losses is the batch's if ``whole``, scalar, is the
+    mean over the parts of the sum of their weights.
     """
+    whole = weights.sum() if whole is None else whole
     total = logits.new_zeros(())
     if terms.bce:
         cross = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
-        total = total + terms.bce * cross / weights.sum().clamp_min(TINY)
+        total = total + terms.bce * cross / whole.clamp_min(TINY)
     if terms.iou or terms.f:
         p, y, w = logits.sigmoid().flatten(1), labels.flatten(1), weights.flatten(1)
         overlap, predicted, wanted = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)

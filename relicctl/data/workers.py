@@ -1,0 +1,23 @@
+"""Data workers that leave in time, however the work that wants them ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+@contextmanager
+def working(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """The items of ``loader``, whose workers are sent home at the end of the block.
+
+    Left to themselves they go when their iterator is collected. An exception may keep it until the process ends, which
+    then waits for them for ever: they ignore signals.
+    """
+    items = iter(loader)
+    try:
+        yield items
+    finally:
+        getattr(items, "_shutdown_workers", lambda: None)()  # torch has no public word for it
