@@ -11,7 +11,8 @@ import torch
 from relicctl.config.resolve import resolve
 from relicctl.core.loop import note_divergence
 from relicctl.core.optim import LARS
-from relicctl.data.augment import Photometric
+from relicctl.data import augment
+from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
 from relicctl.data.bad_images import BadImages
 from relicctl.data.feed import Batch, Feed, ViewPlan, ViewSize
 from relicctl.data.sampler import Sampler
@@ -154,3 +155,21 @@ def test_bf16_and_compilation_keep_the_loss(compiled):
     other.state.load_state_dict(copy.deepcopy(plain.state.state_dict()))
     expected, made = (t.loss(views("cuda"), 0)["loss"].item() for t in (plain, other))
     assert made == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [32, 97, 224])
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_photometry_is_that_of_the_cpu(size, resident):
+    """Float32: 1e-4 of a normalised grey level, a fortieth of a step of eight bits."""
+    draw = draw_photometry(Photometric(jitter=0.9, solarize=(0.2, 0.5)), 0, 3, np.arange(40), 2)
+    images = torch.randint(0, 256, (2, 40, size, size, 3), dtype=torch.uint8).movedim(-1, 2)
+    if resident:
+        images = images.float().div(255).contiguous()
+    there = apply_photometry(images.cuda(), draw).cpu()
+    torch.testing.assert_close(there, apply_photometry(images, draw), atol=1e-4, rtol=0)
+
+
+def test_the_photometry_runs_as_kernels():
+    pytest.importorskip("triton")
+    images = torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8, device="cuda")
+    assert augment._kernels(images) is not None

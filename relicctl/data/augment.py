@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,24 @@ def apply_photometry(
     """float32 ``[V, B, 3, H, W]``, normalised: the images as drawn, on the images' device.
 
     ``images`` are uint8, or float in [0, 1], as ``[V, B, 3, H, W]`` or ``[V, B, H, W, 3]``; ``draw`` is for
-    the same V views and B rows. A contiguous float32 ``[V, B, 3, H, W]`` is overwritten and returned.
+    the same V views and B rows. A contiguous float32 ``[V, B, 3, H, W]`` may be overwritten.
     """
+    if images.shape[2] != 3:
+        images = images.movedim(-1, 2)
     with torch.autocast(images.device.type, enabled=False):
-        return _apply(images, draw, mean, std)
+        kernels = _kernels(images)
+        return (kernels.apply if kernels else _apply)(images, draw, mean, std)
+
+
+def _kernels(images: Tensor) -> ModuleType | None:
+    """The same as kernels of their own, where images lie on a CUDA device and Triton is installed."""
+    if images.device.type != "cuda":
+        return None
+    try:
+        from relicctl.data import augment_kernels
+    except ImportError:
+        return None
+    return augment_kernels if augment_kernels.fits(images) else None
 
 
 def _apply(images: Tensor, draw: Photometry, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -128,8 +143,6 @@ def _apply(images: Tensor, draw: Photometry, mean: tuple[float, ...], std: tuple
 
 def _to_planes(images: Tensor) -> Tensor:
     """float32 ``[V, B, 3, H, W]`` in [0, 1], contiguous; the images themselves if they are that already."""
-    if images.shape[2] != 3:
-        images = images.movedim(-1, 2)
     if images.dtype == torch.uint8:
         return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
     return images.to(torch.float32).contiguous()
