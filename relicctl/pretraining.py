@@ -24,6 +24,7 @@ from relicctl.errors import UsageError
 from relicctl.evaluation import collapse
 
 STRIDE_BEFORE_LAST_STAGE = {"imagenet": 16, "stride2": 8, "cifar": 4}
+COMPILED_FROM = 10_000  # steps: compiling takes a minute or two
 
 
 class Pretraining:
@@ -58,10 +59,8 @@ class Pretraining:
         if world.size > 1:
             self.state = synchronised(self.state, device)
         self.state = self.state.to(device).to(memory_format=torch.channels_last)
-        if config.runtime.compile:
-            self.state.online["encoder"].compile()
-            if self.state.target is not None:
-                self.state.target["encoder"].compile()
+        if settle_compile(config, device, world, total_steps):
+            self.state.compile_encoders()
         self._online: nn.Module = self.state
         if world.size > 1:
             self._online = DistributedDataParallel(self.state)
@@ -164,6 +163,12 @@ def build_networks(config: Config, classes: int = 0) -> Siamese:
         if isinstance(module, _BatchNorm):
             module.momentum = model.bn_momentum
     return networks
+
+
+def settle_compile(config: Config, device: torch.device, world: World, total_steps: int) -> bool:
+    """Settle ``runtime.compile``. With several processes' SyncBatchNorm it has not been tried: only if asked for."""
+    wanted = config.runtime.compile
+    return wanted if wanted != "auto" else device.type == "cuda" and world.size == 1 and total_steps >= COMPILED_FROM
 
 
 def settle_precision(config: Config, device: torch.device) -> str:

@@ -117,18 +117,30 @@ def _alone():
     return World()
 
 
-@pytest.mark.usefixtures("exact_float32")
 def test_loss_and_gradient_are_those_of_the_cpu():
-    """All negatives, since the two devices draw from generators of their own. Float32: 1e-4 of the largest."""
+    """In float64: through BatchNorm float32 loses so many digits that a CPU's own gradients are 1 % off.
+
+    All negatives, since the two devices draw from generators of their own.
+    """
     here, there = task("cpu", "fp32", "loss.negatives=all"), task("cuda", "fp32", "loss.negatives=all")
     there.state.load_state_dict(here.state.state_dict())
-    losses = [made.loss(views(device), 0)["loss"] for made, device in ((here, "cpu"), (there, "cuda"))]
-    for loss in losses:
-        loss.backward()
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    losses = []
+    for made, device in ((here, "cpu"), (there, "cuda")):
+        made.state.double()
+        losses.append(made.loss(Batch([view.double() for view in views(device).views], None), 0)["loss"])
+        losses[-1].backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
     for (name, ours), theirs in zip(here.state.online.named_parameters(), there.state.online.parameters(), strict=True):
-        scale = ours.grad.abs().max().item()
-        torch.testing.assert_close(theirs.grad.cpu(), ours.grad, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=name)
+        # a bias before a BatchNorm has no gradient but rounding
+        assert (theirs.grad.cpu() - ours.grad).norm() <= 1e-9 * ours.grad.norm() + 1e-12, name
+
+
+@pytest.mark.usefixtures("exact_float32")
+def test_the_loss_in_float32_is_that_of_the_cpu():
+    here, there = task("cpu", "fp32", "loss.negatives=all"), task("cuda", "fp32", "loss.negatives=all")
+    there.state.load_state_dict(here.state.state_dict())
+    losses = [made.loss(views(device), 0)["loss"].item() for made, device in ((here, "cpu"), (there, "cuda"))]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_lars_is_that_of_the_cpu():
@@ -137,7 +149,7 @@ def test_lars_is_that_of_the_cpu():
     gradients = [torch.from_numpy(draw.normal(size=w.shape).astype(np.float32)) for w in weights]
     ends = []
     for device in ("cpu", "cuda"):
-        parameters = [torch.nn.Parameter(w.to(device)) for w in weights]
+        parameters = [torch.nn.Parameter(w.to(device, copy=True)) for w in weights]
         optimizer = LARS([{"params": parameters, "weight_decay": 1e-2, "adapt": True}], lr=0.3, momentum=0.9)
         for _ in range(3):
             for parameter, gradient in zip(parameters, gradients, strict=True):

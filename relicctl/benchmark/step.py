@@ -19,8 +19,8 @@ NETWORKS = ("networks forward", "networks backward")
 def step_parts(task: Pretraining, feed: Feed, repeats: int, log_every: int, device: torch.device) -> dict[str, Any]:
     """Seconds of each part of a step (lists over ``repeats`` steps), the host's half left out.
 
-    The same work as in the loop, with the device waited for between the parts; the first step is not counted.
-    The log line's cost is spread over the steps between two.
+    The same work as in the loop, and a GPU as busy; the first step is not counted. The log line, for which the loop
+    waits, comes after all steps, and its cost is spread over the steps between two.
     """
     laps = Laps(device)
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -44,13 +44,13 @@ def step_parts(task: Pretraining, feed: Feed, repeats: int, log_every: int, devi
         laps.lap("optimiser")
         task.after_step(step)
         laps.lap("ema")
+        waited = feed.waited
+    for _ in range(repeats + 1):
         task.describe(step)
         bad_step.item()
         {name: value.item() for name, value in losses.items()}
         laps.lap("logging")
-        waited = feed.waited
-        laps.restart()
-    parts = {name: seconds[1:] for name, seconds in laps.seconds.items()}
+    parts = {name: seconds[1:] for name, seconds in laps.seconds().items()}
     parts["logging"] = [seconds / log_every for seconds in parts["logging"]]
     return parts
 

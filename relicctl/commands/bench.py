@@ -26,7 +26,7 @@ from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
 from relicctl.errors import UsageError
 from relicctl.memory import check_memory, in_units
-from relicctl.pretraining import Pretraining, settle_precision
+from relicctl.pretraining import Pretraining, settle_compile, settle_precision
 
 IMAGENET = 1_281_167  # training images that generated data stand for
 STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench takes minutes
@@ -104,6 +104,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "precision": precision,
+        "compiled": settle_compile(measured, device, World(), total_steps),
         "torch": torch.__version__,
         "data": source.spec,
         "cache": cache,

@@ -190,7 +190,9 @@ class Machine(Section):
 
 
 class Runtime(Machine):
-    compile: bool = key(False, "torch.compile the networks")
+    compile: bool | Literal["auto"] = key(
+        "auto", "torch.compile the encoders; auto = on one CUDA device, for runs of 10,000 steps and more"
+    )
     activation_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
     )

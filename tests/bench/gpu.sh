@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What to measure where a GPU is, part by part; JSON files go to OUT.
 #
-#   tests/bench/gpu.sh PART OUT DATA      PART: tests step peers learning keys objectives
+#   tests/bench/gpu.sh PART OUT DATA      PART: tests step ways peers learning keys objectives
 #   SMALL=1 tests/bench/gpu.sh ...        the same commands at a size for two CPU cores: a rehearsal, no result
 #
 # DATA is a folder with cifar10-{train,test}.zip and imagenette128-{train,val}.zip. Run it from the checkout.
@@ -34,12 +34,14 @@ nette=(--preset imagenette-r18 --data "$data/imagenette128-train.zip" --val "$da
 
 case $part in
   tests)
-    pytest -m gpu -n 0 --junitxml "$out/tests.xml" ;;
+    pytest -m gpu -n 0 --junitxml "$out/tests.xml" tests/test_gpu.py ;;
   step)
     sizes=(); [ -z "$small" ] || sizes=(--batch 2 --repeats 1)
     relicctl bench --preset r50-1000ep --json ${sizes[@]+"${sizes[@]}"} > "$out/step-r50.json"
     relicctl bench "${cifar[@]:0:4}" --set views.small.count=0 --set views.large.count=2 --json \
       ${sizes[@]+"${sizes[@]}"} > "$out/step-cifar.json" ;;
+  ways)
+    python tests/bench/device_ways.py > "$out/ways.json" ;;
   peers)
     python tests/bench/peers.py > "$out/peers.json" ;;
   learning)  # 10 and 25 minutes of one card: set the epochs from the images a second that part `step` gave

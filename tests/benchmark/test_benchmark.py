@@ -98,4 +98,4 @@ def test_laps_leave_out_what_they_are_told_to(monkeypatch):
     laps = Laps(CPU)
     laps.lap("a", without=0.5)
     laps.lap("b")
-    assert laps.seconds == {"a": [1.5], "b": [5.0]}
+    assert laps.seconds() == {"a": [1.5], "b": [5.0]}

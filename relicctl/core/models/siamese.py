@@ -6,7 +6,7 @@ Shape letters: V views (the L large ones first), B images, F encoder features, D
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ class Siamese(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
         if predictor is not None:
             self.online["predictor"] = predictor
+        self._compiled: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def compile_encoders(self) -> None:
+        """Compile what the encoders do in training, a graph for each size of view; evaluation is left as it is."""
+        for name, network in (("online", self.online), ("target", self.target)):
+            if network is not None:
+                self._compiled[name] = torch.compile(network["encoder"].forward, dynamic=False)
+
+    def _encode(self, name: str, views: Tensor) -> Tensor:
+        return self._compiled.get(name, getattr(self, name)["encoder"])(views)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The trained half, ``online_forward``: what a wrapper for several processes calls."""
@@ -58,7 +68,7 @@ class Siamese(nn.Module):
         return torch.cat(features, 1), torch.cat(outputs, 1)
 
     def _online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        features = torch.cat([self.online["encoder"](view.flatten(0, 1)) for view in views])
+        features = torch.cat([self._encode("online", view.flatten(0, 1)) for view in views])
         outputs = self.online["projector"](features)
         if "predictor" in self.online:
             outputs = self.online["predictor"](outputs)
@@ -70,7 +80,7 @@ class Siamese(nn.Module):
         """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
         assert self.target is not None, "this objective has no target network"
         parts = [part.flatten(0, 1) for (part,) in self._microbatches([large])]
-        projections = [self.target["projector"](self.target["encoder"](part)) for part in parts]
+        projections = [self.target["projector"](self._encode("target", part)) for part in parts]
         return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
 
     def _microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
