@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -107,6 +108,16 @@ def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
     (command,) = re.findall(r"relicctl ((?:pretrain|train-bgmask|linear-eval|transfer) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name
+
+
+def test_options_that_are_their_own_metavar_are_written_out() -> None:
+    """typer 0.27 takes the metavar DATA of a parameter ``data`` for its name, and knows no ``--data`` then."""
+    for module in ("pretrain", "linear_eval", "transfer", "train_bgmask", "bench", "doctor", "export"):
+        command = getattr(importlib.import_module(f"relicctl.cli.{module}"), module)
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if getattr(option, "metavar", None) == name.upper():
+                    assert option.param_decls, (module, name)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def bench(
     config: ConfigFile = None,
     sets: Sets = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
+        str | None, typer.Option("--data", metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Images a step; without, what fits and takes minutes.")

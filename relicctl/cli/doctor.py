@@ -21,7 +21,8 @@ def doctor(
     config: ConfigFile = None,
     sets: Sets = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images; without, generated JPEGs and the demo's shapes.")
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Images; without, generated JPEGs and the demo's shapes."),
     ] = None,
     download: Download = False,
     device: Device = None,

@@ -45,7 +45,7 @@ def linear_eval(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Labelled training images; the run's where not given.")
+        str | None, typer.Option("--data", metavar="DATA", help="Labelled training images; the run's where not given.")
     ] = None,
     val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to test on.")] = None,
     tests: Annotated[

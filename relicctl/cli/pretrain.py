@@ -40,6 +40,7 @@ def pretrain(
     data: Annotated[
         str | None,
         typer.Option(
+            "--data",
             metavar="DATA",
             help="Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].",
         ),

@@ -42,6 +42,7 @@ def train_bgmask(
     data: Annotated[
         list[str] | None,
         typer.Option(
+            "--data",
             metavar="DATA",
             help="Unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder]; repeatable, then "
             "all are trained on together, and the first gets the masks.",

@@ -61,6 +61,7 @@ def bench(
         largest = largest_that_fits(
             lambda size: step_fits(_with_batch(config, size), classes, precision, device), largest
         )
+        torch.cuda.reset_peak_memory_stats(device)
     size = batch or _batch(config, device, flop, peak, largest, images)
     source = real if real is not None else GeneratedPhotos(max(2 * size, 64))
     measured = _with_batch(config, size)

@@ -36,10 +36,10 @@ case $part in
   tests)
     pytest -m gpu -n 0 --junitxml "$out/tests.xml" tests/test_gpu.py ;;
   step)
-    sizes=(); [ -z "$small" ] || sizes=(--batch 2 --repeats 1)
-    relicctl bench --preset r50-1000ep --json ${sizes[@]+"${sizes[@]}"} > "$out/step-r50.json"
+    sizes=(--batch "${BATCH:-256}"); [ -z "$small" ] || sizes=(--batch 2 --repeats 1)
+    relicctl bench --preset r50-1000ep --json "${sizes[@]}" > "$out/step-r50.json"
     relicctl bench "${cifar[@]:0:4}" --set views.small.count=0 --set views.large.count=2 --json \
-      ${sizes[@]+"${sizes[@]}"} > "$out/step-cifar.json" ;;
+      ${small:+--batch 2 --repeats 1} > "$out/step-cifar.json" ;;
   ways)
     python tests/bench/device_ways.py > "$out/ways.json" ;;
   peers)

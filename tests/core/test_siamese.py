@@ -173,3 +173,13 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_n
         assert torch.equal(p, q), name
     expected = torch.cat([plain.target_forward(views[0][:, i : i + 2]) for i in (0, 2, 4)], 1)
     assert torch.equal(cached.target_forward(views[0]), expected)
+
+
+def test_compiling_is_for_training_alone():
+    """Names in checkpoints stay, and evaluation calls the encoder as it is. (Nothing is compiled before it is called.)"""
+    networks = pair()
+    names, encoder = list(networks.state_dict()), networks.online["encoder"]
+    networks.compile_encoders()
+    assert list(networks.state_dict()) == names
+    assert networks.online["encoder"] is encoder
+    assert encoder._compiled_call_impl is None
