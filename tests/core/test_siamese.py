@@ -176,7 +176,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_n
 
 
 def test_compiling_is_for_training_alone():
-    """Names in checkpoints stay, and evaluation calls the encoder as it is. (Nothing is compiled before it is called.)"""
+    """Names in checkpoints stay, and evaluation calls the encoder as it is. (Nothing compiles before it is called.)"""
     networks = pair()
     names, encoder = list(networks.state_dict()), networks.online["encoder"]
     networks.compile_encoders()
