@@ -30,7 +30,7 @@ from relicctl.data.sources import Source, open_source
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation.during import shuffled
 from relicctl.memory import count, in_units
-from relicctl.saliency.nets import open_net
+from relicctl.saliency.nets import SaliencyNet, open_net
 from relicctl.saliency.priors import NAMES
 from relicctl.saliency.recipe import stages_of, total_steps
 from relicctl.saliency.truth import TrueMasks, open_truth
@@ -109,7 +109,7 @@ def continued_record(run: Path, resolved: Resolved, data: BgmaskData, device: to
 
 def check_memory(
     config: BgmaskConfig,
-    net: nn.Module,
+    net: SaliencyNet,
     images: int,
     device: torch.device,
     precision: str,
@@ -126,7 +126,7 @@ def check_memory(
         console.warn(f"{told}; if it does not fit, {ways}")
 
 
-def memory(config: BgmaskConfig, net: nn.Module, images: int, precision: str, processes: int = 1) -> dict[str, int]:
+def memory(config: BgmaskConfig, net: SaliencyNet, images: int, precision: str, processes: int = 1) -> dict[str, int]:
     """Bytes that one of the processes takes at the peak of a step of training ``net``, part by part.
 
     Assumed: every convolution and norm keeps its output.
@@ -138,18 +138,19 @@ def memory(config: BgmaskConfig, net: nn.Module, images: int, precision: str, pr
         "gradients": weights,
         "optimiser": 2 * weights,
         "activations": (2 if precision == "bf16" else 4) * kept,
-        "images and labels": images * config.labels.size**2 * (3 + 1 + 5),  # all, and beside them those trained on
+        # all, and beside them those trained on
+        "images and labels": images * config.labels.size**2 * (3 + 1 + 5 + 2 * net.hints),
     }
 
 
-def _outputs(net: nn.Module, size: int) -> int:
+def _outputs(net: SaliencyNet, size: int) -> int:
     """Numbers that one image leaves in the network for its backward pass."""
     net, kept = copy.deepcopy(net).to("meta"), []  # nothing is computed there
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     for layer in layers:
         layer.register_forward_hook(lambda _, __, output: kept.append(output.numel() // 2))
     with torch.no_grad():
-        net(torch.empty(2, 3, size, size, device="meta"))
+        net(torch.empty(2, 3 + net.hints, size, size, device="meta"))
     return sum(kept)
 
 

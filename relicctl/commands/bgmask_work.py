@@ -28,6 +28,7 @@ from relicctl.data.sources import Source
 from relicctl.errors import DataError
 from relicctl.runs import RunFolder
 from relicctl.saliency import sheet
+from relicctl.saliency.hints import hints
 from relicctl.saliency.measures import FIGURES, agreement, mean_agreement
 from relicctl.saliency.nets import SaliencyNet
 from relicctl.saliency.photos import Photos, load_photos
@@ -78,6 +79,7 @@ class Work:
         store = self._filled(f"priors-eval-{truth.images.fingerprint()[:8]}", truth.images, self._config.labels.size)
         table = StageTable(
             truth,
+            store,
             self._config,
             device=self._device,
             precision=self._precision,
@@ -86,7 +88,7 @@ class Work:
             told=lambda row: self._console.note(in_short(row)),
             world=self._world,
         )
-        table.add_priors(store)
+        table.add_priors()
         return table
 
     def train(self, photos: Photos, store: PriorStore, table: StageTable | None, resume_command: str) -> SaliencyNet:
@@ -125,6 +127,7 @@ class Work:
                     device=self._device,
                     precision=self._precision,
                     workers=self._workers,
+                    prior_size=self._config.labels.size,
                     show=show,
                     bad=self._bad_images(source).add,
                     world=self._world,
@@ -139,6 +142,7 @@ class Work:
         found = predict(
             net,
             images,
+            hints(store.maps[samples], store.valid[samples]) if net.hints else None,
             options=self._config.predict,
             refine=self._config.refine,
             device=self._device,
@@ -172,7 +176,8 @@ class Work:
         weights = hashlib.sha256()
         for tensor in net.state_dict().values():
             weights.update(tensor.contiguous().cpu().numpy().tobytes())
-        told = self._config.predict, self._config.refine
+        told: list[Any] = [self._config.predict, self._config.refine]
+        told += [f"priors at {self._config.labels.size} px"] if net.hints else []
         return f"{net.arch} at {net.size} px, weights {weights.hexdigest()}, " + ", ".join(map(str, told))
 
     def _filled(self, name: str, source: Source, size: int) -> PriorStore:

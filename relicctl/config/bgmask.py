@@ -35,6 +35,7 @@ class MaskNet(Section):
         "u2netp", "U2-Net, its small form, or a self-supervised encoder with a light decoder"
     )
     size: int = key(96, "side in pixels of what the network sees; best a multiple of 32", ge=32)
+    priors: bool = key(False, "the hand-made priors' maps as a further input of the network")
     encoder: str | None = key(None, "run or weights that arch resnet starts from; null = random (also --init-from)")
 
 

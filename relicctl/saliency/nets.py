@@ -17,6 +17,7 @@ from relicctl.core.models.resnet import ResNet, build_encoder, seeded
 from relicctl.core.models.saliency_net import build_saliency_net
 from relicctl.encoder import load_encoder
 from relicctl.errors import UsageError
+from relicctl.saliency.priors import NAMES
 
 FORMAT = "relicctl-saliency"
 FILE_NAME = "saliency.safetensors"
@@ -26,18 +27,21 @@ ANOTHER_FILE = "Give a finished run of train-bgmask, or its saliency.safetensors
 class SaliencyNet(nn.Module):
     """Normalised images ``[N, 3, H, W]`` -> logits ``[N, 1, H, W]``, the one to use first.
 
-    ``size``: side in pixels of the squashed images it was trained on. ``metadata``: strings that say how to build
-    it again; of a loaded network also what its file says besides.
+    ``size``: side in pixels of the squashed images it was trained on. ``hints``: how many channels of the input follow
+    the image's, the priors' maps (``saliency.hints``). ``metadata``: strings that say how to build it again; of a
+    loaded network also what its file says besides.
     """
 
-    def __init__(self, arch: str, size: int, encoder: ResNet | None = None) -> None:
+    def __init__(self, arch: str, size: int, encoder: ResNet | None = None, hints: int = 0) -> None:
         super().__init__()
-        self.arch, self.size = arch, size
+        self.arch, self.size, self.hints = arch, size, hints
         self.metadata = {"format": FORMAT, "arch": arch, "size": str(size), "version": __version__}
         if encoder is not None:
             for name in ("arch", "width", "stem", "padding"):
                 self.metadata[f"encoder_{name}"] = str(getattr(encoder, name))
-        self.body = build_saliency_net(arch, encoder)
+        if hints:
+            self.metadata["hints"] = str(hints)
+        self.body = build_saliency_net(arch, encoder, hints)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.body(x)
@@ -48,7 +52,8 @@ def open_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
     ``model.encoder`` names. Raises UsageError when these cannot be read."""
     model = config.model
     with seeded(counted_seed(config.seed, Stream.INIT, stage)):
-        return SaliencyNet(model.arch, model.size, _encoder(model) if model.arch == "resnet" else None)
+        encoder = _encoder(model) if model.arch == "resnet" else None
+        return SaliencyNet(model.arch, model.size, encoder, len(NAMES) if model.priors else 0)
 
 
 def _encoder(model: MaskNet) -> ResNet:
@@ -77,7 +82,8 @@ def load_saliency(path_or_run: str | Path) -> SaliencyNet:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UsageError(f"{path} holds no mask network of relicctl.", ANOTHER_FILE)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # copied: where in the file they lie decides their alignment, and that the last bit of what is computed
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         net = _outline(metadata)
         net.body.load_state_dict(tensors, assign=True)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as reason:
@@ -92,5 +98,5 @@ def _outline(metadata: dict[str, str]) -> SaliencyNet:
     if metadata["arch"] == "resnet":
         arch, width, stem, padding = (metadata[f"encoder_{name}"] for name in ("arch", "width", "stem", "padding"))
         encoder = build_encoder(arch, float(width), stem, padding)
-    net = SaliencyNet(metadata["arch"], int(metadata["size"]), encoder)
+    net = SaliencyNet(metadata["arch"], int(metadata["size"]), encoder, int(metadata.get("hints", 0)))
     return net.to(torch.device("meta"))

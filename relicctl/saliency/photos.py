@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +20,8 @@ from relicctl.data.images import BadImage
 from relicctl.data.sources import Source
 from relicctl.data.workers import working
 from relicctl.errors import DataError
+from relicctl.saliency.hints import hints, quantised
+from relicctl.saliency.priors import prior_maps
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Squashed:
     indices: np.ndarray  # int64 [K], in the order asked for, without the bad ones
     images: Tensor  # uint8 [K, 3, S, S]
     bad: list[tuple[int, str]]
+    hints: Tensor | None = None  # uint8 [K, P, h, h]
 
 
 @dataclass(frozen=True)
@@ -83,39 +87,48 @@ def load_photos(
 
 
 def stream(
-    source: Source, indices: np.ndarray, size: int, *, batch_size: int, workers: int
+    source: Source, indices: np.ndarray, size: int, *, batch_size: int, workers: int, with_hints: int = 0
 ) -> Generator[Squashed, None, None]:
-    """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time."""
+    """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time.
+
+    ``with_hints``: side in pixels of the priors' maps that come along; 0 = none.
+    """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     loader = DataLoader(
-        _Batches(source, batches, size),
+        _Batches(source, batches, size, with_hints),
         batch_size=None,
         num_workers=min(workers, len(batches)),
         worker_init_fn=_quiet_worker,
         prefetch_factor=2 if workers and batches else None,
     )
-    with working(loader) as items:
+    # sums depend on the number of threads in their last bits
+    with threadpool_limits(1 if with_hints else None), working(loader) as items:
         yield from items
 
 
 class _Batches(Dataset):
-    def __init__(self, source: Source, batches: Sequence[np.ndarray], size: int) -> None:
-        self._source, self._batches, self._size = source, batches, size
+    def __init__(self, source: Source, batches: Sequence[np.ndarray], size: int, with_hints: int) -> None:
+        self._source, self._batches, self._size, self._hints = source, batches, size, with_hints
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, number: int) -> Squashed:
-        kept, images, bad = [], [], []
+        kept, images, priors, bad = [], [], [], []
         for index in self._batches[number].tolist():
             try:
-                images.append(squash(self._source.load(index), self._size))
-                kept.append(index)
+                image = self._source.load(index)
             except BadImage as reason:
                 bad.append((index, reason.reason))
+                continue
+            kept.append(index)
+            images.append(squash(image, self._size))
+            if self._hints:
+                priors.append(quantised(prior_maps(image, self._hints)))
         pixels = np.stack(images) if images else np.empty((0, self._size, self._size, 3), np.uint8)
         planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        return Squashed(np.array(kept, dtype=np.int64), planes, bad)
+        made = hints(*map(np.stack, zip(*priors, strict=True))) if priors else None
+        return Squashed(np.array(kept, dtype=np.int64), planes, bad, made)
 
 
 def _quiet_worker(_: int) -> None:
@@ -123,3 +136,4 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threadpool_limits(1)

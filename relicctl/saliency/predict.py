@@ -17,6 +17,7 @@ from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import MEAN, STD
 from relicctl.data.masks import SIDE, MaskBankWriter
 from relicctl.data.sources import Source
+from relicctl.saliency.hints import as_input
 from relicctl.saliency.nets import SaliencyNet
 from relicctl.saliency.photos import Squashed, stream
 from relicctl.saliency.refine import guided_filter, sharpen
@@ -28,6 +29,7 @@ GRAIN = 32  # a network's input side is a multiple of it at every scale
 def predict(
     net: SaliencyNet,
     images: Tensor,
+    hints: Tensor | None = None,
     *,
     options: Predict,
     refine: Refine,
@@ -39,6 +41,7 @@ def predict(
 
     The network sees them at its own size and, averaged over, at each of ``options.scales`` of it and mirrored;
     what it says is brought back to S and, by ``options.refine``, drawn to the edges of the image as it is there.
+    ``hints``, uint8 ``[B, P, h, h]``, are for a network that takes them.
     """
     net.eval()
     images = images.to(device)
@@ -47,6 +50,9 @@ def predict(
     for scale, mirrored in ways:
         side = max(GRAIN, GRAIN * round(net.size * scale / GRAIN))
         x = normalised(images, net.size if scale == 1 else side)
+        if net.hints:
+            assert hints is not None
+            x = torch.cat([x, as_input(hints.to(device), x.shape[-1])], 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = net(x.flip(-1) if mirrored else x)[0].float()
         logits = logits.flip(-1) if mirrored else logits
@@ -89,6 +95,7 @@ def make_bank(
     device: torch.device,
     precision: str,
     workers: int,
+    prior_size: int = 0,
     threads: int = 1,
     show: Callable[[int], None] = lambda done: None,
     bad: Callable[[str, str], None] = lambda name, reason: None,
@@ -96,7 +103,8 @@ def make_bank(
 ) -> BankFigures:
     """Give every sample of ``source`` that ``writer`` misses a mask; an empty one where it cannot be decoded.
 
-    Images are decoded and squashed by ``workers`` processes, and only a few batches are in memory at a time.
+    Images are decoded and squashed by ``workers`` processes, and only a few batches are in memory at a time. For a
+    network that takes hints they make priors of ``prior_size`` pixels as well.
     ``show`` is told how many samples have masks, ``bad`` the name of a sample and what is wrong with it.
     The processes of ``world`` make a batch each in turn. The main one has the ``writer``, is told and gets the figures.
     """
@@ -110,7 +118,14 @@ def make_bank(
         masks = torch.empty(0, SIDE, SIDE, dtype=torch.bool)
         if len(some.indices):
             maps = predict(
-                net, some.images, options=options, refine=refine, device=device, precision=precision, threads=threads
+                net,
+                some.images,
+                some.hints,
+                options=options,
+                refine=refine,
+                device=device,
+                precision=precision,
+                threads=threads,
             )
             masks = maps > options.threshold
         return Piece((torch.from_numpy(some.indices), masks), some.bad)
@@ -129,6 +144,9 @@ def make_bank(
         figures.bad += len(piece.words)
         show(done + figures.made + figures.bad)
 
-    with closing(stream(source, mine, SIDE, batch_size=options.batch_size, workers=workers)) as squashed:
+    streamed = stream(
+        source, mine, SIDE, batch_size=options.batch_size, workers=workers, with_hints=prior_size if net.hints else 0
+    )
+    with closing(streamed) as squashed:
         in_turn(world, len(batches), map(made, squashed), take)
     return figures

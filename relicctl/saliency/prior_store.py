@@ -27,6 +27,7 @@ from relicctl.data.images import BadImage
 from relicctl.data.sources import Source
 from relicctl.data.workers import working
 from relicctl.errors import DataError, RelicError, RunFailed
+from relicctl.saliency.hints import quantised
 from relicctl.saliency.priors import NAMES, prior_maps
 
 MAGIC = b"RELICPRI"
@@ -221,8 +222,7 @@ class _Units(Dataset):
             except BadImage:
                 bad[row] = True
                 continue
-            valid[row] = np.isfinite(made).all(axis=(1, 2))
-            maps[row, valid[row]] = np.rint(255 * made[valid[row]])
+            maps[row], valid[row] = quantised(made)
         return tuple(torch.from_numpy(array) for array in (unit, maps, valid, bad))
 
 

@@ -26,6 +26,7 @@ from relicctl.core.loop import Plan, Progress, restore, train
 from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import Photometric
 from relicctl.runs import RunFolder
+from relicctl.saliency.hints import hints
 from relicctl.saliency.nets import FILE_NAME, SaliencyNet, load_saliency, open_net, save_saliency
 from relicctl.saliency.photos import Photos
 from relicctl.saliency.predict import predict
@@ -87,7 +88,8 @@ def run_recipe(
     finished training, those of an earlier process too. ``show`` is given the loop's records.
     """
     world = world or World()
-    recipe = _Recipe(config, photos, run, device, precision, show, warn, resume_command, world)
+    given = hints(store.maps[photos.indices], store.valid[photos.indices]) if config.model.priors else None
+    recipe = _Recipe(config, photos, given, run, device, precision, show, warn, resume_command, world)
     labels = recipe.labels(store)
     for part in stages_of(config, len(photos)):
         net = recipe.trained(part, labels)
@@ -112,6 +114,7 @@ class _Recipe:
 
     config: BgmaskConfig
     photos: Photos
+    hints: Tensor | None
     run: RunFolder
     device: torch.device
     precision: str
@@ -140,6 +143,7 @@ class _Recipe:
             found = predict(
                 net,
                 images,
+                None if self.hints is None else self.hints[rows],
                 options=self.config.predict.model_copy(update={"refine": "none"}),
                 refine=self.config.refine,
                 device=self.device,
@@ -240,6 +244,7 @@ class _Recipe:
         decided = (maps.float() / 127.5 - 1).abs()
         weights = 1 - self.config.labels.agreement * (1 - decided)
         planes = [self.photos.images[chosen], maps[:, None], (255 * weights[:, None]).round().to(torch.uint8)]
+        planes += [] if self.hints is None else [self.hints[chosen]]
         return Labelled(*(plane.to(self.device) for plane in planes))
 
     # The outcomes in RUN/stages

@@ -16,6 +16,7 @@ from relicctl.core.distributed import World
 from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.bad_images import BadImages
 from relicctl.data.masks import SIDE
+from relicctl.saliency.hints import hints
 from relicctl.saliency.measures import Measures, numbers_of
 from relicctl.saliency.nets import SaliencyNet
 from relicctl.saliency.photos import load_photos
@@ -29,7 +30,7 @@ Maps = Callable[[slice], Iterable[np.ndarray]]  # of some images, float [S, S] e
 
 
 class StageTable:
-    """Measures stage after stage on images with true masks, at the masks' own resolution.
+    """Measures stage after stage on images with true masks, whose priors ``store`` has, at the masks' own resolution.
 
     ``rows`` are the stages so far: ``name``, the figures of ``Measures``, and ``images``, how many count. Each is
     passed to ``told`` as it comes. Priors are looked at as they are kept, networks as they make a bank's masks.
@@ -39,6 +40,7 @@ class StageTable:
     def __init__(
         self,
         truth: TrueMasks,
+        store: PriorStore,
         config: BgmaskConfig,
         *,
         device: torch.device,
@@ -55,6 +57,7 @@ class StageTable:
             size: load_photos(truth.images, size, workers=workers, bad=bad, world=self._world).images
             for size in sorted({SIDE, config.labels.size})
         }
+        self._store = store
         self.rows: list[dict[str, Any]] = []
 
     def add(self, name: str, maps: Maps) -> None:
@@ -77,8 +80,9 @@ class StageTable:
         self.rows.append(self._world.lead(lambda: {"name": name, **measures.figures(), "images": measures.images}))
         self._told(self.rows[-1])
 
-    def add_priors(self, store: PriorStore) -> None:
+    def add_priors(self) -> None:
         """The centre prior, each hand-made prior, the mean of those that are valid, and the labels made of them."""
+        store = self._store
 
         def fused(rows: slice) -> np.ndarray:
             maps, valid = (
@@ -101,6 +105,7 @@ class StageTable:
             maps = predict(
                 net,
                 self._images[SIDE][rows],
+                hints(self._store.maps[rows], self._store.valid[rows]) if net.hints else None,
                 options=self._config.predict,
                 refine=self._config.refine,
                 device=self._device,

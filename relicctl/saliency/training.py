@@ -29,11 +29,15 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255."""
+    """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255.
+
+    ``hints``: uint8 ``[K, P, S, S]`` for a network that takes them.
+    """
 
     images: Tensor
     labels: Tensor
     weights: Tensor
+    hints: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,7 +54,9 @@ class Views:
 
 @dataclass(frozen=True)
 class MaskBatch:
-    """float32 of one size: normalised images ``[B, 3, s, s]``; labels and weights ``[B, 1, s, s]`` in [0, 1]."""
+    """float32 of one size: what the network takes, normalised images and hints, ``[B, 3 + P, s, s]``; labels and
+    weights ``[B, 1, s, s]`` in [0, 1].
+    """
 
     images: Tensor
     labels: Tensor
@@ -87,7 +93,8 @@ class MaskBatches:
     def _batch(self, step: int) -> MaskBatch:
         data, seed, samples = self._data, self._seed, self.sampler.batch(step)[self._rows]
         picked = torch.from_numpy(samples).to(data.images.device)
-        layers = torch.cat([layer[picked] for layer in (data.images, data.labels, data.weights)], 1)
+        whole = (data.images, data.labels, data.weights, *([] if data.hints is None else [data.hints]))
+        layers = torch.cat([layer[picked] for layer in whole], 1)
         side = np.full(len(samples), layers.shape[-1])
         boxes = crop_boxes(
             seed, self.sampler.epoch(step), samples, side, side,
@@ -99,7 +106,9 @@ class MaskBatches:
         maps = crops[0, :, 3:]
         maps = torch.where(flips, maps.flip(-1), maps)
         images = apply_photometry(crops[:, :, :3], draw)[0]
-        return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:])
+        if data.hints is not None:
+            images = torch.cat([images, maps[:, 2:] - 0.5], 1)
+        return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:2])
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,26 @@ from relicctl.data.images import BadImage
 from relicctl.data.masks import SIDE, MaskBank
 from relicctl.data.sources import Source
 from relicctl.errors import DataError, UsageError
+from relicctl.saliency.hints import hints, quantised
 from relicctl.saliency.nets import SaliencyNet, load_saliency, save_saliency
 from relicctl.saliency.photos import load_photos, squash, stream
 from relicctl.saliency.predict import make_bank, predict
+from relicctl.saliency.priors import prior_maps
 
 CPU = torch.device("cpu")
 PLAIN = Predict(flip=False, refine="none", batch_size=4)
 
 
-def small_net(arch="resnet"):
+def small_net(arch="resnet", hints=0):
     with seeded(0):
-        return SaliencyNet(arch, 32, build_encoder("resnet18", 0.125) if arch == "resnet" else None).eval()
+        encoder = build_encoder("resnet18", 0.125) if arch == "resnet" else None
+        return SaliencyNet(arch, 32, encoder, hints).eval()
 
 
 class Redness(torch.nn.Module):
     """A network that takes what is red for the object."""
 
-    size = 32
+    size, hints = 32, 0
 
     def forward(self, x):
         return [4 * (x[:, :1] - x[:, 1:2]), torch.zeros_like(x[:, :1])]
@@ -64,8 +67,8 @@ def images(count=3, side=48):
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def masks_of(net, pixels, options=PLAIN):
-    return predict(net, pixels, options=options, refine=Refine(), device=CPU, precision="fp32")
+def masks_of(net, pixels, options=PLAIN, given=None):
+    return predict(net, pixels, given, options=options, refine=Refine(), device=CPU, precision="fp32")
 
 
 # Prediction
@@ -115,7 +118,7 @@ def bank_of(source, path, workers=0, net=None):
     with MaskBank.create(path, source, made_by="test") as writer:
         figures = make_bank(
             net or Redness(), source, writer, options=PLAIN, refine=Refine(), device=CPU, precision="fp32",
-            workers=workers, show=told.append, bad=lambda name, reason: bad.append((name, reason)),
+            workers=workers, prior_size=24, show=told.append, bad=lambda name, reason: bad.append((name, reason)),
         )  # fmt: skip
     return figures, told, bad
 
@@ -137,6 +140,22 @@ def test_the_bank_is_the_same_for_any_number_of_workers(tmp_path):
     for workers in (0, 2):
         bank_of(source, tmp_path / f"{workers}.bank", workers, small_net())
     assert (tmp_path / "0.bank").read_bytes() == (tmp_path / "2.bank").read_bytes()
+
+
+def test_a_network_that_takes_hints_is_given_the_priors_of_each_image(tmp_path):
+    """Whatever the number of workers, and beside images that cannot be decoded, or have nothing to go by."""
+    source, net = Drawn(count=7, bad=(2,)), small_net(hints=4)
+    for workers in (0, 2):
+        figures, _, _ = bank_of(source, tmp_path / f"{workers}.bank", workers, net)
+        assert (figures.made, figures.bad) == (6, 1)
+    assert (tmp_path / "0.bank").read_bytes() == (tmp_path / "2.bank").read_bytes()
+    bank = MaskBank.open(tmp_path / "0.bank")
+    for index, row in enumerate(bank.rows(source)):
+        if index not in source.bad:
+            image = source.load(index)
+            pixels = torch.from_numpy(squash(image, SIDE)).permute(2, 0, 1)[None]
+            given = hints(*(array[None] for array in quantised(prior_maps(image, 24))))
+            assert np.array_equal(bank.mask(int(row)), (masks_of(net, pixels, given=given)[0] > 0.5).numpy())
 
 
 def test_what_cannot_be_decoded_gets_an_empty_mask_and_is_told(tmp_path):
@@ -207,14 +226,16 @@ def test_a_stream_of_nothing_is_over_at_once():
 # The file
 
 
+@pytest.mark.parametrize("hints", [0, 4])
 @pytest.mark.parametrize("arch", ["u2netp", "resnet"])
-def test_a_network_comes_back_from_its_file_as_it_was(arch, tmp_path):
-    net = small_net(arch)
+def test_a_network_comes_back_from_its_file_as_it_was(arch, hints, tmp_path):
+    net = small_net(arch, hints)
     save_saliency(tmp_path / "saliency.safetensors", net)
     again = load_saliency(tmp_path)
-    assert (again.arch, again.size, again.training) == (arch, 32, False)
-    assert again.metadata["version"] == net.metadata["version"]
-    assert torch.equal(masks_of(again, images()), masks_of(net, images()))
+    assert (again.arch, again.size, again.hints, again.training) == (arch, 32, hints, False)
+    assert again.metadata == net.metadata
+    given = images(side=24)[:, [0, 1, 2, 0]] if hints else None
+    assert torch.equal(masks_of(again, images(), given=given), masks_of(net, images(), given=given))
 
 
 def test_files_that_are_no_mask_network_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,21 @@ def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image()
     for batch in batches(views, size=24).from_step(0, 6):
         torch.testing.assert_close(planes(batch)[:, :1], batch.labels, atol=1e-5, rtol=0)
         torch.testing.assert_close(planes(batch)[:, 2:], batch.weights, atol=1e-5, rtol=0)
+
+
+def test_hints_go_through_the_same_crop_and_flip_as_the_image():
+    views = Views((0.3, 1.0), (0.75, 1.33), Photometric(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0)))
+    plain = labelled()
+    hinted = replace(plain, hints=torch.cat([plain.images, plain.images[:, :1]], 1))
+    for bare, batch in zip(
+        batches(views, plain, size=24).from_step(0, 6), batches(views, hinted, size=24).from_step(0, 6), strict=True
+    ):
+        assert batch.images.shape == (4, 7, 24, 24)
+        assert torch.equal(batch.images[:, :3], bare.images)
+        assert torch.equal(batch.labels, bare.labels)
+        assert torch.equal(batch.weights, bare.weights)
+        torch.testing.assert_close(batch.images[:, 3:6] + 0.5, planes(bare), atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch.images[:, 6:] + 0.5, batch.labels, atol=1e-5, rtol=0)
 
 
 def test_colours_change_the_image_and_leave_the_label():

@@ -25,15 +25,15 @@ DECODERS: dict[str, tuple[Stage, ...]] = {  # from the deepest, stage 5, to stag
 
 
 class U2Net(nn.Module):
-    """[N, 3, H, W] -> seven logits [N, 1, H, W]: the fused one, then the side outputs from the finest on.
+    """[N, C, H, W] -> seven logits [N, 1, H, W]: the fused one, then the side outputs from the finest on.
 
-    ``arch``: ``u2net`` (44.0 M parameters) or ``u2netp`` (1.13 M).
+    ``arch``: ``u2net`` (44.0 M parameters) or ``u2netp`` (1.13 M). ``channels``: C, the image's three first.
     """
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, channels: int = 3) -> None:
         super().__init__()
         encoder, decoder = ENCODERS[arch], DECODERS[arch]
-        self.encoder, channels = nn.ModuleList(), 3
+        self.encoder = nn.ModuleList()
         for stage in encoder:
             self.encoder.append(_block(channels, stage))
             channels = stage[2]
