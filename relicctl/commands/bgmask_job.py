@@ -41,11 +41,15 @@ FREE_TO_CHANGE = ("runtime.", "checkpoint.", "data.train", "data.eval", "data.ma
 
 @dataclass(frozen=True)
 class BgmaskData:
-    """Images to train on, images that get masks, and images with true masks to measure on."""
+    """Images to train on, images that get masks, and images with true masks to measure on.
+
+    ``trained_first``: those that get masks are the first of those to train on, under the same indices.
+    """
 
     train: Source
     masks_for: Source
     truth: TrueMasks | None
+    trained_first: bool
 
 
 def settle(resolved: Resolved, options: BgmaskOptions) -> tuple[Resolved, Path | None]:
@@ -71,7 +75,8 @@ def _opened(config: BgmaskConfig, download: bool) -> BgmaskData:
     train: Source = sources[0] if len(sources) == 1 else Joined(sources)
     if len(train) < 2:
         raise DataError(f"{train.spec} holds one image, and masks are learned from many.", "Give more images.")
-    if len(train) > config.data.images:
+    every = len(train) <= config.data.images
+    if not every:
         rows = np.sort(shuffled(len(train), config.seed, Stream.SUBSET)[: config.data.images])
         train = train.select(rows)
     masks_for = sources[0]
@@ -80,7 +85,7 @@ def _opened(config: BgmaskConfig, download: bool) -> BgmaskData:
     truth = None
     if config.data.eval is not None:
         truth = open_truth(config.data.eval, config.data.eval_images, config.seed, download=download)
-    return BgmaskData(train, masks_for, truth)
+    return BgmaskData(train, masks_for, truth, every and config.data.masks_for is None)
 
 
 def new_record(resolved: Resolved, data: BgmaskData, device: torch.device) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Work:
                 world=self._world,
             )
 
-    def make_masks(self, net: SaliencyNet) -> None:
+    def make_masks(self, net: SaliencyNet, store: PriorStore) -> None:
         """The bank of all images that are to have masks, in the run's folder."""
         path, source = self._run.path / FILE_NAME, self._data.masks_for
         if self._world.lead(lambda: self._is_there(source, self._maker(net))):
@@ -128,6 +128,7 @@ class Work:
                     precision=self._precision,
                     workers=self._workers,
                     prior_size=self._config.labels.size,
+                    priors=store if self._data.trained_first else None,
                     show=show,
                     bad=self._bad_images(source).add,
                     world=self._world,

@@ -67,7 +67,7 @@ def _run(
         photos, store = work.photos(), work.priors()
         table = work.table()
         net = work.train(photos, store, table, resume_command)
-        work.make_masks(net)
+        work.make_masks(net, store)
 
         def concluded() -> dict[str, Any]:
             work.sheet(photos, store, net)

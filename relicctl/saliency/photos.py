@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,8 +101,7 @@ def stream(
         worker_init_fn=_quiet_worker,
         prefetch_factor=2 if workers and batches else None,
     )
-    # sums depend on the number of threads in their last bits
-    with threadpool_limits(1 if with_hints else None), working(loader) as items:
+    with working(loader) as items:
         yield from items
 
 
@@ -114,8 +113,13 @@ class _Batches(Dataset):
         return len(self._batches)
 
     def __getitem__(self, number: int) -> Squashed:
+        # Sums depend on the number of threads in their last bits.
+        with threadpool_limits(1) if self._hints else nullcontext():
+            return self._made(self._batches[number])
+
+    def _made(self, batch: np.ndarray) -> Squashed:
         kept, images, priors, bad = [], [], [], []
-        for index in self._batches[number].tolist():
+        for index in batch.tolist():
             try:
                 image = self._source.load(index)
             except BadImage as reason:
@@ -136,4 +140,3 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threadpool_limits(1)

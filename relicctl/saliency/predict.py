@@ -17,9 +17,10 @@ from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import MEAN, STD
 from relicctl.data.masks import SIDE, MaskBankWriter
 from relicctl.data.sources import Source
-from relicctl.saliency.hints import as_input
+from relicctl.saliency.hints import as_input, hints
 from relicctl.saliency.nets import SaliencyNet
 from relicctl.saliency.photos import Squashed, stream
+from relicctl.saliency.prior_store import PriorStore
 from relicctl.saliency.refine import guided_filter, sharpen
 
 GRAIN = 32  # a network's input side is a multiple of it at every scale
@@ -29,7 +30,7 @@ GRAIN = 32  # a network's input side is a multiple of it at every scale
 def predict(
     net: SaliencyNet,
     images: Tensor,
-    hints: Tensor | None = None,
+    given: Tensor | None = None,
     *,
     options: Predict,
     refine: Refine,
@@ -41,7 +42,7 @@ def predict(
 
     The network sees them at its own size and, averaged over, at each of ``options.scales`` of it and mirrored;
     what it says is brought back to S and, by ``options.refine``, drawn to the edges of the image as it is there.
-    ``hints``, uint8 ``[B, P, h, h]``, are for a network that takes them.
+    ``given``, uint8 ``[B, P, h, h]``: the images' hints, for a network that takes them.
     """
     net.eval()
     images = images.to(device)
@@ -51,8 +52,8 @@ def predict(
         side = max(GRAIN, GRAIN * round(net.size * scale / GRAIN))
         x = normalised(images, net.size if scale == 1 else side)
         if net.hints:
-            assert hints is not None
-            x = torch.cat([x, as_input(hints.to(device), x.shape[-1])], 1).contiguous(memory_format=torch.channels_last)
+            assert given is not None
+            x = torch.cat([x, as_input(given.to(device), x.shape[-1])], 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = net(x.flip(-1) if mirrored else x)[0].float()
         logits = logits.flip(-1) if mirrored else logits
@@ -96,6 +97,7 @@ def make_bank(
     precision: str,
     workers: int,
     prior_size: int = 0,
+    priors: PriorStore | None = None,
     threads: int = 1,
     show: Callable[[int], None] = lambda done: None,
     bad: Callable[[str, str], None] = lambda name, reason: None,
@@ -104,7 +106,8 @@ def make_bank(
     """Give every sample of ``source`` that ``writer`` misses a mask; an empty one where it cannot be decoded.
 
     Images are decoded and squashed by ``workers`` processes, and only a few batches are in memory at a time. For a
-    network that takes hints they make priors of ``prior_size`` pixels as well.
+    network that takes hints they make priors of ``prior_size`` pixels as well; ``priors`` are those of the source where
+    they are made already.
     ``show`` is told how many samples have masks, ``bad`` the name of a sample and what is wrong with it.
     The processes of ``world`` make a batch each in turn. The main one has the ``writer``, is told and gets the figures.
     """
@@ -117,10 +120,13 @@ def make_bank(
     def made(some: Squashed) -> Piece:
         masks = torch.empty(0, SIDE, SIDE, dtype=torch.bool)
         if len(some.indices):
+            given = some.hints
+            if net.hints and priors is not None:
+                given = hints(priors.maps[some.indices], priors.valid[some.indices])
             maps = predict(
                 net,
                 some.images,
-                some.hints,
+                given,
                 options=options,
                 refine=refine,
                 device=device,
@@ -144,9 +150,8 @@ def make_bank(
         figures.bad += len(piece.words)
         show(done + figures.made + figures.bad)
 
-    streamed = stream(
-        source, mine, SIDE, batch_size=options.batch_size, workers=workers, with_hints=prior_size if net.hints else 0
-    )
+    with_hints = prior_size if net.hints and priors is None else 0
+    streamed = stream(source, mine, SIDE, batch_size=options.batch_size, workers=workers, with_hints=with_hints)
     with closing(streamed) as squashed:
         in_turn(world, len(batches), map(made, squashed), take)
     return figures
