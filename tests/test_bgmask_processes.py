@@ -40,11 +40,12 @@ SIZE = 2
 IMAGES = 12
 CONFIG = """
 command: train-bgmask
-model: {arch: resnet, size: 32}
+model: {arch: resnet, size: 32, priors: true}
 labels: {size: 32, drop: 0.0}
 rounds: {count: 1, epochs: 1}
 optim: {batch_size: 4, epochs: 2, warmup_epochs: 0.5}
-data: {train: "shapes:size=32,train=12,val=6", eval: "shapes:size=32,train=12,val=6"}
+data: {train: "shapes:size=32,train=12,val=6", eval: "shapes:size=32,train=12,val=6",
+  masks_for: "shapes:size=32,train=12,val=6"}  # named, so that their priors are made anew for the masks
 predict: {batch_size: 2, refine: none}
 checkpoint: {every_steps: 1, every_minutes: null}
 runtime: {device: cpu, log_every: 1, precision: fp32, threads: 1, workers: 0}
@@ -321,8 +322,8 @@ def test_a_batch_that_cannot_be_split_is_refused(several):
 
 def test_processes_take_the_rows_of_one_batch():
     """Crops and colours belong to the row in the global batch."""
-    planes = torch.randint(0, 256, (9, 5, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = Labelled(planes[:, :3], planes[:, 3:4], planes[:, 4:])
+    planes = torch.randint(0, 256, (9, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = Labelled(planes[:, :3], planes[:, 3:4], planes[:, 4:5], planes[:, 5:])
     views = Views((0.3, 1.0), (0.75, 1.33), Photometric())
 
     def batches(world: World | None = None) -> list[MaskBatch]:

@@ -24,9 +24,12 @@ from relicctl.data.sources import open_source
 from relicctl.encoder import save_encoder
 from relicctl.errors import Terminated
 from relicctl.runs import RunFolder
+from relicctl.saliency import photos as saliency_photos
 from relicctl.saliency import prior_store, recipe
 from relicctl.saliency.measures import FIGURES
+from relicctl.saliency.nets import load_saliency
 from relicctl.saliency.prior_store import PriorStore
+from relicctl.saliency.priors import NAMES
 from relicctl.saliency.truth import DrawnTruth
 
 TINY = """
@@ -41,6 +44,7 @@ runtime: {{device: cpu, log_every: 1, precision: fp32, threads: 1, workers: 0}}
 """
 STEPS = 3 * 3
 EVAL = "shapes:size=32,train=12,val=4"
+HINTS = ("--set", "model.priors=true")
 TIMINGS = {"images_per_s", "data_wait", "eta_s"}
 
 
@@ -171,7 +175,8 @@ def test_true_masks_teach_nothing(tiny, tmp_path, whole, monkeypatch):
     assert results_of(tmp_path / "wrong")["stages"] != results_of(whole)["stages"]
 
 
-def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("priors", ["false", "true"])
+def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
     """They are read while stages are measured, and at no other time."""
     inside: list[bool] = []
     asked: list[bool] = []
@@ -192,7 +197,7 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DrawnTruth, "mask", mask)
     monkeypatch.setattr(StageTable, "add", add)
-    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL) == 0
+    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL, "--set", f"model.priors={priors}") == 0
     assert len(asked) == 9 * 4
     assert all(asked)
 
@@ -200,6 +205,52 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch):
 def test_any_number_of_workers_gives_the_same_run(tiny, tmp_path, whole):
     assert train_bgmask(tiny, tmp_path / "two", "--workers", "2", "--eval-data", EVAL) == 0
     assert_same(whole, tmp_path / "two")
+
+
+def test_without_hints_priors_are_made_for_labels_alone(tiny, tmp_path, whole, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("priors were made for a network that takes none")
+
+    monkeypatch.setattr(saliency_photos, "prior_maps", refuse)
+    monkeypatch.setattr(recipe, "hints", refuse)
+    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL) == 0
+    assert_same(whole, tmp_path / "run")
+    assert "hints" not in load_saliency(whole).metadata
+
+
+@pytest.fixture(scope="session")
+def hinted(tmp_path_factory, encoder) -> Path:
+    """A run whose network is given the priors."""
+    folder = tmp_path_factory.mktemp("hinted")
+    (folder / "tiny.yaml").write_text(TINY.format(encoder=encoder))
+    assert train_bgmask(folder / "tiny.yaml", folder / "run", "--eval-data", EVAL, *HINTS) == 0
+    return folder / "run"
+
+
+def test_a_network_that_is_given_the_priors_is_another(hinted, whole):
+    assert load_saliency(hinted).hints == len(NAMES)
+    assert network_of(hinted) != network_of(whole)
+    rows, without = (results_of(run)["stages"] for run in (hinted, whole))
+    assert rows[:7] == without[:7]  # to the labels
+    assert all(mine != other for mine, other in zip(rows[7:], without[7:], strict=True))
+
+
+def test_any_number_of_workers_gives_the_same_run_with_hints(tiny, tmp_path, hinted):
+    assert train_bgmask(tiny, tmp_path / "two", "--workers", "2", "--eval-data", EVAL, *HINTS) == 0
+    assert_same(hinted, tmp_path / "two")
+
+
+def test_masks_are_the_same_whether_their_priors_are_kept_or_made(tiny, tmp_path, hinted, monkeypatch):
+    """Those of the images trained on are there; of others they are made along the way, by any number of workers."""
+    for workers in ("0", "2"):
+        run = tmp_path / workers
+        anew = ("--masks-for", EVAL, "--workers", workers)
+        assert train_bgmask(tiny, run, *HINTS, *anew) == 0
+        assert (run / "masks.bank").read_bytes() == (hinted / "masks.bank").read_bytes()
+    assert train_bgmask(tiny, tmp_path / "some", *HINTS, "--set", "data.images=8") == 0  # of other rows
+    monkeypatch.setattr(saliency_photos, "prior_maps", lambda *_: pytest.fail("made again"))
+    assert train_bgmask(tiny, tmp_path / "kept", *HINTS) == 0
+    assert (tmp_path / "kept" / "masks.bank").read_bytes() == (hinted / "masks.bank").read_bytes()
 
 
 def test_another_seed_gives_another_network(tiny, tmp_path, whole):
@@ -336,14 +387,16 @@ def photos(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path):
+@pytest.mark.parametrize("priors", ["false", "true"])
+def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
     folder, run = tmp_path / "photos", tmp_path / "run"
     photos(folder, 6)
     Image.new("RGB", (30, 30), (9, 99, 9)).save(folder / "even.png")
     Image.new("RGB", (1, 40), (200, 0, 0)).save(folder / "narrow.png")
     Image.new("RGB", (20_000, 8), (0, 0, 200)).save(folder / "wide.png")
     Image.new("RGB", (1, 1)).save(folder / "point.png")
-    assert train_bgmask(tiny, run, "--data", str(folder)) == 0
+    assert train_bgmask(tiny, run, "--data", str(folder), "--set", f"model.priors={priors}") == 0
+    assert all(np.isfinite(tensor.float()).all() for tensor in load_saliency(run).state_dict().values())
     results = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)  # a NaN would be one
     assert results["images"] == results["masks"]["count"] == 10
     assert sum(results["invalid_priors"].values()) > 0
@@ -351,13 +404,14 @@ def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path):
         assert np.isfinite(line["loss"])
 
 
-def test_images_of_one_colour_alone_end_in_numbers_too(tiny, tmp_path):
+@pytest.mark.parametrize("priors", ["false", "true"])
+def test_images_of_one_colour_alone_end_in_numbers_too(tiny, tmp_path, priors):
     for number in range(4):
         path = tmp_path / "even" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), (number * 40, 10, 10)).save(path)
     run = tmp_path / "run"
-    assert train_bgmask(tiny, run, "--data", str(tmp_path / "even")) == 0
+    assert train_bgmask(tiny, run, "--data", str(tmp_path / "even"), "--set", f"model.priors={priors}") == 0
     results = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
     assert set(results["invalid_priors"].values()) == {4}
     assert results["prior_agreement"]["mean"] is None

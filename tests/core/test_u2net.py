@@ -13,9 +13,10 @@ from relicctl.core.models.u2net import DilatedU, ResidualU
 OUTPUTS = {"u2netp": 7, "resnet": 5}
 
 
-def small(arch):
+def small(arch, hints=0):
     with seeded(0):
-        return build_saliency_net(arch, build_encoder("resnet18", 0.125) if arch == "resnet" else None)
+        encoder = build_encoder("resnet18", 0.125) if arch == "resnet" else None
+        return build_saliency_net(arch, encoder, hints)
 
 
 @pytest.mark.parametrize(("arch", "parameters"), [("u2net", 44_009_869), ("u2netp", 1_131_181)])
@@ -47,17 +48,34 @@ def test_the_dilated_u_keeps_its_resolution():
 
 @pytest.mark.parametrize("arch", OUTPUTS)
 @pytest.mark.parametrize("size", [(32, 32), (48, 80), (33, 51)])
-def test_every_output_is_logits_of_the_images_size(arch, size):
-    outputs = small(arch)(torch.randn(2, 3, *size))
+@pytest.mark.parametrize("hints", [0, 4])
+def test_every_output_is_logits_of_the_images_size(arch, size, hints):
+    outputs = small(arch, hints)(torch.randn(2, 3 + hints, *size))
     assert [output.shape for output in outputs] == [(2, 1, *size)] * OUTPUTS[arch]
     assert min(float(output.detach().min()) for output in outputs) < 0  # no probability
 
 
+@pytest.mark.parametrize("hints", [0, 4])
 @pytest.mark.parametrize("arch", ["u2netp", "resnet"])
-def test_every_side_output_trains_every_layer_above_it(arch):
-    net = small(arch)
-    sum(output.mean() for output in net(torch.randn(2, 3, 64, 64))).backward()
+def test_every_side_output_trains_every_layer_above_it(arch, hints):
+    net = small(arch, hints)
+    sum(output.mean() for output in net(torch.randn(2, 3 + hints, 64, 64))).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_hints_are_added_to_the_decoder_of_a_network_of_images():
+    """Its own weights are drawn as ever, and where those of the hints are 0 it says the same."""
+    plain, hinted = small("resnet"), small("resnet", 4)
+    images, maps = torch.randn(2, 3, 64, 64), torch.rand(2, 4, 64, 64)
+    assert [name for name in hinted.state_dict() if name not in plain.state_dict()] == [
+        f"hints.{level}.weight" for level in range(5)
+    ]
+    assert all(torch.equal(tensor, hinted.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert not torch.allclose(plain(images)[0], hinted(torch.cat([images, maps], 1))[0])
+    for convolution in hinted.hints:
+        nn.init.zeros_(convolution.weight)
+    for alone, beside in zip(plain(images), hinted(torch.cat([images, maps], 1)), strict=True):
+        torch.testing.assert_close(beside, alone)
 
 
 def test_the_fused_output_is_made_of_the_side_outputs_alone():

@@ -19,6 +19,7 @@ from relicctl.encoder import save_encoder
 from relicctl.runs import RunFolder
 from relicctl.saliency.nets import load_saliency
 from relicctl.saliency.photos import load_photos
+from relicctl.saliency.priors import NAMES
 from relicctl.saliency.recipe import run_recipe, stages_of, total_steps
 
 CPU = torch.device("cpu")
@@ -46,18 +47,18 @@ def photos():
 
 @pytest.fixture
 def store():
-    """Two priors: a blob that wanders about the middle, and a coarser one."""
+    """A blob that wanders about the middle, and a coarser one, in turn."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
-    maps = np.zeros((COUNT, 2, SIDE, SIDE), np.uint8)
+    maps = np.zeros((COUNT, len(NAMES), SIDE, SIDE), np.uint8)
     for k in range(COUNT):
         far = np.hypot(rows - 12 - k % 5, columns - 18 + k % 3)
-        maps[k] = 255 * np.exp(-((far / 8) ** 2)), 255 * np.exp(-((far / 11) ** 2))
-    return SimpleNamespace(maps=maps, valid=np.ones((COUNT, 2), bool))
+        maps[k, ::2], maps[k, 1::2] = 255 * np.exp(-((far / 8) ** 2)), 255 * np.exp(-((far / 11) ** 2))
+    return SimpleNamespace(maps=maps, valid=np.ones(maps.shape[:2], bool))
 
 
-def config_of(encoder, **more):
+def config_of(encoder, priors=False, **more):
     sections = {
-        "model": MaskNet(arch="resnet", size=32, encoder=str(encoder)),
+        "model": MaskNet(arch="resnet", size=32, encoder=str(encoder), priors=priors),
         "labels": Labels(size=SIDE, drop=0.25),
         "refine": Refine(radius=2),
         "rounds": Rounds(count=1, epochs=2),
@@ -100,8 +101,9 @@ def test_steps_are_counted_through_all_stages(encoder):
     assert total_steps(config_of(encoder), COUNT) == 15
 
 
-def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, photos, store, tmp_path):
-    config, steps = config_of(encoder), []
+@pytest.mark.parametrize("priors", [False, True])
+def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, photos, store, tmp_path, priors):
+    config, steps = config_of(encoder, priors), []
     _, told = go(config, photos, store, tmp_path / "whole", show=lambda step, record: steps.append(step))
     assert told == ["round 1", "final"]
     assert steps == list(range(1, 16))
@@ -153,13 +155,33 @@ def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, t
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store, tmp_path):
-    config = config_of(encoder, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
+@pytest.mark.parametrize("priors", [False, True])
+def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store, tmp_path, priors):
+    config = config_of(encoder, priors, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
     store.valid[2, 1] = store.valid[5] = False
     go(config, photos, store, tmp_path / "zero")
     store.maps[2, 1] = store.maps[5] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE))
     go(config, photos, store, tmp_path / "junk")
     assert weights(tmp_path / "zero") == weights(tmp_path / "junk")
+
+
+@pytest.mark.parametrize("priors", [False, True])
+def test_a_network_sees_the_priors_that_made_its_labels_only_if_it_is_given_them(
+    encoder, photos, store, tmp_path, priors
+):
+    """The labels are those of the maps as they were: a finished stage is not made again."""
+    config = config_of(encoder, priors)
+
+    def kill(step, record):
+        raise Killed
+
+    for path in (tmp_path / "same", tmp_path / "changed"):
+        with pytest.raises(Killed):
+            go(config, photos, store, path, show=kill)
+    go(config, photos, store, tmp_path / "same", resume=True)
+    store.maps[:] = store.maps[:, :, ::-1].copy()
+    go(config, photos, store, tmp_path / "changed", resume=True)
+    assert (weights(tmp_path / "same") == weights(tmp_path / "changed")) is not priors
 
 
 def test_an_image_without_any_prior_is_not_trained_on(encoder, photos, store, tmp_path):
