@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from contextlib import redirect_stderr, redirect_stdout
@@ -40,16 +41,16 @@ SIZE = 2
 IMAGES = 12
 CONFIG = """
 command: train-bgmask
-model: {arch: resnet, size: 32, priors: true}
+model: {arch: resnet, size: 32}
 labels: {size: 32, drop: 0.0}
 rounds: {count: 1, epochs: 1}
 optim: {batch_size: 4, epochs: 2, warmup_epochs: 0.5}
-data: {train: "shapes:size=32,train=12,val=6", eval: "shapes:size=32,train=12,val=6",
-  masks_for: "shapes:size=32,train=12,val=6"}  # named, so that their priors are made anew for the masks
+data: {train: "shapes:size=32,train=12,val=6", eval: "shapes:size=32,train=12,val=6"}
 predict: {batch_size: 2, refine: none}
 checkpoint: {every_steps: 1, every_minutes: null}
 runtime: {device: cpu, log_every: 1, precision: fp32, threads: 1, workers: 0}
 """
+OTHERS = "shapes:size=32,train=7,val=4"
 STEPS = 3 * 3
 STOPPED_AT = 5  # in the final network's training
 
@@ -72,7 +73,7 @@ def trained(world: World) -> dict[str, Tensor]:
     """Losses, the first gradients, and all that a network holds after three steps; weights are uneven over the rows."""
     torch.set_default_dtype(torch.float64)
     with seeded(1):
-        net = SaliencyNet("resnet", 32, lively_encoder("resnet18", 0.125, "stride2"))
+        net = SaliencyNet("resnet", 32, lively_encoder("resnet18", 0.125, "stride2"), hints=4)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1
@@ -84,10 +85,10 @@ def trained(world: World) -> dict[str, Tensor]:
     first, last = world.rows(4)
     seen: dict[str, Tensor] = {}
     for step in range(3):
-        drawn = torch.rand(4, 5, 32, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        drawn[:2, 4] *= 0.1
+        drawn = torch.rand(4, 9, 32, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        drawn[:2, 8] *= 0.1
         mine = drawn[first:last]
-        losses = task.loss(MaskBatch(mine[:, :3], mine[:, 3:4], mine[:, 4:]), step)
+        losses = task.loss(MaskBatch(mine[:, :7], mine[:, 7:8], mine[:, 8:]), step)
         losses["loss"].backward()
         seen |= {f"{name} {step}": value.detach().clone() for name, value in losses.items()}
         if step == 0:
@@ -173,6 +174,7 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
         (folder / "stopped.priors").write_bytes((folder / "two" / "priors").read_bytes())
     call("two", ["train-bgmask", "--resume", str(folder / "two"), "--quiet"])
     call("uneven", command("uneven", folder, "--set", "optim.batch_size=3"))
+    call("hinted", command("hinted", folder, "--set", "model.priors=true", "--masks-for", OTHERS))
 
     loss = MaskTraining.loss
 
@@ -197,7 +199,7 @@ def several(tmp_path_factory) -> Path:
     """Where two processes have done everything."""
     folder = tmp_path_factory.mktemp("several")
     prepare(folder)
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()
@@ -270,6 +272,19 @@ class TestSeveralAreOne:
         turns = [json.loads((several / f"turns-{rank}.json").read_text()) for rank in range(SIZE)]
         assert turns[0]["whole"] == turned(World())
         assert turns[1]["whole"] == []
+
+
+@pytest.mark.slow
+def test_a_network_is_given_the_same_priors_by_several_as_by_one(several, tmp_path):
+    """One process measures it, and makes its masks of images not trained on, once more."""
+    assert codes(several, "hinted") == ["0", "0"]
+    run = tmp_path / "again"
+    shutil.copytree(several / "hinted", run)
+    for name in ("masks.bank", "results.json"):
+        (run / name).unlink()
+    assert relicctl(["train-bgmask", "--resume", str(run), "--quiet"]) == 0
+    for name in ("masks.bank", "results.json"):
+        assert (run / name).read_bytes() == (several / "hinted" / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ SCHEMAS: dict[str, type[Section]] = {
 
 OPTION_KEYS = {
     "data": "data.train",
-    "sets": "data.sets",
+    "sets": "data.sets",  # the --data NAME=DATA of transfer
     "val": "data.val",
     "eval-data": "data.eval",
     "masks-for": "data.masks_for",
@@ -144,9 +144,10 @@ def resolve(
         layers.put(*_assignment(assignment, layers.schema), "--set")
     for name, value in (options or {}).items():
         if value is not None:
-            layers.put(OPTION_KEYS[name], value, f"--{name}")
+            where = "--data" if name == "sets" else f"--{name}"
+            layers.put(OPTION_KEYS[name], value, where)
             if name in _IMPLIED:
-                layers.put(*_IMPLIED[name], f"--{name}")
+                layers.put(*_IMPLIED[name], where)
     return Resolved(layers.config(), layers.origin, preset)
 
 
