@@ -158,6 +158,8 @@ def sentences(error: BaseException, *, debug: bool = False) -> tuple[str, str, i
             "set runtime.activation_checkpointing=true or runtime.precision=bf16."
         )
         return f"Out of memory: {_first_line(error)}.", fix, 1
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"The networks cannot be compiled here: {_first_line(error)}.", "Set runtime.compile=false.", 1
     if told := _around_us(error):
         return *told, 1
     fix = "--debug shows the traceback." if not debug else "The traceback is above."

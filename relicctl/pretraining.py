@@ -19,6 +19,7 @@ from relicctl.core.models.resnet import ResNet, build_encoder, seeded
 from relicctl.core.models.siamese import Siamese
 from relicctl.core.optim import build_optimizer
 from relicctl.core.schedules import ema_gamma, learning_rate
+from relicctl.data.augment import working_kernels
 from relicctl.data.feed import Batch
 from relicctl.errors import UsageError
 from relicctl.evaluation import collapse
@@ -168,7 +169,9 @@ def build_networks(config: Config, classes: int = 0) -> Siamese:
 def settle_compile(config: Config, device: torch.device, world: World, total_steps: int) -> bool:
     """Settle ``runtime.compile``. With several processes' SyncBatchNorm it has not been tried: only if asked for."""
     wanted = config.runtime.compile
-    return wanted if wanted != "auto" else device.type == "cuda" and world.size == 1 and total_steps >= COMPILED_FROM
+    if wanted != "auto":
+        return wanted
+    return world.size == 1 and total_steps >= COMPILED_FROM and working_kernels(device) is not None
 
 
 def settle_precision(config: Config, device: torch.device) -> str:

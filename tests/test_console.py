@@ -173,6 +173,15 @@ class OutOfMemoryError(RuntimeError):
     """Stands for torch's, which is told by its name."""
 
 
+def test_a_compiler_that_fails_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    assert report(missing("No working C++ compiler found\nand more")) == 1
+    assert capsys.readouterr().err == (
+        "error: The networks cannot be compiled here: No working C++ compiler found.\n"
+        "  fix: Set runtime.compile=false.\n"
+    )
+
+
 @pytest.mark.parametrize(
     "error",
     [

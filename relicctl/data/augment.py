@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -106,14 +107,27 @@ def apply_photometry(
 
 
 def _kernels(images: Tensor) -> ModuleType | None:
-    """The same as kernels of their own, where images lie on a CUDA device and Triton is installed."""
-    if images.device.type != "cuda":
+    """The same as kernels of their own, where there are such for the images' device."""
+    kernels = working_kernels(images.device)
+    return kernels if kernels is not None and kernels.fits(images) else None
+
+
+@cache
+def working_kernels(device: torch.device) -> ModuleType | None:
+    """The module ``augment_kernels`` on a CUDA device where Triton works: it may be missing, or want a C compiler.
+
+    Tried once: what does not work here for whatever reason is left to the plain operations.
+    """
+    if device.type != "cuda":
         return None
     try:
         from relicctl.data import augment_kernels
-    except ImportError:
+
+        images = torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8, device=device)
+        augment_kernels.apply(images, draw_photometry(Photometric(), 0, 0, np.arange(1), 1), MEAN, STD)
+    except Exception:
         return None
-    return augment_kernels if augment_kernels.fits(images) else None
+    return augment_kernels
 
 
 def _apply(images: Tensor, draw: Photometry, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -39,8 +39,8 @@ def draws(views: int, batch: int) -> Photometry:
 def compare() -> None:
     from relicctl.data import augment_kernels as kernels
 
-    # a part of a program's pixels; and images of two programs
-    for views, batch, side in ((2, 24, (12, 12)), (1, 6, (37, 41))):
+    # a part of a program's pixels; images of two programs; and what tries the kernels out
+    for views, batch, side in ((2, 24, (12, 12)), (1, 1, (2, 2)), (1, 6, (37, 41))):
         interleaved = pictures(views, batch, *side).movedim(-1, 2)
         planes = interleaved.contiguous()
         for images in (interleaved, planes, planes.float().div(255)):
