@@ -183,7 +183,7 @@ class Machine(Section):
         "auto", "processes that decode and crop, beside each training process; 0 = none beside it"
     )
     precision: Literal["auto", "fp32", "bf16"] = key(
-        "auto", "of the networks' forward pass; auto = bf16 where the hardware computes in it, else fp32"
+        "auto", "of the networks' forward pass; auto = bf16 where the hardware is faster in it, else fp32"
     )
     threads: Count | None = key(None, "torch's CPU threads; null = torch's own choice")
     log_every: Count = key(50, "steps between two lines of metrics")

@@ -45,11 +45,21 @@ def return_freed_memory() -> None:
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Settle ``auto``: bf16 where the hardware computes in it, else fp32."""
+    """Settle ``auto``: bf16 where the hardware is faster in it, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     # torch has no public question for a CPU; where the private ones are gone, fp32 is always right
-    asks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bf16" if any(ask() for ask in asks) else "fp32"
+    tiles, vectors = (
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    # Intel's vector instructions gain nothing, only its tiles do: a step in bf16 takes 1.2 times as long without them
+    return "bf16" if tiles or (vectors and _made_by_amd()) else "fp32"
+
+
+def _made_by_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
