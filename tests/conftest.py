@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported: as many test processes as cores, so one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job ignores Ctrl-C and so would every command that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
