@@ -37,19 +37,20 @@ class Pixels(nn.Module):
 
 
 def open_encoder(
-    source: str, *, network: str, model: Network, size: int | None, seed: int, warn: Callable[[str], None]
-) -> Reference:
+    source: str, *, network: str, model: Network, size: int | None, seed: int, warn: Callable[[str], None],
+    crop_ratio: float | None = None,
+) -> Reference:  # fmt: skip
     """What ``open_reference`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
 
     ``random:RUN`` is RUN's network before its first step, ``pixels:RUN`` goes with RUN's images. Without a run
-    ``random`` is a ``model`` from ``seed``; both are made for ``size`` px.
+    ``random`` is a ``model`` from ``seed``; both are made for ``size`` px of the centre square ``crop_ratio``.
     """
     kind, _, rest = source.partition(":")
     if kind not in KINDS or Path(source).exists():
         return open_reference(source, network=network, warn=warn)
     if kind == "torchvision":
         return Reference(load_encoder(cached_weights(rest)), Path(source), None)
-    run, crop_ratio = Path(rest) if rest else None, 0.875
+    run, crop_ratio = Path(rest) if rest else None, crop_ratio or 0.875
     if run is not None:
         config = load_run_config(run / "config.yaml")
         model, seed = config.model, config.seed

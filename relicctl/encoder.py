@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -110,7 +111,10 @@ def assembled(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) 
             tuple(json.loads(metadata["mean"])),
             tuple(json.loads(metadata["std"])),
         )
-    except (KeyError, ValueError, TypeError) as reason:
+        channels = {len(transform.mean), len(transform.std)}
+        if transform.size < 1 or not 0 < transform.crop_ratio <= 1 or channels != {3}:
+            raise ValueError("no way to prepare an image")
+    except (KeyError, ValueError, TypeError, OverflowError) as reason:
         raise UsageError(f"The metadata of {path} are damaged ({reason}).", ANOTHER_FILE) from None
     encoder.load_state_dict(_fitting(path, tensors, encoder), assign=True)
     vars(encoder).update(transform=transform, metadata=metadata)
@@ -135,15 +139,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
     try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:  # torch stores without compressing
+                    swollen = sum(member.file_size for member in archive.infolist()) > size
+                if swollen:
+                    raise UsageError(f"{path} is a compressed torch file.", "Save it anew by torch.save.")
         with open(path, "rb") as file:  # by its content: given a path, torch would go by the name's ending
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         _refuse_pickle(path)
+    except UsageError:
+        raise
     except Exception as reason:  # on damaged files torch raises almost anything
         raise UsageError(f"{path} is truncated or no torch file ({reason}).", ANOTHER_FILE) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")
+    if sum(value.numel() * value.element_size() for value in content.values()) > size:
+        raise UsageError(f"{path} holds tensors that are larger than the file.", "Save contiguous tensors.")
     return content
 
 

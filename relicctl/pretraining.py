@@ -47,7 +47,7 @@ class Pretraining:
     ) -> None:
         world = world or World()
         optim = config.optim
-        self._config, self._device = config, device
+        self._config, self._device, self._world = config, device, world
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self._total = total_steps
         self._warmup = round(optim.warmup_epochs * steps_per_epoch)
@@ -130,9 +130,10 @@ class Pretraining:
             self.state.update_target(gamma)
 
     def describe(self, step: int) -> dict[str, float]:
-        """The target's decay, and the collapse monitor's figures on this process's part of the latest batch."""
+        """The target's decay, and the collapse monitor's figures on one view of the latest batch."""
         assert self._latest is not None
-        features, outputs = self._latest
+        counts = [len(own[0]) for own in self._latest[:1]] * self._world.size
+        features, outputs = ([self._world.gather_rows(own[0], counts)] for own in self._latest)
         figures = {
             "rank_me": round(collapse.rank_me(features[0]), 3),
             "deviation": round(collapse.spread(outputs[0]), 5),

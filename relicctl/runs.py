@@ -28,6 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, keep: int, writer: bool) -> None:
         self.path, self._keep, self._writer = path, keep, writer
+        self.resume = f"--resume {path}"  # how to go on, as errors say it
         self.config = path / "config.yaml"
         self.encoder = path / "encoder.safetensors"
         self.results = path / "results.json"
@@ -73,6 +74,9 @@ class RunFolder:
         """Remove the temporary files of a process that was killed while it wrote."""
         for own in (self.config, self.encoder, self.results, self.curves, self._metrics, self.path / "status.json"):
             for left in self.path.glob(f".{own.name}.*.tmp"):
+                left.unlink()
+        for folder in (self.path, self.path / "stages", self.path / "features"):
+            for left in folder.glob(".tmp*"):  # safetensors' own
                 left.unlink()
 
     def close(self) -> None:
@@ -129,7 +133,7 @@ class RunFolder:
         except OSError as reason:
             raise RunFailed(
                 f"{self._metrics} cannot be written ({reason.strerror}).",
-                f"Checkpoints are untouched: make room, then go on with --resume {self.path}.",
+                f"Checkpoints are untouched: make room, then go on with {self.resume}.",
             ) from None
         if self._board is not None:
             for name, value in record.items():
@@ -142,11 +146,14 @@ class RunFolder:
         if not self._metrics.exists():
             return []
         records = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
         return records
 
     def rewind_metrics(self, step: int) -> None:
@@ -164,7 +171,7 @@ class RunFolder:
         except OSError as reason:
             raise RunFailed(
                 f"The checkpoint {path} could not be written ({reason.strerror or reason}).",
-                f"Earlier ones are untouched: make room, then go on with --resume {self.path}.",
+                f"Earlier ones are untouched: make room, then go on with {self.resume}.",
             ) from None
         checkpoint.prune(self.checkpoints, self._keep)
         self.status.saved(path, step)
@@ -193,6 +200,12 @@ class RunFolder:
                 handle.write(f"{name}\t{' '.join(reason.split())}\n")
             self.status.skipped(1)
 
+    def forget_bad_images(self, names: set[str]) -> None:
+        """Take these samples out of bad_images.txt."""
+        lines = self.bad_images.read_text("utf-8").splitlines(keepends=True)
+        self.write_text(self.bad_images, "".join(line for line in lines if line.split("\t")[0] not in names))
+        self.status.skipped(-len(names))
+
     def read_bad_images(self) -> set[str]:
         if not self.bad_images.exists():
             return set()
@@ -211,6 +224,12 @@ LOCK = ".lock"
 
 def refuse_occupied(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError when ``path`` is a file, or a folder with something in it that may not be overwritten."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as reason:
+        raise UsageError(f"{str(path)[:80]} cannot be used ({reason.strerror}).", "Choose another --out.") from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
     occupied = path.is_dir() and not all(_left_by_a_kill(child.name) for child in path.iterdir())

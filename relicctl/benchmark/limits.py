@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -42,7 +41,7 @@ def flop_per_image(config: Config, classes: int) -> int:
 
 
 def matrix_peak(device: torch.device, precision: str, runs: int = 7) -> float:
-    """Floating-point operations per second of a large square matrix product, the median of ``runs``."""
+    """Floating-point operations per second of a large square matrix product, the best of ``runs``."""
     n = MATRIX[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     factor = torch.randn(n, n, device=device).to(dtype)
@@ -53,7 +52,7 @@ def matrix_peak(device: torch.device, precision: str, runs: int = 7) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(taken[1:])
+    return 2 * n**3 / min(taken[1:])
 
 
 def largest_batch(config: Config, classes: int, precision: str, device: torch.device) -> int:
@@ -61,7 +60,9 @@ def largest_batch(config: Config, classes: int, precision: str, device: torch.de
     with torch.device("meta"):
         networks = build_networks(config, classes)
     parts = step_memory(config, networks, precision)
-    growing = parts.pop("activations") + parts.pop("views")
+    growing = parts.pop("views")
+    if config.optim.microbatch is None:  # else so many images are in the networks whatever the batch
+        growing += parts.pop("activations")
     return max(0, int((free_memory(device) - sum(parts.values())) * config.optim.batch_size / growing))
 
 

@@ -25,8 +25,8 @@ from relicctl.data.feed import Feed, choose_cache
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
 from relicctl.errors import UsageError
-from relicctl.memory import check_memory, in_units
-from relicctl.pretraining import Pretraining, settle_compile, settle_precision
+from relicctl.memory import check_memory, check_step_memory, in_units
+from relicctl.pretraining import Pretraining, build_networks, settle_compile, settle_precision
 
 IMAGENET = 1_281_167  # training images that generated data stand for
 STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench takes minutes
@@ -59,13 +59,17 @@ def bench(
     if device.type == "cuda":
         console.note("memory: the largest batch that fits ...")
         largest = largest_that_fits(
-            lambda size: step_fits(_with_batch(config, size), classes, precision, device), largest
-        )
+            lambda size: step_fits(_with_batch(config, size), classes, precision, device), largest,
+            step=math.lcm(8, config.optim.microbatch or 1),
+        )  # fmt: skip
         torch.cuda.reset_peak_memory_stats(device)
     size = batch or _batch(config, device, flop, peak, largest, images)
     source = real if real is not None else GeneratedPhotos(max(2 * size, 64))
     measured = _with_batch(config, size)
     check_memory(measured, device)
+    with torch.device("meta"):
+        outline = build_networks(measured, classes)
+    check_step_memory(measured, outline, device, precision, 1, console)
     total_steps = max(1, images // config.optim.batch_size) * config.optim.epochs
 
     console.note("host: read, decode, crop, collate ...")
@@ -123,13 +127,20 @@ def bench(
         "share_of_matrix_peak": round(flop * median["step_images_per_s"] / peak, 4),
         "largest_batch": largest,
         "largest_batch_tried": device.type == "cuda",
-        "hours": round(config.optim.epochs * images / speed["median"] / 3600, 2),
+        "hours": round(_trained_on(config, images) / speed["median"] / 3600, 2),
         "bottleneck": _bottleneck(wait["median"], step["outside_parts"]),
         "assumptions": _assumptions(config, real, images, size, device),
         "spread": spreads,
     }
     _show(result, console)
     return result
+
+
+def _trained_on(config: Config, images: int) -> int:
+    """How many images pass in the whole training."""
+    most = config.optim.max_steps
+    whole = config.optim.epochs * images
+    return whole if most is None else min(whole, most * config.optim.batch_size)
 
 
 def _batch(config: Config, device: torch.device, flop: int, peak: float, largest: int, images: int) -> int:
@@ -176,6 +187,12 @@ def _assumptions(config: Config, real: Source | None, images: int, size: int, de
         said.append(
             f"measured at batch {size}, not {config.optim.batch_size}, as if a larger one were as fast an image"
         )
+    if config.optim.max_steps is not None:
+        said.append(f"hours end at optim.max_steps, {config.optim.max_steps:,}")
+    if config.optim.microbatch and size % config.optim.microbatch:
+        said.append(f"measured without optim.microbatch, since {config.optim.microbatch} does not divide the batch")
+    if config.bgmask.probability and config.objective != "supervised":
+        said.append("views keep their backgrounds: bgmask is not measured")
     if real is None:
         said.append("images are generated JPEGs of 500 x 375 pixels, read from memory")
     if device.type == "cpu":

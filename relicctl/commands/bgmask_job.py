@@ -17,7 +17,7 @@ from torch import nn
 from relicctl import __version__
 from relicctl.commands.common import pick_device
 from relicctl.commands.options import BgmaskOptions
-from relicctl.commands.resuming import continued, recorded, run_to_resume
+from relicctl.commands.resuming import continued, facts_of, run_to_resume
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.console import Console
@@ -33,7 +33,7 @@ from relicctl.memory import count, in_units
 from relicctl.saliency.nets import SaliencyNet, open_net
 from relicctl.saliency.priors import NAMES
 from relicctl.saliency.recipe import stages_of, total_steps
-from relicctl.saliency.truth import TrueMasks, open_truth
+from relicctl.saliency.truth import TrueMasks, open_truth, refuse_among
 
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = ("runtime.", "checkpoint.", "data.train", "data.eval", "data.masks_for", "data.max_bad")
@@ -84,6 +84,8 @@ def _opened(config: BgmaskConfig, download: bool) -> BgmaskData:
         masks_for = open_source(config.data.masks_for, split="train", download=download)
     truth = None
     if config.data.eval is not None:
+        for spec in (*specs, *([config.data.masks_for] if config.data.masks_for else ())):
+            refuse_among(config.data.eval, spec)
         truth = open_truth(config.data.eval, config.data.eval_images, config.seed, download=download)
     return BgmaskData(train, masks_for, truth, every and config.data.masks_for is None)
 
@@ -101,7 +103,7 @@ def new_record(resolved: Resolved, data: BgmaskData, device: torch.device) -> di
 
 def continued_record(run: Path, resolved: Resolved, data: BgmaskData, device: torch.device) -> dict[str, Any]:
     """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images."""
-    record = recorded(run)
+    record = facts_of(run)
     if record["data_fingerprint"] != data.train.fingerprint():
         raise DataError(
             f"The images are not those that {run} was started with.",

@@ -9,8 +9,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,19 +158,24 @@ class Work:
 
     def _is_there(self, source: Source, made_by: str) -> bool:
         """Whether the bank is finished and of these images; one of others is set aside, a broken one made again."""
-        path = self._run.path / FILE_NAME
-        if not path.exists():
-            return False
-        try:
-            bank = MaskBank.open(path)
-        except DataError as broken:
-            self._console.warn(f"{broken.what} It is made again.")
-            return False
-        if (bank.fingerprint, bank.made_by) == (source.fingerprint(), made_by):
-            return True
-        aside = path.with_name(f"masks-{bank.fingerprint[:8]}.bank")
-        os.replace(path, aside)
-        self._console.note(f"The masks of other images are now {aside}.")
+        path, wanted = self._run.path / FILE_NAME, (source.fingerprint(), made_by)
+        if path.exists():
+            try:
+                bank = MaskBank.open(path)
+            except DataError as broken:
+                self._console.warn(f"{broken.what} It is made again.")
+                return False
+            if (bank.fingerprint, bank.made_by) == wanted:
+                return True
+            aside = _set_aside(path, bank.fingerprint)
+            os.replace(path, aside)
+            self._console.note(f"The masks of other images are now {aside}.")
+        before = _set_aside(path, wanted[0])
+        with suppress(DataError):  # made earlier, and set aside since
+            bank = MaskBank.open(before)
+            if (bank.fingerprint, bank.made_by) == wanted:
+                os.replace(before, path)
+                return True
         return False
 
     def _maker(self, net: SaliencyNet) -> str:
@@ -213,6 +219,11 @@ class Work:
                 self._run.status.beat(0)
 
             yield show
+
+
+def _set_aside(path: Path, fingerprint: str) -> Path:
+    """Where the bank at ``path`` lies while the run's bank is one of other images."""
+    return path.with_name(f"masks-{fingerprint[:8]}.bank")
 
 
 # What is told

@@ -45,6 +45,12 @@ def open_masking(config: Config, images: Source, console: Console) -> tuple[Mask
         bank = MaskBank.open(Path(chosen.bank))
         kept = BankMasks(bank, bank.rows(images), chosen.limits)
         masks, usable, of = kept, kept.usable(), f"the masks of {bank.path}"
+        if bank.fingerprint != images.fingerprint():
+            same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
+            console.warn(
+                f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks go by "
+                "name, and of other pictures with the same names they would be wrong"
+            )
         facts |= {"sha256": bank.identity, "made_by": bank.made_by}
     else:
         masks = AlphaMasks(chosen.limits)

@@ -11,11 +11,13 @@ import torch
 import yaml
 
 from relicctl import __version__
+from relicctl.commands.bad_pool import BadPool
 from relicctl.commands.common import pick_device, readable, worker_count
 from relicctl.commands.data import PretrainData, open_data
 from relicctl.commands.masking import note_missing_masks, open_masking, refuse_other_masks
 from relicctl.commands.options import PretrainOptions
-from relicctl.commands.resuming import continued, recorded, run_to_resume
+from relicctl.commands.processes import newest_checkpoint
+from relicctl.commands.resuming import continued, facts_of, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Config
 from relicctl.console import Console
@@ -27,6 +29,7 @@ from relicctl.data.augment import MEAN, STD, Photometric
 from relicctl.data.bad_images import BadImages
 from relicctl.data.feed import Feed, ViewPlan, ViewSize, choose_cache
 from relicctl.data.sampler import Sampler
+from relicctl.data.sources import Source
 from relicctl.encoder import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation.collapse import CollapseWatch
@@ -70,7 +73,8 @@ def _run(
     data = open_data(config, options.download, console)
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
     scheduled = sampler.steps_per_epoch * config.optim.epochs
-    world.rows(config.optim.batch_size)
+    refuse_uneven(config, world)
+    refuse_differences(data.train, world)
     bad = BadImages(len(data.train), config.data.max_bad)
     evaluator = make_evaluator(config, data, device, bad, console)
     note_missing_masks(resolved, console)
@@ -99,7 +103,8 @@ def _run(
     run = open_run(out, config, resumed is not None, options.overwrite, world)
     run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
     status = at_end.enter_context(run.watched())
-    bad.report, bad.seen = run.add_bad_image, run.read_bad_images()
+    pool = BadPool(bad, run, world)
+    pool.recall(data.train)
     if evaluator is not None:
         evaluator.bad_held_out.report = run.add_bad_image
     try:
@@ -135,15 +140,16 @@ def _run(
     if evaluator is not None:
         evaluate = status.during("evaluating", lambda step: evaluator(task.encoder, world))
 
-    progress = go_on(run, task, record["init_from"], console) if resumed is not None else None
+    progress = go_on(run, task, record["init_from"], console, world) if resumed is not None else None
     if progress is None:
         progress = begin(evaluate, run, console)
     with console.progress(plan.total, progress.step) as bar:
-        watch = CollapseWatch(console.warn, config.optim.batch_size // world.size, task.candidates)
+        watch = CollapseWatch(console.warn, config.optim.batch_size, task.candidates)
 
         def show(step: int, figures: dict[str, Any]) -> None:
             bar.update(step, readable(figures))
             watch(step, figures)
+            pool.share()
 
         progress = train(
             task,
@@ -197,6 +203,25 @@ def refuse_inside(out: Path, data: str | None) -> None:
         raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")
 
 
+def refuse_uneven(config: Config, world: World) -> None:
+    """Raises UsageError if the batch cannot be split over the processes, or a process's share into microbatches."""
+    first, last = world.rows(config.optim.batch_size)
+    microbatch = config.optim.microbatch
+    if microbatch is not None and (last - first) % microbatch:
+        raise UsageError(
+            f"optim.microbatch {microbatch} does not divide the {last - first} images of a process.",
+            "Choose one that does, or another number of processes.",
+        )
+
+
+def refuse_differences(images: Source, world: World) -> None:
+    """Raises DataError if the processes see different images under the same numbers."""
+    if world.size > 1 and len(set(world.tell(images.fingerprint()))) > 1:
+        raise DataError(
+            f"The processes see different images at {images.spec}.", "Give all hosts the same data at this path."
+        )
+
+
 def new_record(
     resolved: Resolved, options: PretrainOptions, data: PretrainData, masks: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
@@ -217,7 +242,7 @@ def continued_record(
     run: Path, resolved: Resolved, data: PretrainData, masks: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images or masks."""
-    record = recorded(run)
+    record = facts_of(run)
     if record["data_fingerprint"] != data.train.fingerprint():
         raise DataError(
             f"The images are not those that {run} was started with.",
@@ -266,9 +291,9 @@ def begin(evaluate: Any, run: RunFolder, console: Console) -> Progress:
     return progress
 
 
-def go_on(run: RunFolder, task: Pretraining, init_from: str | None, console: Console) -> Progress | None:
-    """Load the newest checkpoint that can be read; None for a run that ended before its first one."""
-    found = checkpoint.newest_valid(run.checkpoints, console.warn)
+def go_on(run: RunFolder, task: Pretraining, init_from: str | None, console: Console, world: World) -> Progress | None:
+    """Load the newest checkpoint that the main process can read; None for a run that ended before its first one."""
+    found = newest_checkpoint(run, world, console.warn)
     if found is None:
         if checkpoint.listed(run.checkpoints):
             raise UsageError(f"No checkpoint in {run.checkpoints} can be read.", "Start another run.")

@@ -64,6 +64,17 @@ def recorded(run: Path) -> dict[str, Any]:
         return {}
 
 
+def facts_of(run: Path) -> dict[str, Any]:
+    """What ``recorded`` gives for a run that can go on. Raises UsageError where a fact is missing."""
+    record = recorded(run)
+    if not {"data_fingerprint", "precision"} <= record.keys():
+        raise UsageError(
+            f"{run}/config.yaml does not say what the run was started with (run.data_fingerprint, run.precision).",
+            "Restore the file, or start another run with --init-from.",
+        )
+    return record
+
+
 def command_of(run: Path) -> str | None:
     """The command that made the run; None for another file."""
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +15,13 @@ import yaml
 from relicctl import __version__
 from relicctl.commands.options import TransferOptions
 from relicctl.commands.processes import joined
-from relicctl.commands.transfer_job import Job, continued, noted, open_all, open_folder, settle, text_of
+from relicctl.commands.transfer_job import Job, continued, noted, open_all, open_folder, resumable, settle, text_of
 from relicctl.commands.transfer_tuning import Tuner
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
+from relicctl.core.hardware import pick_precision
 from relicctl.errors import UsageError
 from relicctl.evaluation import chart, protocols
 from relicctl.evaluation.kept import encoder_hash, kept
@@ -49,6 +49,7 @@ def transfer(resolved: Resolved, options: TransferOptions) -> dict[str, Any]:
     """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
     resolved = continued(resolved, options)
     with joined(resolved.config.runtime, options.quiet) as (world, device, console):
+        warn_of_strangers(resolved, console)
         return _run(resolved.config, options, device, console, world)
 
 
@@ -65,7 +66,7 @@ def _run(
             division = divide(data, labels, config.data.holdout, config.seed)
             if "finetune" in config.protocol:
                 refuse_uneven(division, config.finetune.batch_size, world)
-    with closing(open_folder(out, options, config, world)) as run:
+    with resumable(open_folder(out, options, config, world)) as run:
         run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": noted(job)}, sort_keys=False))
         seers = [see(n, r, config, device, run, console, world) for n, r in zip(job.encoders, references, strict=True)]
         refuse_twins(seers)
@@ -118,6 +119,15 @@ def open_sets(config: TransferConfig, options: TransferOptions, console: Console
     return opened()
 
 
+def warn_of_strangers(resolved: Resolved, console: Console) -> None:
+    """Of what the command line tells of data sets that are none: a slip of the pen would go unseen."""
+    told = resolved.config.data
+    for name, keys in (("metrics", told.metrics), ("draw", told.draw), ("test_split", told.test_split)):
+        if resolved.origin[f"data.{name}"] == "--set":
+            for stranger in sorted(keys.keys() - told.sets.keys()):
+                console.warn(f"data.{name} speaks of {stranger}, which is none of the data ({', '.join(told.sets)})")
+
+
 def metric_of(data: DataSet, config: TransferConfig) -> str:
     """Raises UsageError for one that images with any number of classes do not have."""
     told = config.data.metrics.get(data.name)
@@ -160,6 +170,8 @@ def cell(
     division = divide(data, labels, config.data.holdout, config.seed)
     metric = metric_of(data, config)
     settings = getattr(config, protocol).model_dump()
+    if protocol == "finetune":  # alone in training a network
+        settings["precision"] = pick_precision(config.runtime.precision, seer.look.device)
     key = digest(
         seer.hash, data.known.source.fingerprint(), data.test.source.fingerprint(), data.known.source.spec,
         division.fit.tolist(), division.chosen_on.tolist(), protocol, settings, metric, config.seed, __version__,
@@ -171,17 +183,16 @@ def cell(
         return finished | {"encoder": seer.name, "data": data.name, "labels": labels}
     console.note(title)
     if protocol == "finetune":
-        tuner = Tuner(seer.look, config, run.path / "finetune" / key, f"relicctl transfer --resume {run.path}", console)
-        outcome = tuner(data, division, metric)
+        tuner = Tuner(seer.look, config, run.path / "finetune" / key, run.path, console)
+        outcome, images = tuner(data, division, metric), counts_of(division, data)
     else:
-        outcome = judged(seer, data, division, protocol, settings, metric, run)
+        outcome, images = judged(seer, data, division, protocol, settings, metric, run)
     for text in outcome.warnings:
         console.warn(f"{title}: {text}")
     content = {
         "encoder": seer.name, "data": data.name, "protocol": protocol, "labels": labels, "metric": metric,
         "value": outcome.value, "chosen": outcome.chosen, "validation": division.validation,
-        "images": {"fit": len(division.fit), "validation": len(division.chosen_on), "test": len(data.test.labels)},
-        "warnings": outcome.warnings, "tried": outcome.tried,
+        "images": images, "warnings": outcome.warnings, "tried": outcome.tried,
     }  # fmt: skip
     run.write_json(path, content)
     console.note(f"{title}: {metric} {outcome.value:.3f}")
@@ -190,8 +201,8 @@ def cell(
 
 def judged(
     seer: Seer, data: DataSet, division: Division, protocol: str, settings: dict[str, Any], metric: str, run: RunFolder
-) -> Outcome:
-    """By frozen features, without the images that could not be read; the main process judges."""
+) -> tuple[Outcome, dict[str, int]]:
+    """By frozen features, without the images that could not be read, and how many were; the main process judges."""
     known = features(seer, data.known, "known", run)
     test = features(seer, data.test, "test", run)
 
@@ -210,9 +221,17 @@ def judged(
             classes=len(data.known.classes),
             **settings,
         )
-        return asdict(outcome)
+        return {
+            "outcome": asdict(outcome),
+            "images": {"fit": len(fit), "validation": len(chosen_on), "test": len(test[1])},
+        }
 
-    return Outcome(**seer.look.world.lead(judge))
+    told = seer.look.world.lead(judge)
+    return Outcome(**told["outcome"]), told["images"]
+
+
+def counts_of(division: Division, data: DataSet) -> dict[str, int]:
+    return {"fit": len(division.fit), "validation": len(division.chosen_on), "test": len(data.test.labels)}
 
 
 def features(seer: Seer, images: Labelled, part: str, run: RunFolder) -> tuple[Examples, np.ndarray] | None:

@@ -23,7 +23,7 @@ from relicctl.commands.common import readable, worker_count
 from relicctl.commands.options import TransferOptions
 from relicctl.commands.processes import joined, newest_checkpoint, owned
 from relicctl.commands.transfer import digest
-from relicctl.commands.transfer_job import Job, continued, noted, open_folder, settle
+from relicctl.commands.transfer_job import Job, continued, like, noted, open_folder, resumable, settle
 from relicctl.config.dense import DetectionConfig, SegmentationConfig
 from relicctl.config.resolve import Resolved, dump_yaml
 from relicctl.config.schema import Section
@@ -43,6 +43,7 @@ from relicctl.evaluation.dense.feed import DenseFeed
 from relicctl.evaluation.dense.masks import open_masked
 from relicctl.evaluation.dense.samples import Remembered, Samples
 from relicctl.evaluation.kept import encoder_hash
+from relicctl.reference import Reference
 from relicctl.runs import RunFolder
 
 
@@ -99,7 +100,7 @@ def _run(config: Any, options: TransferOptions, device: torch.device, console: C
     job, out = settle(config, options, world)
     learners = open_learners(job, config, console)
     sets = {name: kind.open(name, spec, config, console) for name, spec in config.data.sets.items()}
-    with closing(open_folder(out, options, config, world)) as run:
+    with resumable(open_folder(out, options, config, world), f"--task {kind.name} ") as run:
         run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": noted(job)}, sort_keys=False))
         study = Study(kind, config, device, run, console, world)
         cells = [study.cell(learner, name, *parts) for name, parts in sets.items() for learner in learners]
@@ -131,13 +132,14 @@ def facts(spec: str, fit: Samples, val: Samples) -> dict[str, Any]:
 def open_learners(job: Job, config: Any, console: Console) -> list[Learner]:
     """``random`` is the untrained network of the first encoder that has a run. Raises UsageError for twins."""
     learners: list[Learner] = []
+    references: list[Reference] = []
     home: Path | None = None
     known: dict[str, str] = {}
     for source in job.encoders:
         told = f"{source}:{home}" if home and source == "random" else source
-        opened = open_encoder(
-            told, network=job.network, model=config.model, size=None, seed=config.seed, warn=console.warn
-        )
+        model = like(references, config.model)
+        opened = open_encoder(told, network=job.network, model=model, size=None, seed=config.seed, warn=console.warn)
+        references.append(opened)
         if isinstance(opened.encoder, Pixels):
             raise UsageError(f"{source} has no maps of features to find things in.", "Leave it out of dense tasks.")
         home = home or opened.run
@@ -163,14 +165,17 @@ class Study:
     def cell(self, learner: Learner, name: str, fit: Samples, val: Samples) -> dict[str, Any]:
         """One figure of the table, from its file if it was finished before; the same on every process."""
         told = self.config.model_dump(exclude={"runtime", "checkpoint", "data"})
-        key = digest(learner.hash, fit.fingerprint(), val.fingerprint(), fit.classes, self.kind.name, told, __version__)
+        precision = pick_precision(self.config.runtime.precision, self.device)
+        key = digest(
+            learner.hash, fit.fingerprint(), val.fingerprint(), fit.classes, self.kind.name, told, precision,
+            __version__,
+        )  # fmt: skip
         path = self.run.path / "cells" / f"{key}.json"
         finished = self.world.lead(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
         if finished:
             return finished | {"encoder": learner.name, "data": name}
         title = f"{learner.name} on {name}, {self.kind.name}"
         self.console.note(f"{title}: {len(fit)} images to train on, {len(val)} to test on")
-        precision = pick_precision(self.config.runtime.precision, self.device)
         task = self.kind.task(learner.encoder, len(val.classes), self.config, self.device, precision, self.world)
         folder = self.run.path / self.kind.name / key
         losses = self.train(task, fit, folder)
@@ -215,7 +220,9 @@ class Study:
 
         def opened() -> RunFolder:
             path.mkdir(parents=True, exist_ok=True)
-            return RunFolder(path, keep=saving.keep, writer=True)
+            run = RunFolder(path, keep=saving.keep, writer=True)
+            run.resume = f"--resume {self.run.path}"
+            return run
 
         with closing(owned(self.world, opened, path, saving.keep)) as run:
             found = newest_checkpoint(run, self.world, self.console.warn)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,12 @@ from relicctl.commands.options import TransferOptions
 from relicctl.commands.processes import owned
 from relicctl.config import plain_yaml
 from relicctl.config.resolve import Resolved, rebase
+from relicctl.config.schema import Network
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
-from relicctl.errors import UsageError
+from relicctl.core.models.resnet import ResNet
+from relicctl.errors import Interrupted, Terminated, UsageError
 from relicctl.evaluation.subsets import check_labels
 from relicctl.reference import Reference, named
 from relicctl.runs import RunFolder, free_name, refuse_occupied
@@ -55,6 +61,10 @@ def settle(config: Any, options: TransferOptions, world: World) -> tuple[Job, Pa
     if options.resume is not None:
         assert out is not None
         before = plain_yaml.load_mapping(out / "config.yaml")["run"]["job"]
+        if job.network not in ("online", before["network"]):
+            raise UsageError(
+                f"{out} looks at the {before['network']} networks, not the {job.network} ones.", "Choose another --out."
+            )
         job = Job(
             job.sources or tuple(before["sources"]), job.baselines or tuple(before["baselines"]), before["network"]
         )
@@ -73,16 +83,35 @@ def settle(config: Any, options: TransferOptions, world: World) -> tuple[Job, Pa
 
 
 def open_all(job: Job, config: TransferConfig, console: Console) -> list[Reference]:
-    """``random`` is the untrained network of the first encoder that has a run, ``pixels`` go with its images."""
+    """``random`` is the untrained network of the first encoder that has a run, ``pixels`` go with its images.
+
+    Where none has, they are made like the first encoder, whose file says what it is.
+    """
     found: list[Reference] = []
     for source in job.encoders:
         home = next((str(r.run) for r in found if r.run), None)
         told = f"{source}:{home}" if home and source in ("random", "pixels") else source
-        size, seed = config.eval.size, config.seed
+        first: dict[str, str] = vars(found[0].encoder)["metadata"] if found else {}
         found.append(
-            open_encoder(told, network=job.network, model=config.model, size=size, seed=seed, warn=console.warn)
+            open_encoder(
+                told,
+                network=job.network,
+                model=like(found, config.model),
+                size=config.eval.size or (int(first["size"]) if found else None),
+                crop_ratio=float(first["crop_ratio"]) if found else None,
+                seed=config.seed,
+                warn=console.warn,
+            )
         )
     return found
+
+
+def like(found: list[Reference], model: Network) -> Network:
+    """``model`` made like the first encoder found, unless that is none with an architecture."""
+    first = found[0].encoder if found else None
+    if not isinstance(first, ResNet):
+        return model
+    return model.model_copy(update={name: getattr(first, name) for name in ("arch", "width", "stem", "padding")})
 
 
 def open_folder(out: Path, options: TransferOptions, config: Any, world: World) -> RunFolder:
@@ -90,6 +119,19 @@ def open_folder(out: Path, options: TransferOptions, config: Any, world: World) 
     if options.resume is not None:
         return owned(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
     return owned(world, lambda: RunFolder.create(out, overwrite=options.overwrite, keep=keep), out, keep)
+
+
+@contextmanager
+def resumable(run: RunFolder, options: str = "") -> Iterator[RunFolder]:
+    """Close the folder after the block, and where a signal ended it, say how to go on."""
+    try:
+        yield run
+    except (KeyboardInterrupt, Terminated) as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        command = f"relicctl transfer {options}--resume {shlex.quote(str(run.path))}"
+        raise Interrupted("Stopped; finished cells are saved.", f"Go on with: {command}", signum) from None
+    finally:
+        run.close()
 
 
 def noted(job: Job) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from relicctl.data.augment import Photometric
 from relicctl.data.feed import Feed, ViewPlan, ViewSize, choose_cache
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
+from relicctl.errors import Diverged
 from relicctl.evaluation.features import EvalImages, extract
 from relicctl.evaluation.finetune import FinetuneTask, Tuning
 from relicctl.evaluation.labelled import Labelled
@@ -52,53 +53,70 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Fine-tunes one encoder, all processes together. Trainings leave checkpoints in ``folder`` to go on from."""
+    """Fine-tunes one encoder, all processes together. Trainings leave checkpoints in ``folder`` to go on from.
+
+    ``run``: the folder of the whole comparison, which is what goes on.
+    """
 
     look: Look
     config: TransferConfig
     folder: Path
-    resume_command: str
+    run: Path
     console: Console
 
     def __call__(self, data: DataSet, division: Division, metric: str) -> Outcome:
         told = self.config.finetune
         grid = [Hyper(*chosen) for chosen in itertools.product(told.rates, told.decays, told.epochs or (None,))]
-        tried = []
+        tried, warnings = [], []
         for number, hyper in enumerate(grid, 1):
             self.console.note(f"fine-tuning {number} of {len(grid)}: {hyper}")
             name = "-".join(f"{figure:g}" for figure in hyper.figures.values())
             value = self._value(name, data, division.fit, hyper, metric, division.chosen_on)
-            tried.append(hyper.figures | {"value": value})
-        chosen = grid[tried.index(best(tried))]
+            if value is None:
+                warnings.append(f"{hyper} diverged and is out of the choice")
+            else:
+                tried.append(hyper.figures | {"value": value})
+        if not tried:
+            raise Diverged("Every fine-tuning diverged.", "Go on by --resume with --set finetune.rates=[...] lower.")
+        won = best(tried)
+        chosen = next(hyper for hyper in grid if hyper.figures | {"value": won["value"]} == won)
         self.console.note(f"fine-tuning the best, {chosen}, on all but the test")
         both = np.concatenate([division.fit, division.chosen_on])
         value = self._value("final", data, both, chosen, metric, None)
-        warnings = []
+        assert value is not None, "without a choice a divergence ends it"
         if len(told.rates) > 2 and chosen.rate in (min(told.rates), max(told.rates)):
             warnings.append(f"the best rate, {chosen.rate:g}, is at the end of those tried: add to finetune.rates")
         return Outcome(value, chosen.figures, tried, warnings)
 
     def _value(
         self, name: str, data: DataSet, rows: np.ndarray, hyper: Hyper, metric: str, asked: np.ndarray | None
-    ) -> float:
-        """The metric on ``asked`` rows of the known images, or on the test images, after a training on ``rows``."""
+    ) -> float | None:
+        """The metric on ``asked`` rows of the known images, or on the test images, after a training on ``rows``.
+
+        None where a training that is to be judged on ``asked`` rows diverged.
+        """
         done, world = self.folder / name / "value.json", self.look.world
-        finished = world.lead(lambda: json.loads(done.read_text("utf-8")) if done.is_file() else None)
-        if finished is not None:
-            return finished
-        network = self._train(self.folder / name, data.known, np.sort(rows), hyper, metric)
+        finished = world.lead(lambda: [json.loads(done.read_text("utf-8"))] if done.is_file() else [])
+        if finished:
+            return finished[0]
+        try:
+            network = self._train(self.folder / name, data.known, np.sort(rows), hyper, metric)
+        except Diverged:
+            if asked is None:
+                raise
+            return world.lead(lambda: self._keep(done, None))
         known = data.known
         source, labels = (
             (data.test.source, data.test.labels) if asked is None else (known.source.select(asked), known.labels[asked])
         )
         value = self._score(network, source, labels, metric)
+        return world.lead(lambda: self._keep(done, value))
 
-        def keep() -> float:
-            checkpoint.atomically(done, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
-            shutil.rmtree(done.parent / "checkpoints")  # a large grid would fill the disk
-            return value
-
-        return world.lead(keep)
+    @staticmethod
+    def _keep(done: Path, value: float | None) -> float | None:
+        checkpoint.atomically(done, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
+        shutil.rmtree(done.parent / "checkpoints", ignore_errors=True)  # a large grid would fill the disk
+        return value
 
     def _score(self, network: nn.Module, source: Source, labels: np.ndarray, metric: str) -> float:
         crops = EvalImages(source, self.look.size, self.look.crop_ratio)
@@ -129,12 +147,14 @@ class Tuner:
         plan = Plan(
             total=steps, steps_per_epoch=sampler.steps_per_epoch, batch_size=sampler.batch_size,
             log_every=runtime.log_every, checkpoint_every=saving.every_steps, checkpoint_minutes=saving.every_minutes,
-            resume_command=self.resume_command,
+            resume_command=f"relicctl transfer --resume {self.run}", rate_key="finetune.rates",
         )  # fmt: skip
 
         def opened() -> RunFolder:
             path.mkdir(parents=True, exist_ok=True)
-            return RunFolder(path, keep=saving.keep, writer=True)
+            run = RunFolder(path, keep=saving.keep, writer=True)
+            run.resume = f"--resume {self.run}"
+            return run
 
         with closing(owned(world, opened, path, saving.keep)) as run:
             found = newest_checkpoint(run, world, self.console.warn)

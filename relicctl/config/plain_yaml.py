@@ -11,6 +11,7 @@ import yaml
 from relicctl.errors import UsageError
 
 MAX_DEPTH = 50
+MOST_BYTES = 256 * 1024  # fifty times the longest config there can be; whatever it is read from
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,7 +55,13 @@ def load(text: str) -> Any:
 def load_mapping(path: Path) -> dict[str, Any]:
     """The keys in a file. Raises UsageError when it is not there or holds something else."""
     try:
-        content = load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as handle:
+            text = handle.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UsageError(
+                f"The config {path} has more than {MOST_BYTES // 1024} KiB.", "Give a file of relicctl's keys."
+            )
+        content = load(text.decode("utf-8"))
     except OSError as reason:
         raise UsageError(f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file.") from None
     except UnicodeDecodeError:

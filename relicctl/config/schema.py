@@ -143,7 +143,7 @@ class Optim(Section):
     microbatch: Count | None = key(
         None,
         "images per process that pass the networks at a time, computed twice to save memory: the loss is that of the "
-        "whole batch, BatchNorm is over the microbatch; null = all at once",
+        "whole batch, BatchNorm is over the microbatch, or those of all processes; null = all at once",
     )
 
 

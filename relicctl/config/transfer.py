@@ -87,7 +87,7 @@ class TransferConfig(Section):
         ("logistic",), "logistic and knn on frozen features; finetune trains all (also --protocol)"
     )
     labels: Labels = key(("all",), "labels known: all, a share, N-per-class, or a file of names (also --labels)")
-    model: Network = key(Network(), "the network of `random` where no encoder has a run")
+    model: Network = key(Network(), "the network of `random` as the first encoder; else it is like the first")
     data: DataSets = key(DataSets(), "the data sets")
     eval: Views = key(Views(), "how images are shown")
     logistic: Logistic = key(Logistic(), "logistic regression")

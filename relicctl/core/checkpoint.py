@@ -6,6 +6,7 @@ and the folder flushed too. A checksum over all tensors tells a flipped bit; no 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from relicctl.errors import UsageError
+from relicctl.errors import RunFailed, UsageError
 
 FORMAT = "relicctl-checkpoint"
 FORMAT_VERSION = 1
+
+
+OF_THE_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)  # errors of reading, not of what is read
 
 
 class BrokenCheckpoint(UsageError):
@@ -102,6 +106,8 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise BrokenCheckpoint(f"There is no checkpoint {path}.", again) from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as reason:
+        if isinstance(reason, OSError) and reason.errno in OF_THE_DISK:  # it may be sound, and must not be passed over
+            raise RunFailed(f"{path} cannot be read ({reason.strerror}).", "See to the disk, then try again.") from None
         raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", again) from None
     own = str(_checksum(tensors)), str(zlib.crc32(text.encode())) if checksums[1] is not None else None
     if own != checksums or not isinstance(header, dict):
@@ -140,8 +146,9 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and temporary files that a killed process left."""
     for path in listed(folder)[:-keep]:
         path.unlink()
-    for path in folder.glob(".step-*.tmp"):
-        path.unlink()
+    for pattern in (".step-*.tmp", ".tmp*"):  # ours, and those that safetensors writes before it renames
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:

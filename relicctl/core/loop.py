@@ -77,6 +77,7 @@ class Plan:
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = None
     resume_command: str = ""
+    rate_key: str = "optim.base_lr"  # which to lower where a training diverges
 
 
 @dataclass
@@ -113,10 +114,11 @@ def train(
 
     def refuse_divergence() -> None:
         """Of losses, gradients and, since the last step may have spoilt them, weights."""
-        _refuse_divergence(_note_if_not_finite(bad_step, progress.step - 1, parameters), journal)
+        _refuse_divergence(_note_if_not_finite(bad_step, progress.step - 1, parameters), journal, plan)
 
     def save() -> None:
         refuse_divergence()
+        _average(progress, world)
         if world.is_main:
             journal.save(progress.step, *snapshot(task, progress))
 
@@ -138,7 +140,8 @@ def train(
 
             last = progress.step == plan.total
             if progress.step % plan.log_every == 0 or last:
-                _refuse_divergence(bad_step, journal)
+                _refuse_divergence(bad_step, journal, plan)
+                _average(progress, world)
                 record = {
                     "step": progress.step,
                     "epoch": round(progress.step / plan.steps_per_epoch, 4),
@@ -288,12 +291,12 @@ def _note_if_not_finite(bad_step: torch.Tensor, step: int, tensors: list[Any]) -
     return torch.where((bad_step < 0) & ~fine, step, bad_step)
 
 
-def _refuse_divergence(bad_step: torch.Tensor, journal: Journal) -> None:
+def _refuse_divergence(bad_step: torch.Tensor, journal: Journal, plan: Plan) -> None:
     step = int(bad_step.item())
     if step < 0:
         return
     last = journal.last_checkpoint()
-    lower = "--set optim.base_lr=... lower, or --set runtime.precision=fp32"
+    lower = f"--set {plan.rate_key}=... lower, or --set runtime.precision=fp32"
     raise Diverged(
         f"The loss, a gradient or a weight was not finite at step {step}.",
         f"The last good checkpoint is {last}: go on from it by --resume with {lower}."
@@ -307,6 +310,14 @@ def _accumulate(progress: Progress, losses: dict[str, torch.Tensor]) -> None:
         value = value.detach()
         progress.sums[name] = progress.sums[name] + value if name in progress.sums else value.clone()
     progress.since += 1
+
+
+def _average(progress: Progress, world: World) -> None:
+    """The sums over all processes' rows in place of this one's, which is the mean: every process has as many."""
+    if world.size > 1 and progress.sums:
+        with torch.no_grad():
+            shared = world.mean(torch.stack(list(progress.sums.values())))
+        progress.sums = dict(zip(progress.sums, shared.unbind(), strict=True))
 
 
 def _means(progress: Progress) -> dict[str, float]:

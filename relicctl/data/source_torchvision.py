@@ -56,7 +56,8 @@ def open_torchvision(spec: str, split: Split, download: bool) -> Source:
     """Open a data set by the name of its class.
 
     ``#SPLIT`` names one of its own splits, else ``split`` chooses: train or trainval for "train"; val, or
-    test where there is no val, for "val". Raises DataError.
+    test where there is no val, for "val". Raises DataError, also for ``#val`` of a data set that has none: whoever
+    asks for it by name would choose on the test images.
     """
     place, _, own_split = spec.partition("#")
     _, name, root = [*place.split(":", 2), ""][:3]
@@ -96,8 +97,10 @@ def _construct(name: str, root: str, split: Split, own_split: str, download: boo
         try:
             with redirect_stdout(sys.stderr):  # torchvision prints, and stdout is for results
                 return getattr(datasets, name)(**fixed, **choice)
-        except ValueError as error:  # no such split: perhaps the next name for it
-            refusal = str(error)
+        except ValueError as error:
+            if "download" in str(error):  # its place on the network is gone
+                raise not_there(name, root, False, download, error) from error
+            refusal = str(error)  # no such split: perhaps the next name for it
         except ImportError as error:
             raise DataError(
                 f"torchvision needs another package for {name}: {error}.", "Install that package."
@@ -116,7 +119,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 def _split_arguments(name: str, parameters: dict[str, Any], split: Split, own_split: str) -> list[dict[str, Any]]:
     """The constructor's arguments to try, one after the other."""
-    if "train" in parameters and own_split in ("", "train", "val", "test"):
+    if "train" in parameters and own_split in ("", "train", "test"):
         return [{"train": (own_split or split) == "train"}]
     if "split" in parameters:
         return [{"split": choice} for choice in ([own_split] if own_split else SPLITS[split])]

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from relicctl.config.schema import Config
-from relicctl.core.hardware import pick_precision
+from relicctl.core.hardware import free_memory, pick_precision
 from relicctl.data.feed import ROWS_PER_CHUNK
 from relicctl.doctor.check import Finding, fail, ok, warn
-from relicctl.memory import count, in_units, optimizer_states
-from relicctl.pretraining import build_networks
+from relicctl.memory import count, in_units, optimizer_states, step_memory
+from relicctl.pretraining import build_networks, settle_precision
 
 PREFETCHED = 4  # units that each data worker holds ready, as torch's DataLoader is told
 BF16_ERROR = 0.05  # largest error of bf16, as a share of the result's size: eight bits, summed over hundreds
@@ -90,6 +90,18 @@ def _driver() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return told.stdout.split("\n")[0].strip() if told.returncode == 0 else ""
+
+
+def memory(config: Config, device: torch.device) -> Finding:
+    """Does a step of the preset fit, by the estimate of ``--dry-run``?"""
+    with torch.device("meta"):
+        networks = build_networks(config, classes=1000)
+    need = sum(step_memory(config, networks, settle_precision(config, device)).values())
+    free = free_memory(device)
+    found = f"a step of this preset takes about {in_units(need)} in one process, {in_units(free)} are free"
+    if need <= free:
+        return ok(found)
+    return warn(f"{found}.", "Take more processes, lower optim.batch_size, or set optim.microbatch.")
 
 
 def nccl() -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,15 @@ def _share(text: str) -> float | None:
 def _listed(source: Source, path: Path) -> np.ndarray:
     """Names as the data have them, or the files' own names alone, as in SimCLR's lists of ImageNet."""
     wanted = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    rows: dict[str, int] = {}
-    for row in range(len(source)):
-        key = source.key(row)
-        rows[key] = rows[posixpath.basename(key)] = row
+    keys = [source.key(row) for row in range(len(source))]
+    bare = [posixpath.basename(key) for key in keys]
+    rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(keys, range(len(keys)), strict=True))
+    shared = {name for name, times in Counter(bare).items() if times > 1} - set(keys)
+    if ambiguous := [name for name in wanted if name in shared]:
+        raise DataError(
+            f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name.",
+            f"Write names as the data have them, such as {keys[bare.index(ambiguous[0])]}.",
+        )
     unknown = [name for name in wanted if name not in rows]
     if unknown or not wanted:
         what = f"{len(unknown)} names that {source.spec} has not, {unknown[0]} among them" if wanted else "no names"

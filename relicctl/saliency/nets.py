@@ -49,7 +49,10 @@ class SaliencyNet(nn.Module):
 
 def open_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
     """The network of a training's ``stage``, initialised as a pure function of the seed, and of the weights that
-    ``model.encoder`` names. Raises UsageError when these cannot be read."""
+    ``model.encoder`` names.
+
+    Raises UsageError when these cannot be read, or labels went into them: masks never see any.
+    """
     model = config.model
     with seeded(counted_seed(config.seed, Stream.INIT, stage)):
         encoder = _encoder(model) if model.arch == "resnet" else None
@@ -59,7 +62,13 @@ def open_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
 def _encoder(model: MaskNet) -> ResNet:
     if model.encoder is None:
         return build_encoder("resnet18")
-    return load_encoder(model.encoder)
+    encoder = load_encoder(model.encoder)
+    if vars(encoder)["metadata"].get("objective") == "supervised":
+        raise UsageError(
+            f"{model.encoder} was trained with labels, and masks are made without any.",
+            "Give --init-from a run of another objective.",
+        )
+    return encoder
 
 
 def save_saliency(path: Path, net: SaliencyNet) -> None:

@@ -76,6 +76,24 @@ def open_truth(spec: str, most: int, seed: int, *, download: bool = False) -> Tr
     return truth
 
 
+def refuse_among(truth: str, images: str) -> None:
+    """Raises DataError if the true masks of ``truth`` lie among ``images``: both as a user names them."""
+    if "shapes" in (truth.partition(":")[0], images.partition(":")[0]) or images.startswith("torchvision:"):
+        return
+    masks, place = _place(_part_name(truth, MASKS)), _place(images)
+    if f"{masks}/".startswith(f"{place}/"):
+        raise DataError(
+            f"{images} holds the true masks of {truth}, and these are for measuring alone.",
+            f"Give {_part_name(images, IMAGES)}." if _place(truth) == place else "Give the images without the masks.",
+        )
+
+
+def _place(spec: str) -> str:
+    """The real path of a folder, or of one in an archive as if that were a folder."""
+    path, folder = (spec, "") if os.path.lexists(spec) or "#" not in spec else spec.rsplit("#", 1)
+    return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(path)), folder.strip("/")))
+
+
 def _some(size: int, most: int, seed: int) -> np.ndarray:
     """int64 ``[min(size, most)]``, ascending."""
     shuffled = np.argsort(counted_uniform(seed, Stream.EVAL, np.arange(size), n=1)[:, 0], kind="stable")
@@ -83,14 +101,17 @@ def _some(size: int, most: int, seed: int) -> np.ndarray:
 
 
 def _part(spec: str, folder: str) -> Source:
-    inner = f"{spec}/{folder}" if "#" in spec and not os.path.lexists(spec) else f"{spec}#{folder}"
     try:
-        return open_source(inner)
+        return open_source(_part_name(spec, folder))
     except DataError as reason:
         raise DataError(
             reason.what,
             f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes.",
         ) from None
+
+
+def _part_name(spec: str, folder: str) -> str:
+    return f"{spec}/{folder}" if "#" in spec and not os.path.lexists(spec) else f"{spec}#{folder}"
 
 
 def _partners(images: Source, masks: Source) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,8 @@ def test_training_is_told_from_test_by_a_flag_and_grey_becomes_rgb(tmp_path, mon
     assert np.array_equal(val.load(0), np.full((16, 16, 3), 8))
     assert train.classes == ("0", "1", "2", "3")
     assert np.array_equal(open_source(f"torchvision:USPS:{tmp_path}#test").load(0), val.load(0))
-    assert "unlabeled" in refused(f"torchvision:USPS:{tmp_path}#unlabeled").what
+    for foreign in ("unlabeled", "val"):  # whoever names val wants images to choose on, and gets none of the test's
+        assert foreign in refused(f"torchvision:USPS:{tmp_path}#{foreign}").what
 
 
 def test_stdout_is_left_for_results(tmp_path, monkeypatch, capsys):
@@ -189,6 +190,12 @@ def test_a_failed_download_is_told(tmp_path, monkeypatch):
     error = refused(f"torchvision:CIFAR10:{tmp_path}", download=True)
     assert "no route to host" in error.what
     assert str(tmp_path) in error.fix
+
+
+def test_what_can_no_longer_be_downloaded_is_to_be_fetched_by_hand(tmp_path):
+    error = refused(f"torchvision:StanfordCars:{tmp_path}", download=True)
+    assert "cannot be downloaded" in error.what
+    assert "by hand" in error.fix
 
 
 @pytest.mark.parametrize("name", ["Kinetics", "PhotoTour"])
