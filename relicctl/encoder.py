@@ -157,8 +157,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} is truncated or no torch file ({reason}).", ANOTHER_FILE) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")
-    if sum(value.numel() * value.element_size() for value in content.values()) > size:
-        raise UsageError(f"{path} holds tensors that are larger than the file.", "Save contiguous tensors.")
     return content
 
 
@@ -208,4 +206,6 @@ def _fitting(path: Path, tensors: dict[str, Tensor], encoder: ResNet) -> dict[st
     ]
     if wrong:
         raise UsageError(f"The tensors of {path} do not fit {encoder.arch}: {', '.join(wrong)}.", ANOTHER_FILE)
+    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors.values()):
+        raise UsageError(f"{path} holds fewer numbers than its tensors claim.", "Save contiguous tensors.")
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}

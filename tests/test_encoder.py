@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -231,8 +232,12 @@ def test_wide_resnets_of_torchvision_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"arch": "resnet19"}, {"width": "wide"}, {"mean": "0.5,"}, {"size": ""}, {"std": "1"}]
-)
+    "damage",
+    [
+        {"arch": "resnet19"}, {"width": "wide"}, {"mean": "0.5,"}, {"size": ""}, {"std": "1"}, {"size": "-1"},
+        {"crop_ratio": "nan"}, {"mean": "[1, 2]"},
+    ],
+)  # fmt: skip
 def test_damaged_metadata_are_refused(saved, damage):
     path, _ = saved
     with safe_open(path, framework="pt") as file:
@@ -243,3 +248,17 @@ def test_damaged_metadata_are_refused(saved, damage):
 
 def test_the_other_network_is_not_passed_off(saved):
     assert "online" in refusal(saved[0], network="target")
+
+
+def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path, torchvision_weights):
+    claimed = {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in torchvision_weights.items()}
+    torch.save(claimed, tmp_path / "w.pth")
+    assert "fewer numbers" in refusal(tmp_path / "w.pth")
+
+
+def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path, torchvision_weights):
+    torch.save(torchvision_weights, tmp_path / "stored.pth")
+    with zipfile.ZipFile(tmp_path / "stored.pth") as stored, zipfile.ZipFile(tmp_path / "w.pth", "w") as packed:
+        for name in stored.namelist():
+            packed.writestr(name, bytes(len(stored.read(name))), zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(tmp_path / "w.pth")

@@ -40,7 +40,7 @@ def doctor(resolved: Resolved, data: str | None, *, quiet: bool, download: bool 
         "cores": machine.cores,
         "disk": lambda: machine.disk(place.resolve(), config),
         "shared-memory": lambda: machine.shared_memory(config, workers),
-        "memory": lambda: machine.memory(config, device),
+        "memory": lambda: machine.memory(config, device, wanted=resolved.preset is not None),
         "files": machine.files,
         "decoders": trials.decoders,
         "loader": lambda: trials.loader(opened(lambda: GeneratedPhotos(64)), config, usable),

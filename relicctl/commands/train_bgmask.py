@@ -21,7 +21,7 @@ from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.data.masks import MaskBank
 from relicctl.runs import RunFolder, free_name, refuse_occupied
-from relicctl.saliency.nets import open_net
+from relicctl.saliency.nets import FILE_NAME, open_net
 
 dry_run = bgmask_job.dry_run
 
@@ -56,7 +56,9 @@ def _run(
     )
     total = bgmask_job.steps(config, len(data.train))
     world.rows(config.optim.batch_size)  # before anything is computed
-    bgmask_job.check_memory(config, open_net(config), len(data.train), device, record["precision"], world.size, console)
+    if not (out / FILE_NAME).is_file():  # else no network is trained any more
+        net = open_net(config)
+        bgmask_job.check_memory(config, net, len(data.train), device, record["precision"], world.size, console)
 
     run = open_run(out, config, resumed is not None, options.overwrite, world)
     resume_command = f"relicctl train-bgmask --resume {shlex.quote(str(run.path))}"

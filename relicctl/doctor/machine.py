@@ -92,14 +92,14 @@ def _driver() -> str:
     return told.stdout.split("\n")[0].strip() if told.returncode == 0 else ""
 
 
-def memory(config: Config, device: torch.device) -> Finding:
-    """Does a step of the preset fit, by the estimate of ``--dry-run``?"""
+def memory(config: Config, device: torch.device, wanted: bool = True) -> Finding:
+    """Does a step of the preset fit, by the estimate of ``--dry-run``? No trouble where no preset was ``wanted``."""
     with torch.device("meta"):
         networks = build_networks(config, classes=1000)
-    need = sum(step_memory(config, networks, settle_precision(config, device)).values())
-    free = free_memory(device)
-    found = f"a step of this preset takes about {in_units(need)} in one process, {in_units(free)} are free"
-    if need <= free:
+    need, free = sum(step_memory(config, networks, settle_precision(config, device)).values()), free_memory(device)
+    found = f"a step of {'this preset' if wanted else 'the defaults'} takes about {in_units(need)} in one process"
+    found = f"{found}, {in_units(free)} are free"
+    if need <= free or not wanted:
         return ok(found)
     return warn(f"{found}.", "Take more processes, lower optim.batch_size, or set optim.microbatch.")
 

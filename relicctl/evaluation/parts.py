@@ -177,6 +177,16 @@ def _labelled(name: str, part: str, source: Source, classes: tuple[str, ...], wa
     return images
 
 
+def _of_one_class(source: Source, classes: tuple[str, ...]) -> Source:
+    """``source``; where it is a single folder that is one of the known ``classes``, with these and their labels."""
+    if source.labels is None and classes:
+        folders = {source.key(row).partition("/")[0] for row in range(len(source))}
+        if len(folders) == 1 and folders <= set(classes):
+            number = classes.index(folders.pop())
+            source.classes, source.labels = classes, np.full(len(source), number, dtype=np.int64)
+    return source
+
+
 def _split(
     spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool, *, required: bool
 ) -> Source | None:
@@ -188,7 +198,9 @@ def _split(
         if tagged is not None:
             return tagged
         try:
-            return open_source(place, split="train" if word in TRAIN else "val", download=download)
+            return _of_one_class(
+                open_source(place, split="train" if word in TRAIN else "val", download=download), classes
+            )
         except DataError as error:
             refusal = refusal or error
     if required and refusal is not None:

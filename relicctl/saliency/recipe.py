@@ -25,6 +25,7 @@ from relicctl.core.hardware import own_cores
 from relicctl.core.loop import Plan, Progress, restore, train
 from relicctl.core.turns import Piece, in_turn, own
 from relicctl.data.augment import Photometric
+from relicctl.errors import UsageError
 from relicctl.runs import RunFolder
 from relicctl.saliency.hints import hints
 from relicctl.saliency.nets import FILE_NAME, SaliencyNet, load_saliency, open_net, save_saliency
@@ -175,9 +176,16 @@ class _Recipe:
 
     def trained(self, part: Stage, labels: SoftLabels) -> SaliencyNet:
         """The stage's network: of an earlier process, or trained now."""
-        net = open_net(self.config, part.number)
+        net = self._outline(part)
         net.load_state_dict(self._outcome(part.name, lambda: self._train(part, labels)))
         return net.to(self.device).to(memory_format=torch.channels_last).eval()
+
+    def _outline(self, part: Stage) -> SaliencyNet:
+        """The stage's network, to be filled: of a finished run even where the encoder that it began from is gone."""
+        try:
+            return load_saliency(self.run.path)
+        except UsageError:
+            return open_net(self.config, part.number)
 
     def _train(self, part: Stage, labels: SoftLabels) -> dict[str, Tensor]:
         """From the stage's checkpoint if it has one; the trained network's tensors."""

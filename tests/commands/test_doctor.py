@@ -321,3 +321,12 @@ def test_a_run_folder_is_tried_and_removed(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials.os, "access", lambda path, mode: False)
     assert trials.run_folder(tmp_path).state == "fail"
+
+
+def test_a_step_that_does_not_fit_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 40)
+    assert machine.memory(config, CPU).state == "ok"
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 20)
+    found = machine.memory(config, CPU)
+    assert found.state == "warn"
+    assert "optim.batch_size" in found.fix

@@ -519,3 +519,37 @@ def test_runs_of_other_commands_are_not_resumed(tmp_path, monkeypatch, tiny, cap
     assert relicctl(["train-bgmask", "--resume", "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "runs/train-bgmask"
     assert relicctl(["pretrain", "--resume", "runs/train-bgmask"]) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("option", ["--data", "--masks-for"])
+def test_true_masks_are_no_images(tiny, tmp_path, pairs, capsys, option, packed):
+    place = shutil.make_archive(str(pairs), "zip", pairs) if packed else str(pairs)
+    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", place, option, place) == 3
+    error = capsys.readouterr().err
+    assert "holds the true masks" in error
+    assert f"{place}#images" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_owe_nothing_to_labels(tiny, tmp_path, encoder, capsys):
+    path = tmp_path / "supervised.safetensors"
+    how = {"size": "32", "crop_ratio": "1.0", "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"}
+    save_encoder(path, lively_encoder("resnet18", 0.125, "stride2"), {"objective": "supervised", **how})
+    assert train_bgmask(tiny, tmp_path / "run", "--init-from", str(path)) == 2
+    assert "trained with labels" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_its_encoder_no_more_and_masks_set_aside_come_back(tmp_path, encoder, capsys):
+    moving = tmp_path / "moving.safetensors"
+    shutil.copy(encoder, moving)
+    (tmp_path / "tiny.yaml").write_text(TINY.format(encoder=moving))
+    run = tmp_path / "run"
+    assert train_bgmask(tmp_path / "tiny.yaml", run) == 0
+    moving.unlink()
+    before = (run / "masks.bank").stat().st_ino
+    photos(tmp_path / "more", 6)
+    assert resume(run, "--masks-for", str(tmp_path / "more")) == 0
+    assert MaskBank.open(run).count == 6
+    assert resume(run, "--set", "data.masks_for=null") == 0
+    assert (run / "masks.bank").stat().st_ino == before

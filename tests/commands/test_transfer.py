@@ -17,6 +17,7 @@ from relicctl.cli import run as relicctl
 from relicctl.commands import transfer as command
 from relicctl.config.resolve import resolve
 from relicctl.encoder import save_encoder
+from relicctl.errors import Terminated
 from relicctl.evaluation import kept as keeping
 from relicctl.evaluation import logistic
 from relicctl.evaluation.metrics import OF_DATA
@@ -293,3 +294,54 @@ def test_a_dry_run_prints_the_config_and_makes_nothing(encoders, photos, monkeyp
     assert "caltech101: [30]" in said
     assert "# from --labels" in said
     assert set(photos.rglob("*")) == before
+
+
+def test_a_rate_that_diverges_loses_and_ends_nothing(encoders, compare, tmp_path, capsys):
+    told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune"]
+    assert compare("out", *told, "--set", "finetune.rates=[0.01, 1e30]") == 0
+    (cell,) = results(tmp_path / "out")["cells"]
+    assert [candidate["rate"] for candidate in cell["tried"]] == [0.01]
+    assert cell["chosen"]["rate"] == 0.01
+    assert any("rate 1e+30" in text and "diverged" in text for text in cell["warnings"])
+    assert compare("none", *told, "--set", "finetune.rates=[1e29, 1e30]") == 4
+    assert "finetune.rates" in capsys.readouterr().err
+
+
+def test_random_is_like_the_first_encoder(encoders, compare, tmp_path):
+    assert compare("out", encoders[0], "--baseline", "random", "--data", f"one={DATA}") == 0
+    facts = results(tmp_path / "out")["encoders"]
+    assert facts["random"]["size"] == facts[encoders[0]]["size"] == 16
+    assert facts["random"]["crop_ratio"] == 1.0
+    from safetensors import safe_open
+
+    widths = set()
+    for path in (tmp_path / "out" / "features").iterdir():
+        with safe_open(path, framework="pt") as file:
+            widths.add(file.get_slice("features").get_shape()[1])
+    assert widths == {64}  # of a ResNet-18 of width 1/8, both
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_says_how_to_go_on(encoders, compare, tmp_path, monkeypatch, capsys, stop, code):
+    def judge(*args, **kwargs):
+        raise stop
+
+    monkeypatch.setitem(command.JUDGES, "logistic", judge)
+    assert compare("cut", encoders[0], "--data", f"one={DATA}") == code
+    assert f"Go on with: relicctl transfer --resume {tmp_path / 'cut'}" in capsys.readouterr().err
+
+
+def test_another_precision_is_another_fine_tuning(encoders, compare, tmp_path):
+    told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune", "--set", "finetune.steps=2"]
+    assert compare("out", *told) == 0
+    resumed = ["transfer", "--resume", str(tmp_path / "out"), "--quiet"]
+    assert relicctl([*resumed, "--set", "runtime.precision=bf16"]) == 0
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+    assert relicctl([*resumed, "--network", "target"]) == 2
+
+
+def test_what_is_told_of_data_that_are_none_is_warned_of(encoders, tmp_path, capsys):
+    (tmp_path / "fast.yaml").write_text(FAST)
+    told = ["--config", str(tmp_path / "fast.yaml"), "--out", str(tmp_path / "out"), "--data", f"one={DATA}"]
+    assert relicctl(["transfer", encoders[0], *told, "--set", "data.metrics={onr: mean_per_class}"]) == 0
+    assert "speaks of onr" in capsys.readouterr().err

@@ -298,3 +298,10 @@ def test_origins_do_not_depend_on_the_order_of_keys() -> None:
     sets = ["loss.beta=1", "seed=3", "optim.epochs=20"]
     shuffled = random.Random(0).sample(sets, 3)
     assert resolve(sets=sets) == resolve(sets=shuffled)
+
+
+def test_a_file_without_end_is_read_to_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_bytes(b"#" * (1 << 20))
+    for path in (tmp_path / "long.yaml", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="KiB"):
+            load_mapping(path)

@@ -125,3 +125,28 @@ def test_classes_that_val_lacks_are_told(photos):
 def test_what_makes_no_data_set_is_refused(photos, splits, says):
     with pytest.raises(DataError, match=says):
         opened(photos(splits))
+
+
+def test_a_set_of_torchvision_without_val_is_never_chosen_on_its_test(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class USPS(datasets.VisionDataset):
+        def __init__(self, root, train=True, download=False):
+            self.data = np.full((10, 16, 16), 7 if train else 8, dtype=np.uint8)
+            self.targets = [0, 1] * 5
+
+    monkeypatch.setattr(datasets, "USPS", USPS)
+    data = opened(f"torchvision:USPS:{tmp_path}")
+    assert data.trained == len(data.known.labels) == 10
+    division = divide(data, "all", 0.2, 0)
+    assert all(data.known.source.load(int(row)).max() == 7 for row in (*division.fit, *division.chosen_on))
+    assert data.test.source.load(0).max() == 8
+
+
+@pytest.mark.parametrize("lacking", ["val", "test"])
+def test_a_split_of_a_single_class_is_one(photos, lacking):
+    warnings: list[str] = []
+    data = opened(photos({"train": "abc", "val": "abc", "test": "abc"} | {lacking: "b"}), warnings)
+    assert "2 classes have no image" in warnings[0]
+    labels = data.test.labels if lacking == "test" else data.known.labels[data.trained :]
+    assert labels.tolist() == [1] * 5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from relicctl.data.sources import open_source
 from relicctl.errors import DataError, UsageError
@@ -74,3 +75,18 @@ def test_what_is_no_amount_of_labels_is_refused(source, tmp_path):
             check_labels(text)
     with pytest.raises(DataError, match="only"):
         labelled_rows(source, source.labels, "1000-per-class", 0)
+
+
+def test_a_name_that_several_classes_have_is_no_name(tmp_path):
+    for kind in "ab":
+        (tmp_path / kind).mkdir()
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / kind / f"{number}{'x' * (number * ord(kind) % 97 % 2)}.png")
+    source = open_source(str(tmp_path))
+    path = tmp_path / "list.txt"
+    path.write_text("0.png\n")
+    with pytest.raises(DataError, match="several images of that name") as error:
+        labelled_rows(source, source.labels, str(path), 0)
+    assert "a/0.png" in error.value.fix
+    path.write_text("b/0.png\n")
+    assert [source.key(int(row)) for row in labelled_rows(source, source.labels, str(path), 0)] == ["b/0.png"]

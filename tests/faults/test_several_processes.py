@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,14 @@ from pathlib import Path
 
 import pytest
 from faulty import STEPS, command, in_a_process
+from PIL import Image
 
+from relicctl.commands.pretrain import refuse_differences, refuse_uneven
+from relicctl.config.resolve import resolve
 from relicctl.core import checkpoint
+from relicctl.core.distributed import World
+from relicctl.data.sources import open_source
+from relicctl.errors import DataError, UsageError
 
 pytestmark = [
     pytest.mark.slow,
@@ -171,3 +178,51 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on(start, tmp_path):
     assert whole.wait() == 0
     expected, _ = checkpoint.load(checkpoint.listed(whole.run / "checkpoints")[-1])
     assert [name for name in expected if not (expected[name] == killed[name]).all()] == []
+
+
+def test_the_log_is_of_the_whole_batch(start, tiny, tmp_path):
+    short = ("--set", "optim.name=sgd", "--set", "optim.max_steps=2")
+    group = start(*short)
+    assert group.wait() == 0, group.log.read_text()
+    one = in_a_process(command(tiny, tmp_path / "one", *short), log=tmp_path / "log-one")
+    assert one.code == 0, one.err
+    of_two, of_one = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (group.run, tmp_path / "one")
+    )
+    assert len(of_two) == len(of_one) == 2
+    for name in ("loss", "nll", "kl", "rank_me", "deviation", "feature_deviation"):
+        assert of_two[0][name] == pytest.approx(of_one[0][name], rel=1e-3), name
+
+
+def test_bad_images_that_any_process_meets_are_listed(start, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(16):
+        Image.new("RGB", (24, 24), (number, 9, 9)).save(photos / f"{number:02d}.png")
+    for number in (2, 7, 11):
+        (photos / f"{number:02d}.png").write_bytes(b"no picture")
+    group = start("--data", str(photos), "--set", "data.max_bad=0.5", "--set", "data.cache=none")
+    assert group.wait() == 0, group.log.read_text()
+    listed = [line.split("\t")[0] for line in (group.run / "bad_images.txt").read_text().splitlines()]
+    assert sorted(listed) == ["02.png", "07.png", "11.png"]
+    assert json.loads((group.run / "results.json").read_text())["bad_images"] == 3
+
+
+def test_processes_that_see_different_images_are_refused(tmp_path):
+    one, other = (World(rank, 2) for rank in range(2))
+    images = open_source("shapes:size=16,train=8,val=4")
+    for world in (one, other):
+        object.__setattr__(world, "tell", lambda mine: [mine, mine])
+        refuse_differences(images, world)
+        object.__setattr__(world, "tell", lambda mine: [mine, "another"])
+        with pytest.raises(DataError, match="different images"):
+            refuse_differences(images, world)
+
+
+@pytest.mark.parametrize(("size", "microbatch", "fits"), [(1, 4, True), (2, 4, True), (2, 8, False)])
+def test_a_share_is_made_of_whole_microbatches(size, microbatch, fits):
+    config = resolve(sets=["optim.batch_size=8", f"optim.microbatch={microbatch}", "loss.negatives=4"]).config
+    refused = contextlib.nullcontext() if fits else pytest.raises(UsageError, match="microbatch")
+    with refused:
+        refuse_uneven(config, World(0, size))
