@@ -229,7 +229,9 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as reason:
-        raise UsageError(f"{str(path)[:80]} cannot be used ({reason.strerror}).", "Choose another --out.") from None
+        raise UsageError(
+            f"The run folder {str(path)[:80]} cannot be written ({reason.strerror}).", "Choose another --out."
+        ) from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
     occupied = path.is_dir() and not all(_left_by_a_kill(child.name) for child in path.iterdir())
