@@ -33,6 +33,7 @@ from relicctl.runs import RunFolder
 
 DECODED: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
 SLOW_HOST = 50.0  # images a second of a core, below which smaller copies of the images pay
+SLOW_DISK = 0.02  # seconds of waiting for an image
 
 ONE_BATCH = 16
 OVERFIT_STEPS = 60
@@ -69,7 +70,10 @@ def decoders() -> Finding:
 def loader(source: Source, config: Config, cores: float) -> Finding:
     """Images a second of one core, by the views of ``config``: read, decoded and cropped."""
     spread_out = np.linspace(0, len(source) - 1, min(IMAGES, len(source)), dtype=np.int64)
+    began, worked = time.perf_counter(), time.process_time()
     good = [index for index in spread_out if _decodes(source, int(index))]
+    worked = (time.process_time() - worked) / len(spread_out)
+    waited = (time.perf_counter() - began) / len(spread_out) - worked  # mostly untouched files: no cache helps
     if not good:
         return fail(f"none of {len(spread_out)} images of {source.spec} can be decoded.", "Give --data images.")
     rate = host_figures(source.select(good), view_plan(config), repeats=3)["all"]["median"]
@@ -77,6 +81,11 @@ def loader(source: Source, config: Config, cores: float) -> Finding:
     if len(good) < len(spread_out):
         found = f"{len(spread_out) - len(good)} of {len(spread_out)} images cannot be decoded; {found}"
         return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
+    if waited > SLOW_DISK and waited > 4 * worked:
+        return warn(
+            f"{found}; but each was waited for {1000 * waited:.0f} ms: {1 / (waited + worked):.3g} a second for a reader.",
+            "Copy the data to a local disk, pack them as .tar, or take more --workers.",
+        )
     if rate < SLOW_HOST:
         return warn(f"{found}.", "If the log's data_wait is high, make smaller copies of the images, or add cores.")
     return ok(found)

@@ -330,3 +330,18 @@ def test_a_step_that_does_not_fit_is_told(config: Config, monkeypatch: pytest.Mo
     found = machine.memory(config, CPU)
     assert found.state == "warn"
     assert "optim.batch_size" in found.fix
+
+
+def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = GeneratedPhotos(8)
+    assert trials.loader(photos, config, 1).state == "ok"
+    read = photos.read
+
+    def slowly(index: int) -> bytes:
+        trials.time.sleep(0.3)
+        return read(index)
+
+    monkeypatch.setattr(photos, "read", slowly)
+    found = trials.loader(photos, config, 1)
+    assert found.state == "warn"
+    assert "waited for" in found.found

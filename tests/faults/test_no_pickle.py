@@ -17,29 +17,47 @@ FORBIDDEN = {"dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle",
 HARMLESS = {"pickle.UnpicklingError"}
 CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load", "torch.jit.load",
-    "torch.package.PackageImporter", "yaml.full_load", "yaml.unsafe_load",
+    "importlib.import_module", "torch.package.PackageImporter", "yaml.full_load", "yaml.unsafe_load",
 }  # fmt: skip
 
 
 def complaints(source: str, name: str = "") -> list[str]:
     """What in a module could run what it reads."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    full = _full_names(tree)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             found += [f"{name}:{node.lineno} imports {m}" for m in modules if m.partition(".")[0] in FORBIDDEN]
             if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "_pickle"):
                 found.append(f"{name}:{node.lineno} imports from pickle")
-        of_pickle = isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("pickle", "_pickle")
-        if of_pickle and ast.unparse(node) not in HARMLESS:
-            found.append(f"{name}:{node.lineno} uses {ast.unparse(node)}")
-        if isinstance(node, ast.Call) and (told := _call(node)):
+        used = _in_full(node, full) if isinstance(node, ast.Attribute) else ""
+        if used.partition(".")[0] in ("pickle", "_pickle") and used not in HARMLESS:
+            found.append(f"{name}:{node.lineno} uses {used}")
+        if isinstance(node, ast.Call) and (told := _call(node, full)):
             found.append(f"{name}:{node.lineno} {told}")
     return found
 
 
-def _call(node: ast.Call) -> str | None:
-    called = ast.unparse(node.func)
+def _full_names(tree: ast.AST) -> dict[str, str]:
+    """What the names that a module imports stand for."""
+    full = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return full
+
+
+def _in_full(node: ast.expr, full: dict[str, str]) -> str:
+    first, dot, rest = ast.unparse(node).partition(".")
+    return full.get(first, first) + dot + rest
+
+
+def _call(node: ast.Call, full: dict[str, str]) -> str | None:
+    called = _in_full(node.func, full)
     named = {word.arg: ast.unparse(word.value) for word in node.keywords}
     if called in CALLS:
         return f"calls {called}"
@@ -47,8 +65,8 @@ def _call(node: ast.Call) -> str | None:
         return "calls torch.load without weights_only=True"
     if called in ("np.load", "numpy.load") and named.get("allow_pickle", "False") != "False":
         return "lets numpy load pickles"
-    if called == "np.load" and "**" in ast.unparse(node):
-        return "calls np.load with unknown arguments"
+    if called in ("np.load", "numpy.load") and "**" in ast.unparse(node):
+        return "calls numpy's load with unknown arguments"
     if called == "yaml.load" and [ast.unparse(a) for a in node.args[1:]] != ["_Loader"] and "Safe" not in str(named):
         return "calls yaml.load without a safe loader"
     if called.endswith(("subprocess.run", "subprocess.Popen")) and named.get("shell", "False") != "False":
@@ -77,7 +95,11 @@ def test_the_loader_of_yaml_is_a_safe_one():
         "import dill", "from joblib import load", "import pandas as pd", "from pickle import load", "pickle.load(f)",
         "pickle.Unpickler(f)", "torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)",
         "yaml.load(f, yaml.Loader)", "yaml.unsafe_load(f)", "eval(x)", "torch.hub.load(a, b)",
-        "subprocess.run(x, shell=True)", "load = pickle.loads",
+        "subprocess.run(x, shell=True)", "load = pickle.loads", "from torch import load\nload(f)",
+        "import torch as t\nt.load(f)", "from numpy import load\nload(f, allow_pickle=True)",
+        "from yaml import unsafe_load\nunsafe_load(f)", "from subprocess import run\nrun(x, shell=True)",
+        "import pickle as p\np.load(f)", "import numpy as n\nn.load(f, **how)", "importlib.import_module(x)",
+        "from importlib import import_module\nimport_module(x)", "from os import system\nsystem(x)",
     ],
 )  # fmt: skip
 def test_the_walk_sees_what_it_looks_for(line):
