@@ -83,7 +83,7 @@ def loader(source: Source, config: Config, cores: float) -> Finding:
         return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
     if waited > SLOW_DISK and waited > 4 * worked:
         return warn(
-            f"{found}; but each was waited for {1000 * waited:.0f} ms: {1 / (waited + worked):.3g} a second for a reader.",
+            f"{found}; but a reader waited {1000 * waited:.0f} ms for each: {1 / (waited + worked):.3g} a second.",
             "Copy the data to a local disk, pack them as .tar, or take more --workers.",
         )
     if rate < SLOW_HOST:

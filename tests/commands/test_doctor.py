@@ -344,4 +344,4 @@ def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(photos, "read", slowly)
     found = trials.loader(photos, config, 1)
     assert found.state == "warn"
-    assert "waited for" in found.found
+    assert "waited" in found.found
