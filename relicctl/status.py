@@ -115,9 +115,9 @@ class Status:
         """Write no more: the folder is gone."""
         self._path = None
 
-    def beat(self, step: int) -> None:
-        """``step`` steps are done; costs nothing but now and then a write."""
-        self._step = step
+    def beat(self, step: int | None = None) -> None:
+        """``step`` steps are done, or as many as before; costs nothing but now and then a write."""
+        self._step = self._step if step is None else step
         if time.monotonic() - self._written >= BEAT_SECONDS:
             self._update()
 

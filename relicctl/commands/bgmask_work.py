@@ -24,7 +24,7 @@ from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import own_cores
 from relicctl.data.bad_images import BadImages
-from relicctl.data.masks import FILE_NAME, MaskBank
+from relicctl.data.masks import FILE_NAME, SET_ASIDE, MaskBank
 from relicctl.data.sources import Source
 from relicctl.errors import DataError
 from relicctl.runs import RunFolder
@@ -216,14 +216,14 @@ class Work:
             def show(done: int) -> None:
                 speed = (done - start) / max(time.perf_counter() - began, 1e-9)
                 bar.update(done, {"images/s": round(speed, 1)})
-                self._run.status.beat(0)
+                self._run.status.beat()
 
             yield show
 
 
 def _set_aside(path: Path, fingerprint: str) -> Path:
     """Where the bank at ``path`` lies while the run's bank is one of other images."""
-    return path.with_name(f"masks-{fingerprint[:8]}.bank")
+    return path.with_name(SET_ASIDE.format(fingerprint[:8]))
 
 
 # What is told

@@ -42,8 +42,8 @@ def open_masking(config: Config, images: Source, console: Console) -> tuple[Mask
     masks: Masks
     if chosen.source == "bank":
         assert chosen.bank is not None, "the schema asks for a bank"
-        bank = MaskBank.open(Path(chosen.bank))
-        kept = BankMasks(bank, bank.rows(images), chosen.limits)
+        bank, rows = MaskBank.open_for(Path(chosen.bank), images)
+        kept = BankMasks(bank, rows, chosen.limits)
         masks, usable, of = kept, kept.usable(), f"the masks of {bank.path}"
         if bank.fingerprint != images.fingerprint():
             same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"

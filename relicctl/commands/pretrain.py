@@ -103,6 +103,17 @@ def _run(
     run = open_run(out, config, resumed is not None, options.overwrite, world)
     run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
     status = at_end.enter_context(run.watched())
+    plan = Plan(
+        total=min(scheduled, config.optim.max_steps or scheduled),
+        steps_per_epoch=sampler.steps_per_epoch,
+        batch_size=config.optim.batch_size,
+        log_every=config.runtime.log_every,
+        evaluate_every=config.eval.every_epochs * sampler.steps_per_epoch,
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
+        resume_command=f"relicctl pretrain --resume {shlex.quote(str(run.path))}",
+    )
+    status.expect(total=plan.total, steps_per_epoch=plan.steps_per_epoch, resume=plan.resume_command)
     pool = BadPool(bad, run, world)
     pool.recall(data.train)
     if evaluator is not None:
@@ -125,17 +136,6 @@ def _run(
         if resumed is None:
             run.discard()
         raise
-    plan = Plan(
-        total=min(scheduled, config.optim.max_steps or scheduled),
-        steps_per_epoch=sampler.steps_per_epoch,
-        batch_size=config.optim.batch_size,
-        log_every=config.runtime.log_every,
-        evaluate_every=config.eval.every_epochs * sampler.steps_per_epoch,
-        checkpoint_every=config.checkpoint.every_steps,
-        checkpoint_minutes=config.checkpoint.every_minutes,
-        resume_command=f"relicctl pretrain --resume {shlex.quote(str(run.path))}",
-    )
-    status.expect(total=plan.total, steps_per_epoch=plan.steps_per_epoch, resume=plan.resume_command)
     evaluate = None
     if evaluator is not None:
         evaluate = status.during("evaluating", lambda step: evaluator(task.encoder, world))
@@ -190,7 +190,7 @@ def make_evaluator(
     if not config.eval.every_epochs or data.held_out is None:
         return None
     if data.train.labels is None:
-        console.note("The training images have no labels: no kNN accuracy during this run.")
+        console.note("The training images have no labels: no kNN accuracy during this run, whatever --val has.")
         return None
     size = config.eval.size or config.views.large.size
     return Evaluator(data.train, data.held_out, config.eval, size, config.seed, device, bad)
@@ -327,7 +327,7 @@ def finish(run: RunFolder, task: Pretraining, config: Config, preset: str | None
 
 def report(results: dict[str, Any], console: Console) -> None:
     if results["knn20"] is None:
-        console.note("No held-out labels: no accuracy was measured (--val, or eval.holdout on labelled data).")
+        console.note("No accuracy was measured: that takes labelled training images, and --val or eval.holdout.")
         return
     rows = [
         [name, results[key]]

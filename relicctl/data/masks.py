@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from relicctl.errors import DataError, RunFailed
 
 SIDE = 128
 FILE_NAME = "masks.bank"  # in the folder of the run that made it
+SET_ASIDE = "masks-{}.bank"  # beside it: of the data whose fingerprint begins so
 MAGIC, VERSION = b"relicMSK", 1
 HEADER = PAGE = 4096  # a mask of 2048 bytes never lies on two pages
 NAME_BYTES = 16
@@ -110,6 +113,23 @@ class MaskBank:
             raise _broken(path, "speaks of masks that it cannot have")
         return cls(path, header, content)
 
+    @classmethod
+    def open_for(cls, path: Path, source: Source) -> tuple[MaskBank, np.ndarray]:
+        """The bank at ``path`` and the rows of ``source`` in it; of a run's folder also one that was set aside.
+
+        Raises DataError as ``open`` and ``rows`` do.
+        """
+        path = Path(path)
+        bank = cls.open(path)
+        try:
+            return bank, bank.rows(source)
+        except DataError:
+            for aside in sorted(path.glob(SET_ASIDE.format("*"))) if path.is_dir() else []:
+                with suppress(DataError):
+                    other = cls.open(aside)
+                    return other, other.rows(source)
+            raise
+
     def __reduce__(self) -> Any:
         return _reopened, (self.path, self.identity)
 
@@ -122,9 +142,10 @@ class MaskBank:
         missing = np.flatnonzero(self._names[at] != hashes)
         if len(missing):
             raise DataError(
-                f"The mask bank {self.path} has no mask for {len(missing):,} of the {len(source):,} images, "
-                f"such as {source.key(int(missing[0]))}.",
-                f"Make masks for these images: relicctl train-bgmask --resume RUN --masks-for {source.spec}.",
+                f"The mask bank {self.path} has no mask for {len(missing):,} of the {len(source):,} images, such as "
+                f"{source.key(int(missing[0]))}. Names are those below --data, as when the bank was made.",
+                f"Name the images as then, or make masks for these: relicctl train-bgmask --resume "
+                f"{shlex.quote(str(self.path.parent))} --masks-for {shlex.quote(source.spec)}",
             )
         return self._rows[at].astype(np.int64)
 

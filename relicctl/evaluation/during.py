@@ -100,6 +100,6 @@ def aligned_labels(train: Source, held_out: Source) -> np.ndarray:
     if missing:
         raise DataError(
             f"{held_out.spec} has {len(missing)} classes that {train.spec} has not, {missing[0]!r} among them.",
-            "Give --val images of the same classes, in folders of the same names.",
+            "Give --val images of the same classes, in folders of the same names; or --set data.val=null.",
         )
     return np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels]

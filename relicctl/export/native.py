@@ -19,7 +19,7 @@ READS_WITH = ("relicctl",)
 
 def refusal(bundle: Bundle) -> str | None:
     """Why this form cannot hold it, or None."""
-    return "it holds encoders without a classifier" if bundle.head else None
+    return "it holds encoders alone (leave out --classifier)" if bundle.head else None
 
 
 def write(bundle: Bundle, path: Path) -> None:

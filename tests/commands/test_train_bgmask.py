@@ -371,6 +371,10 @@ def test_the_first_of_several_data_sets_gets_the_masks_and_others_can_later(tiny
     assert results_of(run)["masks"]["count"] == 6
     (aside,) = run.glob("masks-*.bank")
     assert MaskBank.open(aside).identity == bank.identity
+    found, rows = MaskBank.open_for(run, drawn)  # what is set aside still serves its own images
+    assert (found.identity, list(rows)) == (bank.identity, list(range(8)))
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", status["last_checkpoint_step"])
     assert resume(run, "--data", second, "--data", "shapes:size=32,train=8,val=4") == 3
     assert "images are not those" in capsys.readouterr().err
 
