@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is refused; the newest whole one is taken."""
 
+import errno
 import json
 import pickle
 import struct
@@ -9,6 +10,7 @@ import torch
 
 from relicctl.core import checkpoint
 from relicctl.core.checkpoint import BrokenCheckpoint
+from relicctl.errors import RunFailed
 
 
 @pytest.fixture
@@ -149,3 +151,15 @@ def test_an_optimiser_goes_on_as_if_never_stopped(name):
     steps(second, parameters, 3)
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
     assert json.dumps(sorted(saved))  # names are plain text
+
+
+def test_what_the_disk_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / checkpoint.file_name(1)
+    checkpoint.save(path, {"x": torch.zeros(1)}, {"step": 1})
+
+    def unreadable(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "safe_open", unreadable)
+    with pytest.raises(RunFailed, match="cannot be read"):
+        checkpoint.newest_valid(tmp_path, pytest.fail)
