@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from relicctl.core.distributed import World
-from relicctl.data.bad_images import BadImages
-from relicctl.data.images import BadImage
+from relicctl.data.bad_images import BadImages, decodes
 from relicctl.data.sources import Source
 from relicctl.runs import RunFolder
 
@@ -40,15 +39,7 @@ class BadPool:
         if not listed:
             return []
         rows = {source.key(row): row for row in range(len(source))}
-        repaired = {name for name in listed if name in rows and _decodes(source, rows[name])}
+        repaired = {name for name in listed if name in rows and decodes(source, rows[name])}
         if repaired:
             self._run.forget_bad_images(repaired)
         return sorted(listed - repaired)
-
-
-def _decodes(source: Source, row: int) -> bool:
-    try:
-        source.load(row)
-    except BadImage:
-        return False
-    return True

@@ -45,6 +45,14 @@ class BadImages:
             )
 
 
+def decodes(source: Images, index: int) -> bool:
+    try:
+        source.load(index)
+    except BadImage:
+        return False
+    return True
+
+
 def load_or_next(source: Images, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
     """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
     passed: list[tuple[int, str]] = []

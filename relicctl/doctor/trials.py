@@ -22,9 +22,9 @@ from relicctl.config.resolve import resolve
 from relicctl.config.schema import Config
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World
-from relicctl.data.bad_images import BadImages
+from relicctl.data.bad_images import BadImages, decodes
 from relicctl.data.feed import Feed
-from relicctl.data.images import BadImage, decode_rgb
+from relicctl.data.images import decode_rgb
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
 from relicctl.doctor.check import Finding, fail, ok, warn
@@ -71,7 +71,7 @@ def loader(source: Source, config: Config, cores: float) -> Finding:
     """Images a second of one core, by the views of ``config``: read, decoded and cropped."""
     spread_out = np.linspace(0, len(source) - 1, min(IMAGES, len(source)), dtype=np.int64)
     began, worked = time.perf_counter(), time.process_time()
-    good = [index for index in spread_out if _decodes(source, int(index))]
+    good = [index for index in spread_out if decodes(source, int(index))]
     worked = (time.process_time() - worked) / len(spread_out)
     waited = (time.perf_counter() - began) / len(spread_out) - worked  # mostly untouched files: no cache helps
     if not good:
@@ -89,14 +89,6 @@ def loader(source: Source, config: Config, cores: float) -> Finding:
     if rate < SLOW_HOST:
         return warn(f"{found}.", "If the log's data_wait is high, make smaller copies of the images, or add cores.")
     return ok(found)
-
-
-def _decodes(source: Source, index: int) -> bool:
-    try:
-        source.load(index)
-    except BadImage:
-        return False
-    return True
 
 
 def overfit(source: Source, device: torch.device) -> Finding:
