@@ -30,6 +30,7 @@ from relicctl.data.images import BadImage
 from relicctl.data.masking import Cutout, Masking, ResidentMasks
 from relicctl.data.sampler import Sampler
 from relicctl.data.sources import Source
+from relicctl.data.workers import working
 from relicctl.errors import RelicError, UsageError
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
@@ -172,42 +173,41 @@ class Feed:
         chunks = [
             (row, min(row + ROWS_PER_CHUNK, self._last)) for row in range(self._first, self._last, ROWS_PER_CHUNK)
         ]
-        loader = iter(
-            DataLoader(
-                _Chunks(self._source, self._sampler, self._plan, self._seed, self._masking),
-                batch_size=None,
-                sampler=_Units(step, stop, chunks),
-                num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
-                worker_init_fn=_quiet_worker,
-                prefetch_factor=4 if self._workers else None,
-            )
+        loader = DataLoader(
+            _Chunks(self._source, self._sampler, self._plan, self._seed, self._masking),
+            batch_size=None,
+            sampler=_Units(step, stop, chunks),
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_quiet_worker,
+            prefetch_factor=4 if self._workers else None,
         )
         rows = self._last - self._first
-        for _ in range(step, stop):
-            with self._uploading():
-                views = [
-                    torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
-                    for s in self._plan.sizes
-                ]
-            samples = np.empty(rows, dtype=np.int64)
-            for first, last in chunks:
-                asked = time.perf_counter()
-                made = next(loader)
-                self.waited += time.perf_counter() - asked
-                if isinstance(made, Undecodable):
-                    self._note(made.passed)
-                if isinstance(made, RelicError):
-                    raise made
-                crops, used, passed = made
-                self._note(passed)
-                here = slice(first - self._first, last - self._first)
-                samples[here] = used
+        with working(loader) as items:
+            for _ in range(step, stop):
                 with self._uploading():
-                    for view, crop in zip(views, crops, strict=True):
-                        view[:, here].copy_(crop, non_blocking=True)
-            self._uploaded(views)
-            yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
+                    views = [
+                        torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
+                        for s in self._plan.sizes
+                    ]
+                samples = np.empty(rows, dtype=np.int64)
+                for first, last in chunks:
+                    asked = time.perf_counter()
+                    made = next(items)
+                    self.waited += time.perf_counter() - asked
+                    if isinstance(made, Undecodable):
+                        self._note(made.passed)
+                    if isinstance(made, RelicError):
+                        raise made
+                    crops, used, passed = made
+                    self._note(passed)
+                    here = slice(first - self._first, last - self._first)
+                    samples[here] = used
+                    with self._uploading():
+                        for view, crop in zip(views, crops, strict=True):
+                            view[:, here].copy_(crop, non_blocking=True)
+                self._uploaded(views)
+                yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
 
     def _uploading(self) -> AbstractContextManager[Any]:
         """Copies go to a GPU on a stream of their own: the host is ahead of it, so they overlap the step before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,4 +20,6 @@ def working(loader: DataLoader) -> Iterator[Iterator[Any]]:
     try:
         yield items
     finally:
-        getattr(items, "_shutdown_workers", lambda: None)()  # torch has no public word for it
+        # torch tells of a death when it hears of it: here too, where the work is done or has failed already.
+        with suppress(RuntimeError):
+            getattr(items, "_shutdown_workers", lambda: None)()  # torch has no public word for it

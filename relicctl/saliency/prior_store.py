@@ -89,7 +89,7 @@ class PriorStore:
         Of several processes in ``world`` each makes its share, with ``workers`` of its own, and the main one writes:
         file systems that hosts share promise nothing to two that write to one page.
         ``show(done, total)`` is told the number of samples done, as it grows. What was made before an exception
-        or a kill stays. Raises RunFailed when a worker dies or the file cannot be written.
+        or a kill stays. Raises RunFailed when the file cannot be written.
         """
         world = world or World()
         to_do = np.array(world.lead(lambda: np.flatnonzero(~self.done).tolist()), dtype=np.int64)
@@ -184,15 +184,7 @@ def _made(source: Source, units: Sequence[np.ndarray], size: int, workers: int) 
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_quiet_worker)
     with threadpool_limits(1), working(loader) as items:
         for _ in units:
-            try:
-                made = next(items)
-            except RuntimeError as reason:  # torch's word for a worker that was killed
-                if "worker" not in str(reason):
-                    raise
-                raise RunFailed(
-                    "A process that makes priors died, perhaps for want of memory.",
-                    "Resume, with fewer --workers: what was made is kept.",
-                ) from reason
+            made = next(items)
             if isinstance(made, RelicError):
                 raise made
             yield Piece(tuple(made))

@@ -30,3 +30,23 @@ def test_an_exception_on_the_way_leaves_no_worker_behind(workers):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert multiprocessing.active_children() == []
+
+
+def test_a_death_that_torch_hears_of_at_the_end_hides_no_error():
+    """Its handler of SIGCHLD raises wherever the process is, which may be in the shutdown."""
+
+    def failing() -> None:
+        with working(DataLoader(range(100), batch_size=None, num_workers=1)) as items:  # type: ignore[arg-type]
+            leave = items._shutdown_workers  # type: ignore[attr-defined]
+
+            def leave_and_hear_of_a_death() -> None:
+                items._shutdown_workers = leave  # type: ignore[attr-defined]
+                leave()
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+            items._shutdown_workers = leave_and_hear_of_a_death  # type: ignore[attr-defined]
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        failing()
+    assert multiprocessing.active_children() == []

@@ -15,6 +15,7 @@ from relicctl.core.counted import Stream, counted_uniform
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages, Undecodable, load_or_next
 from relicctl.data.sampler import Sampler
+from relicctl.data.workers import working
 from relicctl.errors import RelicError
 from relicctl.evaluation.dense.samples import Samples
 
@@ -50,27 +51,31 @@ class DenseFeed:
 
     def from_step(self, step: int, stop: int) -> Iterator[Any]:
         """The batches of steps ``step`` to ``stop - 1``."""
-        loader = iter(
-            DataLoader(
-                self._batches,
-                batch_size=None,
-                sampler=range(step, stop),
-                num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
-                worker_init_fn=_quiet,
-                prefetch_factor=2 if self._workers else None,
-            )
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=range(step, stop),
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_quiet,
+            prefetch_factor=2 if self._workers else None,
         )
-        for _ in range(step, stop):
-            asked = time.perf_counter()
-            made = next(loader)
-            self.waited += time.perf_counter() - asked
-            passed = made.passed if isinstance(made, Undecodable) else [] if isinstance(made, RelicError) else made[1]
-            for index, reason in passed:
-                self._bad.add(self._key(index), reason)
-            if isinstance(made, RelicError):
-                raise made
-            yield sent(made[0], self._device)
+        with working(loader) as items:
+            for _ in range(step, stop):
+                asked = time.perf_counter()
+                made = next(items)
+                self.waited += time.perf_counter() - asked
+                if isinstance(made, Undecodable):
+                    self._note(made.passed)
+                if isinstance(made, RelicError):
+                    raise made
+                batch, passed = made
+                self._note(passed)
+                yield sent(batch, self._device)
+
+    def _note(self, passed: list[tuple[int, str]]) -> None:
+        for index, reason in passed:
+            self._bad.add(self._key(index), reason)
 
 
 class _Batches(Dataset):
