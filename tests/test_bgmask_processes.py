@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from handmade_runs import lively_encoder
+from ports import free_ports
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -199,11 +199,7 @@ def several(tmp_path_factory) -> Path:
     """Where two processes have done everything."""
     folder = tmp_path_factory.mktemp("several")
     prepare(folder)
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    torch.multiprocessing.spawn(work, (ports, folder), nprocs=SIZE)
+    torch.multiprocessing.spawn(work, (free_ports(6), folder), nprocs=SIZE)
     return folder
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from handmade_runs import lively_encoder
+from ports import free_ports
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -128,10 +128,7 @@ def several(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     prepare(folder)
     assert relicctl(command("cut by one", [*IMAGENET, "--set", "optim.max_steps=4"], folder)) == 0
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(WHOLE | REFUSED) + 3)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    ports = free_ports(len(WHOLE | REFUSED) + 3)
     torch.multiprocessing.spawn(work, (ports, folder), nprocs=SIZE)
     return folder
 

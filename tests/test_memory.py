@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,6 +95,18 @@ def test_views_larger_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_free_memory_is_some_of_what_is_there() -> None:
     assert 2**20 < hardware.free_host_memory() < 2**50
+
+
+def test_a_container_s_limit_holds_and_files_read_are_not_counted_as_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"max": "3000000", "current": "2900000", "stat": "anon 900000\ninactive_file 1500000\nactive_file 500000\n"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    assert hardware.free_host_memory() == 2_100_000
+    (tmp_path / "memory.max").write_text("max")
+    assert hardware.free_host_memory() > 2_100_000
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ In float64, where sums in another order cost nothing that five steps could ampli
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from ports import free_ports
 
 from relicctl.config.resolve import resolve
 from relicctl.core.distributed import World, join, leave
@@ -89,9 +89,7 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_k_processes_are_one(size, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     torch.multiprocessing.spawn(work, (size, port, str(tmp_path)), nprocs=size)
     for case in CASES:
         one = train(case, World())

@@ -275,10 +275,12 @@ def test_children_die_of_sigterm_as_ever() -> None:
 import os, signal, time
 from relicctl import cli
 def work(arguments):
+    here, there = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(there, b".")
         time.sleep(60)
-    time.sleep(0.2)
+    os.read(here, 1)  # a signal during the fork would be lost
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     return 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container that this is, if it is one
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on ``device``."""
@@ -23,10 +25,12 @@ def free_host_memory() -> int:
     except (OSError, StopIteration):  # not Linux: all there is, in use or not
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, limit - used)
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or one without a limit
         return free
+    cached = sum(int(told.get(name, 0)) for name in ("active_file", "inactive_file"))  # files read, let go of at need
+    return min(free, limit - used + cached)
 
 
 def own_cores() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -21,5 +21,9 @@ def working(loader: DataLoader) -> Iterator[Iterator[Any]]:
         yield items
     finally:
         # torch tells of a death when it hears of it: here too, where the work is done or has failed already.
-        with suppress(RuntimeError):
+        try:
             getattr(items, "_shutdown_workers", lambda: None)()  # torch has no public word for it
+        except RuntimeError:
+            for worker in getattr(items, "_workers", ()):
+                worker.kill()  # who was not told yet would never hear of it
+                worker.join()

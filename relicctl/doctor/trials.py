@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,9 @@ def decoders() -> Finding:
 def loader(source: Source, config: Config, cores: float) -> Finding:
     """Images a second of one core, by the views of ``config``: read, decoded and cropped."""
     spread_out = np.linspace(0, len(source) - 1, min(IMAGES, len(source)), dtype=np.int64)
-    began, worked = time.perf_counter(), time.process_time()
-    good = [index for index in spread_out if decodes(source, int(index))]
-    worked = (time.process_time() - worked) / len(spread_out)
-    waited = (time.perf_counter() - began) / len(spread_out) - worked  # mostly untouched files: no cache helps
+    before, began = waited(), time.thread_time()
+    good = [index for index in spread_out if decodes(source, int(index))]  # mostly untouched files: no cache helps
+    worked, idle = (time.thread_time() - began) / len(spread_out), (waited() - before) / len(spread_out)
     if not good:
         return fail(f"none of {len(spread_out)} images of {source.spec} can be decoded.", "Give --data images.")
     rate = host_figures(source.select(good), view_plan(config), repeats=3)["all"]["median"]
@@ -81,14 +81,22 @@ def loader(source: Source, config: Config, cores: float) -> Finding:
     if len(good) < len(spread_out):
         found = f"{len(spread_out) - len(good)} of {len(spread_out)} images cannot be decoded; {found}"
         return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
-    if waited > SLOW_DISK and waited > 4 * worked:
+    if idle > SLOW_DISK and idle > 4 * worked:
         return warn(
-            f"{found}; but a reader waited {1000 * waited:.0f} ms for each: {1 / (waited + worked):.3g} a second.",
+            f"{found}; but a reader waited {1000 * idle:.0f} ms for each: {1 / (idle + worked):.3g} a second.",
             "Copy the data to a local disk, pack them as .tar, or take more --workers.",
         )
     if rate < SLOW_HOST:
         return warn(f"{found}.", "If the log's data_wait is high, make smaller copies of the images, or add cores.")
     return ok(found)
+
+
+def waited() -> float:
+    """Seconds, from some start, in which this thread neither worked nor stood in line for a core: for a disk, say."""
+    in_line = 0.0
+    with suppress(OSError, IndexError, ValueError):  # told by Linux alone
+        in_line = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return time.perf_counter() - time.thread_time() - in_line
 
 
 def overfit(source: Source, device: torch.device) -> Finding:

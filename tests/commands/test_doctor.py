@@ -245,6 +245,15 @@ def test_photos_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trials.decoders().state == "fail"
 
 
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds spent waiting, as this machine is not to be asked how busy it is."""
+    seconds = [0.0]
+    monkeypatch.setattr(trials, "waited", lambda: seconds[0])
+    return seconds
+
+
+@pytest.mark.usefixtures("waited")
 def test_the_loader_is_timed(config: Config) -> None:
     found = trials.loader(GeneratedPhotos(4, 64, 48), config, 2.0)
     assert found.state == "ok"
@@ -288,7 +297,8 @@ def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fa
 
 
 @pytest.mark.slow
-def test_two_processes_meet() -> None:
+def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "PAIR_SECONDS", 600)  # a busy machine is no failure
     assert trials.processes(CPU).state == "ok"
 
 
@@ -332,13 +342,13 @@ def test_a_step_that_does_not_fit_is_told(config: Config, monkeypatch: pytest.Mo
     assert "optim.batch_size" in found.fix
 
 
-def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
     photos = GeneratedPhotos(8)
     assert trials.loader(photos, config, 1).state == "ok"
     read = photos.read
 
     def slowly(index: int) -> bytes:
-        trials.time.sleep(0.3)
+        waited[0] += 1
         return read(index)
 
     monkeypatch.setattr(photos, "read", slowly)

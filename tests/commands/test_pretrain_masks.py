@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ports import free_ports
 
 from relicctl.cli import run as relicctl
 from relicctl.commands.masking import bank_named
@@ -149,9 +149,7 @@ def test_processes_train_with_the_same_masks_as_one(tiny, tmp_path, masks):
         "pretrain", "--config", str(tiny), "--bgmask", str(masks), *sets("optim.max_steps=1", "optim.warmup_epochs=0"),
     ]  # fmt: skip
     assert relicctl([*arguments, "--out", str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "relicctl", *arguments, "--out", str(tmp_path / "two")],

@@ -205,12 +205,13 @@ def test_a_scheduler_and_torchrun_may_both_send_sigterm():
     script = (
         "import os, signal, time\n"
         "from relicctl.core.loop import StopSignals\n"
-        "StopSignals.TWICE_SECONDS = 0.5\n"
+        "now = [100.0]\n"
+        "time.monotonic = lambda: now[0]\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('one', signals.received, flush=True)\n"
-        "    time.sleep(0.6)\n"
+        "    now[0] += StopSignals.TWICE_SECONDS + 0.1\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('never', flush=True)\n"
     )

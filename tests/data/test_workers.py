@@ -7,8 +7,17 @@ import signal
 
 import pytest
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from relicctl.data.workers import working
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A test that failed before may have left workers of its own."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
 
 
 def deaf(_: int) -> None:
@@ -36,15 +45,17 @@ def test_a_death_that_torch_hears_of_at_the_end_hides_no_error():
     """Its handler of SIGCHLD raises wherever the process is, which may be in the shutdown."""
 
     def failing() -> None:
-        with working(DataLoader(range(100), batch_size=None, num_workers=1)) as items:  # type: ignore[arg-type]
+        loader = DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=deaf)  # type: ignore[arg-type]
+        with working(loader) as items:
             leave = items._shutdown_workers  # type: ignore[attr-defined]
 
-            def leave_and_hear_of_a_death() -> None:
-                items._shutdown_workers = leave  # type: ignore[attr-defined]
-                leave()
+            def hear_of_a_death_before_the_workers_are_told() -> None:
+                items._shutdown_workers, items._shutdown = leave, True  # type: ignore[attr-defined]
+                _remove_worker_pids(id(items))
+                items._worker_pids_set = False  # type: ignore[attr-defined]
                 raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-            items._shutdown_workers = leave_and_hear_of_a_death  # type: ignore[attr-defined]
+            items._shutdown_workers = hear_of_a_death_before_the_workers_are_told  # type: ignore[attr-defined]
             raise EOFError
 
     with pytest.raises(EOFError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from handmade_runs import lively_encoder
+from ports import free_ports
 
 from relicctl.config.dense import SegmentationConfig
 from relicctl.config.resolve import resolve
@@ -57,9 +57,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
     one = train(World())
     for rank in range(2):
