@@ -83,10 +83,6 @@ def pretrain(
         from relicctl.config.schema import Config
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
-    if bgmask is not None:
-        from relicctl.commands.masking import bank_named
-
-        options["bgmask"] = bank_named(bgmask)
     resolved = resolve(preset, config, sets or (), options, schema=Config)
     told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
     if dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from relicctl.reference import named
 PROBED = 64  # images looked at for alpha channels
 
 
-def bank_named(text: str) -> str:
-    """What --bgmask says, or for - the path on stdin. UsageError where several processes would read it."""
-    if text == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def with_bank_named(resolved: Resolved) -> Resolved:
+    """``resolved``, where --bgmask - says so with the bank whose path comes on stdin.
+
+    That may take as long as a training of masks: call it when all that can be refused without them has been.
+    UsageError where several processes would read it.
+    """
+    chosen = resolved.config.bgmask
+    if chosen.bank != "-":
+        return resolved
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("Several processes cannot all read a path from stdin.", "Give --bgmask the path itself.")
-    return named(text)
+    told = chosen.model_copy(update={"bank": named("-")})
+    return replace(resolved, config=resolved.config.model_copy(update={"bgmask": told}))
 
 
 def open_masking(config: Config, images: Source, console: Console) -> tuple[Masking | None, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 
 from relicctl.commands.common import pick_device
 from relicctl.commands.data import open_data
-from relicctl.commands.masking import open_masking
+from relicctl.commands.masking import open_masking, with_bank_named
 from relicctl.commands.options import PretrainOptions
 from relicctl.commands.resuming import continued, run_to_resume
 from relicctl.config.resolve import Resolved, dump_yaml
@@ -34,6 +34,7 @@ def dry_run(resolved: Resolved, options: PretrainOptions) -> str:
     """The resolved config and its figures: YAML with comments, or with ``options.json`` one JSON object."""
     if options.resume is not None and (run := run_to_resume(options, resolved.preset)) is not None:
         resolved = continued(resolved, run)
+    resolved = with_bank_named(resolved)
     planned = plan(resolved.config, download=options.download)
     if options.json:
         config = resolved.config.model_dump(mode="json")

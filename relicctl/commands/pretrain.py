@@ -14,7 +14,7 @@ from relicctl import __version__
 from relicctl.commands.bad_pool import BadPool
 from relicctl.commands.common import pick_device, readable, worker_count
 from relicctl.commands.data import PretrainData, open_data
-from relicctl.commands.masking import note_missing_masks, open_masking, refuse_other_masks
+from relicctl.commands.masking import note_missing_masks, open_masking, refuse_other_masks, with_bank_named
 from relicctl.commands.options import PretrainOptions
 from relicctl.commands.processes import newest_checkpoint
 from relicctl.commands.resuming import continued, facts_of, run_to_resume
@@ -69,18 +69,20 @@ def _run(
     at_end: ExitStack,
 ) -> dict[str, Any]:
     config = resolved.config
-    check_memory(config, device, world.size)
     data = open_data(config, options.download, console)
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
     scheduled = sampler.steps_per_epoch * config.optim.epochs
     refuse_uneven(config, world)
     refuse_differences(data.train, world)
+    resolved = with_bank_named(resolved)  # memory may be taken until then by what makes the bank
+    config = resolved.config
+    check_memory(config, device, world.size)
+    out = resumed or options.out or free_name(Path("runs"), resolved.preset or "pretrain")
+    refuse_inside(out, config.data.train)
     bad = BadImages(len(data.train), config.data.max_bad)
     evaluator = make_evaluator(config, data, device, bad, console)
     note_missing_masks(resolved, console)
     masking, masks = open_masking(config, data.train, console)
-    out = resumed or options.out or free_name(Path("runs"), resolved.preset or "pretrain")
-    refuse_inside(out, config.data.train)
     if resumed:
         record = continued_record(out, resolved, data, masks, device)
     else:

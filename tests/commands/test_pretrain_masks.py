@@ -17,9 +17,10 @@ from PIL import Image
 from ports import free_ports
 
 from relicctl.cli import run as relicctl
-from relicctl.commands.masking import bank_named
+from relicctl.commands.masking import with_bank_named
 from relicctl.config import plain_yaml
 from relicctl.config.resolve import resolve
+from relicctl.config.schema import Config
 from relicctl.core import checkpoint
 from relicctl.data.masks import MaskBank
 from relicctl.data.shapes import ShapesSource
@@ -287,8 +288,26 @@ def test_a_dry_run_tells_of_the_masks(tiny, tmp_path, masks, capsys):
 def test_a_path_on_stdin_is_for_one_process(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("runs/masks\n"))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    given = resolve(options={"bgmask": "-"}, schema=Config)
     with pytest.raises(UsageError, match="Several processes"):
-        bank_named("-")
-    assert bank_named("runs/masks") == "runs/masks"
+        with_bank_named(given)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert bank_named("-") == "runs/masks"
+    assert with_bank_named(given).config.bgmask.bank == "runs/masks"
+    with pytest.raises(UsageError, match="nothing came"):
+        with_bank_named(given)
+    assert with_bank_named(resolve(options={"bgmask": "b"}, schema=Config)).config.bgmask.bank == "b"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        (["--preset", "demo", "--set", "optim.epoch=3"], 2),
+        (["--preset", "demo", "--data", "no/such/folder"], 3),
+        (["--preset", "demo", "--out", "."], 2),
+        (["--preset", "demo", "--data", "shapes:train=64", "--set", "optim.batch_size=65"], 2),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_masks_come(monkeypatch, wrong, code):
+    """They may take hours, in the command before this one in a pipe."""
+    monkeypatch.setattr("relicctl.commands.masking.named", lambda _: pytest.fail("waited for the masks"))
+    assert relicctl(["pretrain", *wrong, "--bgmask", "-"]) == code
