@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relicctl.config.presets import preset_header, preset_names, preset_text
+from relicctl.config import plain_yaml
+from relicctl.config.presets import preset_header, preset_names, preset_path, preset_text
 from relicctl.config.resolve import dump_yaml, resolve
 from relicctl.errors import UsageError
 
 
 def listing() -> str:
-    """One line per preset: its name and what it is."""
-    names = preset_names()
-    width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {preset_header(name).splitlines()[0]}" for name in names)
+    """One line per preset: its name, the command it is for and what it is; pretrain's first."""
+    rows = [(name, _command(name), preset_header(name).splitlines()[0]) for name in preset_names()]
+    rows.sort(key=lambda row: (row[1] != "pretrain", row[1]))
+    names, commands = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {command:<{commands}}  {what}" for name, command, what in rows)
+
+
+def _command(name: str) -> str:
+    return str(plain_yaml.load_mapping(preset_path(name)).get("command", "pretrain"))
 
 
 def show(name: str) -> str:

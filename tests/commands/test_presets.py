@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,12 @@ from relicctl.errors import UsageError
 
 def test_ls_is_a_line_per_preset() -> None:
     lines = listing().splitlines()
-    assert [line.split()[0] for line in lines] == preset_names()
+    assert sorted(line.split()[0] for line in lines) == preset_names()
     assert all(line.endswith(".") for line in lines)
+    commands = [re.split("  +", line)[1] for line in lines]
+    assert commands[0] == "pretrain"
+    assert len(set(commands)) == len(list(groupby(commands)))
+    assert commands[[line.startswith("coco-detection ") for line in lines].index(True)] == "transfer --task detection"
 
 
 def test_show_is_a_config_with_an_origin_for_every_value(tmp_path: Path) -> None:
