@@ -116,7 +116,8 @@ def test_a_signal_at_any_rank_saves_once_and_every_rank_ends_with_its_code(start
     said = group.log.read_text()
     assert re.findall(r"exitcode\s*: (\d+)", said)[-1] == str(code)  # the first rank that ended
     (step,) = group.steps_saved()
-    assert f"Stopped by a signal after step {step} of" in said  # torchrun cuts short who is slower to say it
+    # Whoever says it says the same; torchrun may cut the slower rank short.
+    assert set(re.findall(r"Stopped by a signal after step (\d+) of", said)) == {str(step)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
