@@ -12,16 +12,16 @@ import torchvision
 from torch import Tensor, nn
 
 from relicctl.config.resolve import load_run_config
-from relicctl.config.schema import Network
-from relicctl.core.counted import Stream, counted_seed
-from relicctl.core.models.resnet import ResNet, build_encoder, seeded
-from relicctl.data.augment import MEAN, STD
+from relicctl.config.schema import EncoderConfig
+from relicctl.core.counted import Stream, derive_seed
+from relicctl.core.models.resnet import ResNet, build_encoder, fork_seeded_rng
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.encoder import load_encoder
 from relicctl.errors import DataError, UsageError
-from relicctl.reference import Reference, open_reference
+from relicctl.reference import ResolvedEncoder, open_trained_encoder
 
-KINDS = ("random", "pixels", "torchvision")
-PIXELS = 32  # most pixels of a side whose values are features
+BASELINES = ("random", "pixels", "torchvision")
+MAX_PIXEL_SIDE = 32  # most pixels of a side whose values are features
 
 
 class Pixels(nn.Module):
@@ -29,7 +29,7 @@ class Pixels(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self._side = min(size, PIXELS)
+        self._side = min(size, MAX_PIXEL_SIDE)
         self.feature_dim = 3 * self._side**2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,32 +37,32 @@ class Pixels(nn.Module):
 
 
 def open_encoder(
-    source: str, *, network: str, model: Network, size: int | None, seed: int, warn: Callable[[str], None],
+    source: str, *, network: str, model: EncoderConfig, size: int | None, seed: int, warn: Callable[[str], None],
     crop_ratio: float | None = None,
-) -> Reference:  # fmt: skip
-    """What ``open_reference`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
+) -> ResolvedEncoder:  # fmt: skip
+    """What ``open_trained_encoder`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
 
     ``random:RUN`` is RUN's network before its first step, ``pixels:RUN`` goes with RUN's images. Without a run
     ``random`` is a ``model`` from ``seed``; both are made for ``size`` px of the centre square ``crop_ratio``.
     """
     kind, _, rest = source.partition(":")
-    if kind not in KINDS or Path(source).exists():
-        return open_reference(source, network=network, warn=warn)
+    if kind not in BASELINES or Path(source).exists():
+        return open_trained_encoder(source, network=network, warn=warn)
     if kind == "torchvision":
-        return Reference(load_encoder(cached_weights(rest)), Path(source), None)
+        return ResolvedEncoder(load_encoder(find_cached_weights(rest)), Path(source), None)
     run, crop_ratio = Path(rest) if rest else None, crop_ratio or 0.875
     if run is not None:
         config = load_run_config(run / "config.yaml")
         model, seed = config.model, config.seed
         size, crop_ratio = config.eval.size or config.views.large.size, config.eval.crop_ratio
     if kind == "pixels":
-        return _described(Pixels(size or PIXELS), source, run, size or PIXELS, crop_ratio)
-    with seeded(counted_seed(seed, Stream.INIT)):
+        return _make_baseline(Pixels(size or MAX_PIXEL_SIDE), source, run, size or MAX_PIXEL_SIDE, crop_ratio)
+    with fork_seeded_rng(derive_seed(seed, Stream.INIT)):
         encoder = build_encoder(model.arch, model.width, model.stem, model.padding)
-    return _described(encoder, source, run, size or 224, crop_ratio)
+    return _make_baseline(encoder, source, run, size or 224, crop_ratio)
 
 
-def cached_weights(name: str) -> Path:
+def find_cached_weights(name: str) -> Path:
     """The file that torchvision downloaded for its ResNet ``name``. Nothing is fetched."""
     try:
         entries = list(torchvision.models.get_model_weights(name))
@@ -81,14 +81,14 @@ def cached_weights(name: str) -> Path:
     )
 
 
-def _described(encoder: nn.Module, source: str, run: Path | None, size: int, crop_ratio: float) -> Reference:
+def _make_baseline(encoder: nn.Module, source: str, run: Path | None, size: int, crop_ratio: float) -> ResolvedEncoder:
     metadata = {
         "arch": getattr(encoder, "arch", "pixels"),
         "network": "none",
         "size": str(size),
         "crop_ratio": str(crop_ratio),
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
     }
     vars(encoder)["metadata"] = metadata
-    return Reference(cast(ResNet, encoder.eval()), Path(source), run)
+    return ResolvedEncoder(cast(ResNet, encoder.eval()), Path(source), run)

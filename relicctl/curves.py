@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relicctl.core.checkpoint import atomically
+from relicctl.core.checkpoint import write_atomically
 
 # title, figures on the left axis, figures on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -16,7 +16,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """One panel per group of figures, written to ``path`` as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,19 +27,19 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        drawn = _draw(axes, records, left, 0)
+        lines = _plot_lines(axes, records, left, 0)
         if any(key in record for key in right for record in records):
             other = axes.twinx()
-            drawn += _draw(other, records, right, len(left))
+            lines += _plot_lines(other, records, right, len(left))
             other.set_ylabel(", ".join(right))
             axes.set_ylabel(", ".join(left))
-        if drawn:
-            _legend_above(axes, drawn)
+        if lines:
+            _add_legend(axes, lines)
     figure.suptitle(title)
-    atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
-def _draw(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...], first_colour: int) -> list[Any]:
+def _plot_lines(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...], first_colour: int) -> list[Any]:
     lines = []
     for number, key in enumerate(keys):
         points = [(record["step"], record[key]) for record in records if key in record]
@@ -53,7 +53,7 @@ def _draw(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...], first
     return lines
 
 
-def _legend_above(axes: Any, lines: list[Any]) -> None:
+def _add_legend(axes: Any, lines: list[Any]) -> None:
     """Beside the title, where it can hide no curve."""
     axes.legend(
         handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,

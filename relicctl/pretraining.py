@@ -7,28 +7,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.config.schema import Config
+from relicctl.config.schema import PretrainConfig
 from relicctl.core import objectives
-from relicctl.core.batchnorm import synchronised
-from relicctl.core.counted import Stream, counted_seed
-from relicctl.core.distributed import Gather, World
+from relicctl.core.batchnorm import convert_sync_batchnorm
+from relicctl.core.counted import Stream, derive_seed
+from relicctl.core.distributed import DistributedGather, World
 from relicctl.core.hardware import pick_precision
 from relicctl.core.loss import relicv2_loss
 from relicctl.core.models.heads import MLPHead
-from relicctl.core.models.resnet import ResNet, build_encoder, seeded
+from relicctl.core.models.resnet import ResNet, build_encoder, fork_seeded_rng
 from relicctl.core.models.siamese import Siamese
 from relicctl.core.optim import build_optimizer
-from relicctl.core.schedules import ema_gamma, learning_rate
-from relicctl.data.augment import working_kernels
+from relicctl.core.schedules import compute_ema_gamma, compute_learning_rate
+from relicctl.data.augment import load_triton_kernels
 from relicctl.data.feed import Batch
 from relicctl.errors import UsageError
 from relicctl.evaluation import collapse
 
 STRIDE_BEFORE_LAST_STAGE = {"imagenet": 16, "stride2": 8, "cifar": 4}
-COMPILED_FROM = 10_000  # steps: compiling takes a minute or two
+COMPILE_MIN_STEPS = 10_000  # steps: compiling takes a minute or two
 
 
-class Pretraining:
+class PretrainTask:
     """The loop's task: online and target networks, the objective, the optimiser and the schedules.
 
     ``total_steps`` sets the schedules (a run may be cut short without changing them).
@@ -36,7 +36,7 @@ class Pretraining:
 
     def __init__(
         self,
-        config: Config,
+        config: PretrainConfig,
         *,
         classes: int,
         steps_per_epoch: int,
@@ -49,58 +49,60 @@ class Pretraining:
         optim = config.optim
         self._config, self._device, self._world = config, device, world
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self._total = total_steps
-        self._warmup = round(optim.warmup_epochs * steps_per_epoch)
-        self._peak = optim.base_lr * optim.batch_size / 256
-        self._gather = Gather(world) if world.size > 1 else None
+        self._total_steps = total_steps
+        self._warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+        self._peak_lr = optim.base_lr * optim.batch_size / 256
+        self._gather = DistributedGather(world) if world.size > 1 else None
         self._generator = torch.Generator(device)
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._last_outputs: tuple[Tensor, Tensor] | None = None
 
-        self.state = build_networks(config, classes)
+        self.model = build_networks(config, classes)
         if world.size > 1:
-            self.state = synchronised(self.state, device)
-        self.state = self.state.to(device).to(memory_format=torch.channels_last)
-        if settle_compile(config, device, world, total_steps):
-            self.state.compile_encoders()
-        self._online: nn.Module = self.state
+            self.model = convert_sync_batchnorm(self.model, device)
+        self.model = self.model.to(device).to(memory_format=torch.channels_last)
+        if resolve_compile(config, device, world, total_steps):
+            self.model.compile_encoders()
+        self._online: nn.Module = self.model
         if world.size > 1:
-            self._online = DistributedDataParallel(self.state)
+            self._online = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(
-            optim.name, self.state.online.named_parameters(), self._peak, optim.momentum, optim.weight_decay
+            optim.name, self.model.online.named_parameters(), self._peak_lr, optim.momentum, optim.weight_decay
         )
 
     @property
     def encoder(self) -> ResNet:
-        encoder = self.state.online["encoder"]
+        encoder = self.model.online["encoder"]
         assert isinstance(encoder, ResNet)
         return encoder
 
     @property
-    def candidates(self) -> int | None:
+    def num_candidates(self) -> int | None:
         """Among how many images the likelihood is spread: itself and its negatives. None for other objectives."""
         if self._config.objective not in ("relicv2", "relic"):
             return None
         negatives = self._config.loss.negatives
         return self._config.optim.batch_size if negatives == "all" else negatives + 1
 
-    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def compute_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalars of this batch: ``loss`` and, where the objective has them, its parts."""
-        return self.compare(*self.embed(batch), batch.labels, step)
+        return self.compute_objective(*self.embed(batch), batch.labels, step)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What both networks make of the views: online [V, B, D], and target [L, B, D] where there is one."""
         with self._autocast:
             features, outputs = self._online(batch.views)
-            target = self.state.target_forward(batch.views[0]) if self.state.target is not None else None
-        self._latest = features.detach(), outputs.detach()
+            target = self.model.forward_target(batch.views[0]) if self.model.target is not None else None
+        self._last_outputs = features.detach(), outputs.detach()
         return outputs, target
 
-    def compare(self, outputs: Tensor, target: Tensor | None, labels: Tensor | None, step: int) -> dict[str, Tensor]:
+    def compute_objective(
+        self, outputs: Tensor, target: Tensor | None, labels: Tensor | None, step: int
+    ) -> dict[str, Tensor]:
         """The objective's scalars."""
         name, loss = self._config.objective, self._config.loss
         if name in ("relicv2", "relic"):
             assert target is not None
-            self._generator.manual_seed(counted_seed(self._config.seed, Stream.NEGATIVES, step))
+            self._generator.manual_seed(derive_seed(self._config.seed, Stream.NEGATIVES, step))
             return relicv2_loss(
                 outputs,
                 target,
@@ -121,34 +123,36 @@ class Pretraining:
         assert labels is not None, "supervised pretraining was started without labels"
         return objectives.supervised_loss(outputs, labels)
 
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(step, peak=self._peak, warmup_steps=self._warmup, total_steps=self._total)
+    def get_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(
+            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, total_steps=self._total_steps
+        )
 
     def after_step(self, step: int) -> None:
-        if self.state.target is not None:
-            gamma = ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total)
-            self.state.update_target(gamma)
+        if self.model.target is not None:
+            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
+            self.model.update_target(gamma)
 
-    def describe(self, step: int) -> dict[str, float]:
+    def compute_metrics(self, step: int) -> dict[str, float]:
         """The target's decay, and the collapse monitor's figures on one view of the latest batch."""
-        assert self._latest is not None
-        counts = [len(own[0]) for own in self._latest[:1]] * self._world.size
-        features, outputs = ([self._world.gather_rows(own[0], counts)] for own in self._latest)
-        figures = {
-            "rank_me": round(collapse.rank_me(features[0]), 3),
-            "deviation": round(collapse.spread(outputs[0]), 5),
-            "feature_deviation": round(collapse.spread(features[0]), 5),
+        assert self._last_outputs is not None
+        counts = [len(batch[0]) for batch in self._last_outputs[:1]] * self._world.size
+        features, outputs = ([self._world.gather_rows(batch[0], counts)] for batch in self._last_outputs)
+        metrics = {
+            "rank_me": round(collapse.compute_rankme(features[0]), 3),
+            "deviation": round(collapse.compute_normalized_std(outputs[0]), 5),
+            "feature_deviation": round(collapse.compute_normalized_std(features[0]), 5),
         }
-        if self.state.target is not None:
-            gamma = ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total)
-            figures["ema"] = round(gamma, 8)
-        return figures
+        if self.model.target is not None:
+            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
+            metrics["ema"] = round(gamma, 8)
+        return metrics
 
 
-def build_networks(config: Config, classes: int = 0) -> Siamese:
+def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
     """Encoder, heads and target of an objective, initialised as a pure function of the seed."""
     model, microbatch = config.model, config.optim.microbatch
-    with seeded(counted_seed(config.seed, Stream.INIT)):
+    with fork_seeded_rng(derive_seed(config.seed, Stream.INIT)):
         encoder = build_encoder(
             model.arch, model.width, model.stem, model.padding, config.runtime.activation_checkpointing
         )
@@ -167,15 +171,15 @@ def build_networks(config: Config, classes: int = 0) -> Siamese:
     return networks
 
 
-def settle_compile(config: Config, device: torch.device, world: World, total_steps: int) -> bool:
+def resolve_compile(config: PretrainConfig, device: torch.device, world: World, total_steps: int) -> bool:
     """Settle ``runtime.compile``. With several processes' SyncBatchNorm it has not been tried: only if asked for."""
-    wanted = config.runtime.compile
-    if wanted != "auto":
-        return wanted
-    return world.size == 1 and total_steps >= COMPILED_FROM and working_kernels(device) is not None
+    setting = config.runtime.compile
+    if setting != "auto":
+        return setting
+    return world.size == 1 and total_steps >= COMPILE_MIN_STEPS and load_triton_kernels(device) is not None
 
 
-def settle_precision(config: Config, device: torch.device) -> str:
+def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
     """bf16 or fp32 for the networks' forward pass.
 
     On a CPU, oneDNN's bf16 convolution of one pixel at stride 2 gives gradients of unset memory (seen with torch 2.14):

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from relicctl.config.resolve import dump_yaml, resolve
+from relicctl.config.resolve import dump_yaml, resolve_config
 from relicctl.core import checkpoint
-from relicctl.core.models.resnet import ResNet, build_encoder, seeded
+from relicctl.core.models.resnet import ResNet, build_encoder, fork_seeded_rng
 from relicctl.encoder import save_encoder
 
 SIZE = 56
@@ -23,7 +23,7 @@ def lively_encoder(
     arch: str, width: float = 1.0, stem: str = "imagenet", padding: str = "symmetric", seed: int = 0
 ) -> ResNet:
     """Random weights whose BatchNorms have seen images, with scales and shifts that tell every channel apart."""
-    with seeded(seed):
+    with fork_seeded_rng(seed):
         encoder = build_encoder(arch, width, stem, padding)
         for module in encoder.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -44,7 +44,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         online = lively_encoder(arch, width, stem, padding)
         target = lively_encoder(arch, width, stem, padding, seed=1)
         model = [f"model.arch={arch}", f"model.width={width}", f"model.stem={stem}", f"model.padding={padding}"]
-        resolved = resolve(sets=[*model, f"views.large.size={SIZE}", "views.small.count=0"])
+        resolved = resolve_config(sets=[*model, f"views.large.size={SIZE}", "views.small.count=0"])
         record = {"run": {"version": "0.1.0", "preset": "demo", "data_fingerprint": "f1e2d3"}}
         (run / "checkpoints").mkdir(parents=True)
         (run / "config.yaml").write_text(dump_yaml(resolved.config) + yaml.safe_dump(record))
@@ -52,7 +52,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         tensors = {f"state.{name}.encoder.{key}": tensor
                    for name, network in (("online", online), ("target", target))
                    for key, tensor in network.state_dict().items()}  # fmt: skip
-        checkpoint.save(run / "checkpoints" / checkpoint.file_name(5), tensors, {"step": 5})
+        checkpoint.save_checkpoint(run / "checkpoints" / checkpoint.format_checkpoint_name(5), tensors, {"step": 5})
         metadata = {
             "version": "0.1.0",
             "preset": "demo",

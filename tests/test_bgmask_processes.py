@@ -26,16 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relicctl.cli import run as relicctl
-from relicctl.core.distributed import World, join, leave
-from relicctl.core.models.resnet import seeded
-from relicctl.core.turns import Piece, in_turn, own
-from relicctl.data.augment import Photometric
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
+from relicctl.core.models.resnet import fork_seeded_rng
+from relicctl.core.turns import WorkResult, gather_in_order, shard
+from relicctl.data.augment import AugmentConfig
 from relicctl.data.masks import MaskBank
 from relicctl.encoder import save_encoder
 from relicctl.errors import DataError, Terminated
 from relicctl.saliency import prior_store
 from relicctl.saliency.nets import SaliencyNet
-from relicctl.saliency.training import Labelled, LossWeights, MaskBatch, MaskBatches, MaskTraining, Views
+from relicctl.saliency.training import LossWeights, MaskAugmentation, MaskBatch, MaskLoader, MaskTask, MaskTrainingSet
 
 SIZE = 2
 IMAGES = 12
@@ -72,30 +72,30 @@ def prepare(folder: Path) -> None:
 def trained(world: World) -> dict[str, Tensor]:
     """Losses, the first gradients, and all that a network holds after three steps; weights are uneven over the rows."""
     torch.set_default_dtype(torch.float64)
-    with seeded(1):
+    with fork_seeded_rng(1):
         net = SaliencyNet("resnet", 32, lively_encoder("resnet18", 0.125, "stride2"), hints=4)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1
-    task = MaskTraining(
+    task = MaskTask(
         net, LossWeights(1.0, 0.7, 0.5, 0.3), rate=1e-3, weight_decay=0.01, warmup=0, steps=5,
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False), world=world,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
-    first, last = world.rows(4)
+    first, last = world.get_local_rows(4)
     seen: dict[str, Tensor] = {}
     for step in range(3):
         drawn = torch.rand(4, 9, 32, 32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         drawn[:2, 8] *= 0.1
         mine = drawn[first:last]
-        losses = task.loss(MaskBatch(mine[:, :7], mine[:, 7:8], mine[:, 8:]), step)
+        losses = task.compute_loss(MaskBatch(mine[:, :7], mine[:, 7:8], mine[:, 8:]), step)
         losses["loss"].backward()
         seen |= {f"{name} {step}": value.detach().clone() for name, value in losses.items()}
         if step == 0:
             seen |= {f"gradient {n}": p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
         task.optimizer.step()
         task.optimizer.zero_grad()
-    return seen | {f"state {n}": t.contiguous() for n, t in task.state.state_dict().items()}
+    return seen | {f"state {n}": t.contiguous() for n, t in task.model.state_dict().items()}
 
 
 # Turns by themselves.
@@ -105,17 +105,17 @@ def turned(world: World, stop: dict[str, BaseException] | None = None) -> list[A
     """What is taken of seven pieces; ``stop``: what a process runs into in ``making`` or ``taking`` the fourth."""
     taken: list[Any] = []
 
-    def made(number: int) -> Piece:
+    def made(number: int) -> WorkResult:
         if stop and number == 3 and "making" in stop:
             raise stop["making"]
-        return Piece((torch.arange(number), torch.full((number, 2), number % 2 == 0)), {"number": number})
+        return WorkResult((torch.arange(number), torch.full((number, 2), number % 2 == 0)), {"number": number})
 
-    def take(piece: Piece) -> None:
-        if stop and piece.words["number"] == 3 and "taking" in stop:
+    def take(piece: WorkResult) -> None:
+        if stop and piece.meta["number"] == 3 and "taking" in stop:
             raise stop["taking"]
-        taken.append([piece.words["number"], *(tensor.tolist() for tensor in piece.tensors)])
+        taken.append([piece.meta["number"], *(tensor.tolist() for tensor in piece.tensors)])
 
-    in_turn(world, 7, map(made, own(world, range(7))), take)
+    gather_in_order(world, 7, map(made, shard(world, range(7))), take)
     return taken
 
 
@@ -143,7 +143,7 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ["LOCAL_WORLD_SIZE"] = str(SIZE)
-    prior_store.UNIT = 2
+    prior_store.CHUNK_SIZE = 2
 
     def call(name: str, arguments: list[str]) -> None:
         os.environ["MASTER_PORT"] = str(ports.pop())
@@ -159,7 +159,7 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
                 code = str(end.code)
         (folder / f"{name}-{rank}.code").write_text(code)
 
-    right, calls = prior_store.prior_maps, [0]
+    right, calls = prior_store.compute_prior_maps, [0]
 
     def stopping(*arguments: Any) -> np.ndarray:
         calls[0] += 1
@@ -167,31 +167,31 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return right(*arguments)
 
-    prior_store.prior_maps = stopping  # type: ignore[assignment]
+    prior_store.compute_prior_maps = stopping  # type: ignore[assignment]
     call("stopped", command("two", folder))
-    prior_store.prior_maps = right
+    prior_store.compute_prior_maps = right
     if rank == 0:
         (folder / "stopped.priors").write_bytes((folder / "two" / "priors").read_bytes())
     call("two", ["train-bgmask", "--resume", str(folder / "two"), "--quiet"])
     call("uneven", command("uneven", folder, "--set", "optim.batch_size=3"))
     call("hinted", command("hinted", folder, "--set", "model.priors=true", "--masks-for", OTHERS))
 
-    loss = MaskTraining.loss
+    loss = MaskTask.compute_loss
 
-    def killing(self: MaskTraining, batch: MaskBatch, step: int) -> dict[str, Tensor]:
+    def killing(self: MaskTask, batch: MaskBatch, step: int) -> dict[str, Tensor]:
         if rank == 1 and step == STOPPED_AT:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, batch, step)
 
-    MaskTraining.loss = killing  # type: ignore[method-assign]
+    MaskTask.compute_loss = killing  # type: ignore[method-assign]
     call("cut", command("cut", folder))
 
     os.environ["MASTER_PORT"] = str(ports.pop())
-    world = join("cpu")
+    world = init_distributed("cpu")
     save_file(trained(world), folder / f"trained-{rank}.safetensors")
     turns = {"whole": turned(world)} | {name: ended(world, stop) for name, stop in STOPS.items()}
     (folder / f"turns-{rank}.json").write_text(json.dumps(turns))
-    leave()
+    destroy_distributed()
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def assert_nearly_the_same(run: Path, one: Path) -> None:
     flat, others = (torch.cat([tensors[name].double().flatten() for name in there]) for tensors in (here, there))
     assert (flat - others).norm() < 1e-3 * others.norm()
     bank, expected = MaskBank.open(run), MaskBank.open(one)
-    different = sum((bank.mask(row) != expected.mask(row)).sum() for row in range(IMAGES))
+    different = sum((bank.load_mask(row) != expected.load_mask(row)).sum() for row in range(IMAGES))
     assert different <= 1e-3 * IMAGES * bank.side**2
 
 
@@ -310,7 +310,7 @@ def test_a_signal_at_one_process_while_priors_are_made_keeps_what_was_made(sever
     assert f"relicctl train-bgmask --resume {several / 'two'}" in said
     assert silence == ""
     kept = (several / "stopped.priors").read_bytes()
-    marks = kept[prior_store.PAGE : prior_store.PAGE + IMAGES]
+    marks = kept[prior_store.PAGE_SIZE : prior_store.PAGE_SIZE + IMAGES]
     assert list(marks) == [prior_store.DONE] * 4 + [prior_store.TO_DO] * 8
 
 
@@ -334,11 +334,11 @@ def test_a_batch_that_cannot_be_split_is_refused(several):
 def test_processes_take_the_rows_of_one_batch():
     """Crops and colours belong to the row in the global batch."""
     planes = torch.randint(0, 256, (9, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = Labelled(planes[:, :3], planes[:, 3:4], planes[:, 4:5], planes[:, 5:])
-    views = Views((0.3, 1.0), (0.75, 1.33), Photometric())
+    data = MaskTrainingSet(planes[:, :3], planes[:, 3:4], planes[:, 4:5], planes[:, 5:])
+    views = MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig())
 
     def batches(world: World | None = None) -> list[MaskBatch]:
-        return list(MaskBatches(data, views, size=24, batch_size=4, seed=3, world=world).from_step(0, 5))
+        return list(MaskLoader(data, views, size=24, batch_size=4, seed=3, world=world).iter_from_step(0, 5))
 
     parts = [batches(World(rank, 2)) for rank in range(2)]
     for whole, *halves in zip(batches(), *parts, strict=True):

@@ -20,11 +20,11 @@ import pytest
 import relicctl
 from relicctl import cli, commands
 from relicctl.commands.options import PretrainOptions
-from relicctl.config.presets import preset_header, preset_names
-from relicctl.config.resolve import Resolved
+from relicctl.config.presets import list_presets, read_preset_header
+from relicctl.config.resolve import ResolvedConfig
 from relicctl.errors import DataError
 
-Calls = list[tuple[Resolved, PretrainOptions]]
+Calls = list[tuple[ResolvedConfig, PretrainOptions]]
 
 
 @pytest.fixture
@@ -32,18 +32,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The command is not run, but what it is told is written down."""
     made: Calls = []
 
-    def pretrain(resolved: Resolved, options: PretrainOptions) -> dict[str, Any]:
+    def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
         made.append((resolved, options))
         return {"run": "runs/x", "knn20": 0.5}
 
     stand_in(monkeypatch, pretrain)
     linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
     monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
-    plan = {"dry_run": lambda *told: "plan"}
-    monkeypatch.setattr(commands, "transfer", SimpleNamespace(transfer=pretrain, **plan), raising=False)
-    dense = SimpleNamespace(transfer_dense=pretrain, **plan)
+    transfer = SimpleNamespace(transfer=pretrain, format_transfer_dry_run=lambda *told: "plan")
+    monkeypatch.setattr(commands, "transfer", transfer, raising=False)
+    dense = SimpleNamespace(transfer_dense=pretrain, format_dense_dry_run=lambda *told: "plan")
     monkeypatch.setattr(commands, "transfer_dense", dense, raising=False)
-    bgmask = SimpleNamespace(train_bgmask=pretrain, **plan)
+    bgmask = SimpleNamespace(train_bgmask=pretrain)
+    monkeypatch.setattr("relicctl.commands.bgmask_job.format_bgmask_dry_run", lambda *told: "plan")
     monkeypatch.setattr(commands, "train_bgmask", bgmask, raising=False)
     return made
 
@@ -95,16 +96,16 @@ def test_the_examples_in_help_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "plan", SimpleNamespace(dry_run=lambda *told: "plan"), raising=False)
+    monkeypatch.setattr(commands, "plan", SimpleNamespace(format_pretrain_dry_run=lambda *told: "plan"), raising=False)
     assert cli.run([*command, "--help"]) == 0
     for example in examples(capsys.readouterr().out.partition("Examples:")[2]):
         monkeypatch.setattr("sys.stdin", io.StringIO("runs/x\n"))  # what stands before the pipe prints
         assert cli.run(example) == 0, example
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", list_presets())
 def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
-    text = preset_header(name).replace("\\\n", " ")
+    text = read_preset_header(name).replace("\\\n", " ")
     (command,) = re.findall(r"relicctl ((?:pretrain|train-bgmask|linear-eval|transfer) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from relicctl import console as module
-from relicctl.console import Console, emit, report
+from relicctl.console import Console, report_error, write_result
 from relicctl.errors import DataError, Diverged, Interrupted, RelicError, RunFailed, UsageError
 
 
@@ -19,20 +19,20 @@ class Terminal(io.StringIO):
 
 def test_stdout_holds_the_result_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    console.note("a note")
+    console.info("a note")
     console.warn("a warning")
-    console.table(["name", "value"], [["kNN", 0.51234]])
+    console.print_table(["name", "value"], [["kNN", 0.51234]])
     with console.progress(10) as progress:
         progress.update(1, {"loss": 2.0})
-    report(UsageError("Wrong.", "Right it."))
-    emit("runs/demo")
+    report_error(UsageError("Wrong.", "Right it."))
+    write_result("runs/demo")
     assert capsys.readouterr().out == "runs/demo\n"
 
 
 def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True)
-    console.note("a note")
-    console.table(["name"], [["x"]])
+    console.info("a note")
+    console.print_table(["name"], [["x"]])
     with console.progress(10) as progress:
         progress.update(1, {"loss": 2.0})
     console.warn("mind this")
@@ -40,7 +40,7 @@ def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables_align(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().table(["accuracy", "n"], [["kNN(20)", 0.5], ["probe", 0.123456]])
+    Console().print_table(["accuracy", "n"], [["kNN(20)", 0.5], ["probe", 0.123456]])
     assert capsys.readouterr().err == "accuracy       n\nkNN(20)      0.5\nprobe     0.1235\n"
 
 
@@ -123,7 +123,7 @@ def test_a_gone_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> No
     closed.close()
     for stream in (closed, None):
         monkeypatch.setattr(sys, "stderr", stream)
-        Console().note("into the void")
+        Console().info("into the void")
         if stream is None:
             with Console().progress(3) as progress:
                 progress.update(1, {})
@@ -143,13 +143,13 @@ def test_a_gone_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_expected_failures_are_two_sentences_and_their_code(
     error: RelicError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report(error) == code
+    assert report_error(error) == code
     assert capsys.readouterr().err == "error: It broke.\n  fix: Mend it.\n"
 
 
 def test_unexpected_failures_lead_to_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     error = ValueError("first line\nsecond line")
-    assert report(error) == 1
+    assert report_error(error) == 1
     assert capsys.readouterr().err == (
         "error: Unexpected ValueError: first line.\n  fix: --debug shows the traceback.\n"
     )
@@ -158,14 +158,14 @@ def test_unexpected_failures_lead_to_the_traceback(capsys: pytest.CaptureFixture
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="inside") as raised:
         int("inside")
-    assert report(raised.value, debug=True) == 1
+    assert report_error(raised.value, debug=True) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last):")
     assert said.endswith("  fix: The traceback is above.\n")
 
 
 def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(KeyboardInterrupt()) == 130
+    assert report_error(KeyboardInterrupt()) == 130
     assert "Interrupted" in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ class OutOfMemoryError(RuntimeError):
 
 def test_a_compiler_that_fails_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    assert report(missing("No working C++ compiler found\nand more")) == 1
+    assert report_error(missing("No working C++ compiler found\nand more")) == 1
     assert capsys.readouterr().err == (
         "error: The networks cannot be compiled here: No working C++ compiler found.\n"
         "  fix: Set runtime.compile=false.\n"
@@ -191,7 +191,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(capsys: pytest.CaptureFixtu
     ],
 )
 def test_out_of_memory_names_what_to_change(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(error) == 1
+    assert report_error(error) == 1
     said = capsys.readouterr().err
     assert "Out of memory" in said
     for key in ("optim.batch_size", "views.large", "runtime.activation_checkpointing", "runtime.precision"):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import relicctl
-from relicctl.core.models.resnet import build_encoder, seeded
+from relicctl.core.models.resnet import build_encoder, fork_seeded_rng
 from relicctl.encoder import EvalTransform, load_encoder, save_encoder
 from relicctl.errors import UsageError
 
@@ -28,7 +28,7 @@ METADATA = {
 
 def trained(**changes):
     """A small encoder whose running statistics are no longer those of the start."""
-    with seeded(0):
+    with fork_seeded_rng(0):
         encoder = build_encoder(**({"arch": "resnet18", "width": 0.125, "stem": "cifar"} | changes))
     encoder(images())
     return encoder

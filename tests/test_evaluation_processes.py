@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relicctl.cli import run as relicctl
-from relicctl.core.distributed import World, join, leave
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.feed import Batch
 from relicctl.encoder import save_encoder
-from relicctl.evaluation.finetune import FinetuneTask, Tuning
+from relicctl.evaluation.finetune import FinetuneParams, FinetuneTask
 from relicctl.evaluation.linear import LinearTask
 
 SIZE = 2
@@ -75,17 +75,17 @@ def tuned(world: World) -> dict[str, Tensor]:
     """All that the network holds after four steps on batches of which each process has its rows."""
     torch.set_default_dtype(torch.float64)
     task = FinetuneTask(
-        lively_encoder("resnet18", 0.125, "stride2"), 3, Tuning(0.1, 0.01, 0.9, 4, 400, False, 0, "fp32"),
+        lively_encoder("resnet18", 0.125, "stride2"), 3, FinetuneParams(0.1, 0.01, 0.9, 4, 400, False, 0, "fp32"),
         torch.device("cpu"), world,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
-    first, last = world.rows(8)
+    first, last = world.get_local_rows(8)
     for step in range(4):
         views = torch.randn(1, 8, 3, 16, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        task.loss(Batch([views[:, first:last]], torch.arange(first, last) % 3), step)["loss"].backward()
+        task.compute_loss(Batch([views[:, first:last]], torch.arange(first, last) % 3), step)["loss"].backward()
         task.optimizer.step()
         task.optimizer.zero_grad()
-    return {name: tensor.contiguous() for name, tensor in task.state.state_dict().items()}
+    return {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
 
 
 # The processes.
@@ -108,18 +108,18 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
     for name, told in (WHOLE | REFUSED).items():
         call(name, told)
     call("resumed by two", ["linear-eval", "--resume", str(folder / "cut by one"), "--set", "optim.max_steps=null"])
-    loss = LinearTask.loss
+    loss = LinearTask.compute_loss
 
     def killing(self, batch, step):
-        if rank == 1 and step == 4 and len(self.state.rates) == 1:  # in the last training
+        if rank == 1 and step == 4 and len(self.model.rates) == 1:  # in the last training
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, batch, step)
 
-    LinearTask.loss = killing  # type: ignore[method-assign]
+    LinearTask.compute_loss = killing  # type: ignore[method-assign]
     call("cut by two", IMAGENET)
     os.environ["MASTER_PORT"] = str(ports.pop())
-    save_file(tuned(join("cpu")), folder / f"tuned-{rank}.safetensors")
-    leave()
+    save_file(tuned(init_distributed("cpu")), folder / f"tuned-{rank}.safetensors")
+    destroy_distributed()
 
 
 @pytest.fixture(scope="module")

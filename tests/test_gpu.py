@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.config.resolve import resolve
-from relicctl.core.loop import note_divergence
+from relicctl.config.resolve import resolve_config
+from relicctl.core.loop import record_nonfinite
 from relicctl.core.optim import LARS
 from relicctl.data import augment
-from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
+from relicctl.data.augment import AugmentConfig, apply_augmentations, draw_augment_params
 from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import Batch, Feed, ViewPlan, ViewSize
+from relicctl.data.feed import Batch, CropSpec, ViewLoader, ViewSpec
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesSource
-from relicctl.pretraining import Pretraining
+from relicctl.data.shapes import ShapesDataset
+from relicctl.pretraining import PretrainTask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,9 +32,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def task(device: str, precision: str = "fp32", *more: str) -> Pretraining:
-    config = resolve(None, None, [*SMALL, *more], {}).config
-    return Pretraining(
+def task(device: str, precision: str = "fp32", *more: str) -> PretrainTask:
+    config = resolve_config(None, None, [*SMALL, *more], {}).config
+    return PretrainTask(
         config, classes=0, steps_per_epoch=10, total_steps=100, device=torch.device(device), precision=precision
     )
 
@@ -61,9 +61,9 @@ def test_the_host_never_waits_for_a_step(negatives):
     bad_step = torch.full((), -1, dtype=torch.int64, device="cuda")
 
     def step(number: int) -> None:
-        losses = trained.loss(batch, number)
+        losses = trained.compute_loss(batch, number)
         losses["loss"].backward()
-        note_divergence(bad_step, number, losses["loss"], parameters)
+        record_nonfinite(bad_step, number, losses["loss"], parameters)
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
         trained.after_step(number)
@@ -77,13 +77,13 @@ def test_the_host_never_waits_for_a_step(negatives):
 
 
 def test_the_device_road_of_the_feed_never_waits():
-    source = ShapesSource.from_spec("shapes:train=64", "train")
-    plan = ViewPlan((ViewSize(2, 32, (0.3, 1.0)),), (0.75, 1.33), Photometric())
-    feed = Feed(
+    source = ShapesDataset.from_spec("shapes:train=64", "train")
+    plan = ViewSpec((CropSpec(2, 32, (0.3, 1.0)),), (0.75, 1.33), AugmentConfig())
+    feed = ViewLoader(
         source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device("cuda"), world=_alone(),
         cache="device", workers=0, bad=BadImages(len(source), 0.0),
     )  # fmt: skip
-    batches = feed.from_step(0, 3)
+    batches = feed.iter_from_step(0, 3)
     next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -94,13 +94,13 @@ def test_the_device_road_of_the_feed_never_waits():
 
 def test_the_host_road_brings_the_cpus_batches():
     """Copies run on a stream of their own: with the device busy, no batch may be read before it has come."""
-    source = ShapesSource.from_spec("shapes:train=64", "train")
-    plan = ViewPlan((ViewSize(2, 32, (0.3, 1.0)), ViewSize(1, 24, (0.05, 0.3))), (0.75, 1.33), Photometric())
+    source = ShapesDataset.from_spec("shapes:train=64", "train")
+    plan = ViewSpec((CropSpec(2, 32, (0.3, 1.0)), CropSpec(1, 24, (0.05, 0.3))), (0.75, 1.33), AugmentConfig())
     here, there = (
-        Feed(
+        ViewLoader(
             source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device(device), world=_alone(),
             cache="none", workers=1, bad=BadImages(len(source), 0.0),
-        ).from_step(0, 8)
+        ).iter_from_step(0, 8)
         for device in ("cpu", "cuda")
     )  # fmt: skip
     load = torch.randn(4096, 4096, device="cuda")
@@ -123,14 +123,14 @@ def test_loss_and_gradient_are_those_of_the_cpu():
     All negatives, since the two devices draw from generators of their own.
     """
     here, there = task("cpu", "fp32", "loss.negatives=all"), task("cuda", "fp32", "loss.negatives=all")
-    there.state.load_state_dict(here.state.state_dict())
+    there.model.load_state_dict(here.model.state_dict())
     losses = []
     for made, device in ((here, "cpu"), (there, "cuda")):
-        made.state.double()
-        losses.append(made.loss(Batch([view.double() for view in views(device).views], None), 0)["loss"])
+        made.model.double()
+        losses.append(made.compute_loss(Batch([view.double() for view in views(device).views], None), 0)["loss"])
         losses[-1].backward()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
-    for (name, ours), theirs in zip(here.state.online.named_parameters(), there.state.online.parameters(), strict=True):
+    for (name, ours), theirs in zip(here.model.online.named_parameters(), there.model.online.parameters(), strict=True):
         # a bias before a BatchNorm has no gradient but rounding
         assert (theirs.grad.cpu() - ours.grad).norm() <= 1e-9 * ours.grad.norm() + 1e-12, name
 
@@ -138,8 +138,8 @@ def test_loss_and_gradient_are_those_of_the_cpu():
 @pytest.mark.usefixtures("exact_float32")
 def test_the_loss_in_float32_is_that_of_the_cpu():
     here, there = task("cpu", "fp32", "loss.negatives=all"), task("cuda", "fp32", "loss.negatives=all")
-    there.state.load_state_dict(here.state.state_dict())
-    losses = [made.loss(views(device), 0)["loss"].item() for made, device in ((here, "cpu"), (there, "cuda"))]
+    there.model.load_state_dict(here.model.state_dict())
+    losses = [made.compute_loss(views(device), 0)["loss"].item() for made, device in ((here, "cpu"), (there, "cuda"))]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -164,8 +164,8 @@ def test_bf16_and_compilation_keep_the_loss(compiled):
     """bf16 keeps 8 bits: the loss, a mean over many pairs, within 2 %."""
     plain = task("cuda", "fp32", "loss.negatives=all")
     other = task("cuda", "bf16", "loss.negatives=all", f"runtime.compile={compiled}")
-    other.state.load_state_dict(copy.deepcopy(plain.state.state_dict()))
-    expected, made = (t.loss(views("cuda"), 0)["loss"].item() for t in (plain, other))
+    other.model.load_state_dict(copy.deepcopy(plain.model.state_dict()))
+    expected, made = (t.compute_loss(views("cuda"), 0)["loss"].item() for t in (plain, other))
     assert made == pytest.approx(expected, rel=0.02)
 
 
@@ -173,15 +173,15 @@ def test_bf16_and_compilation_keep_the_loss(compiled):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_photometry_is_that_of_the_cpu(size, resident):
     """Float32: 1e-4 of a normalised grey level, a fortieth of a step of eight bits."""
-    draw = draw_photometry(Photometric(jitter=0.9, solarize=(0.2, 0.5)), 0, 3, np.arange(40), 2)
+    draw = draw_augment_params(AugmentConfig(jitter=0.9, solarize=(0.2, 0.5)), 0, 3, np.arange(40), 2)
     images = torch.randint(0, 256, (2, 40, size, size, 3), dtype=torch.uint8).movedim(-1, 2)
     if resident:
         images = images.float().div(255).contiguous()
-    there = apply_photometry(images.cuda(), draw).cpu()
-    torch.testing.assert_close(there, apply_photometry(images, draw), atol=1e-4, rtol=0)
+    there = apply_augmentations(images.cuda(), draw).cpu()
+    torch.testing.assert_close(there, apply_augmentations(images, draw), atol=1e-4, rtol=0)
 
 
 def test_the_photometry_runs_as_kernels():
     pytest.importorskip("triton")
     images = torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8, device="cuda")
-    assert augment._kernels(images) is not None
+    assert augment._get_kernels(images) is not None

@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from ports import free_ports
 
-from relicctl.config.resolve import resolve
-from relicctl.core.distributed import World, join, leave
+from relicctl.config.resolve import resolve_config
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.feed import Batch
-from relicctl.pretraining import Pretraining
+from relicctl.pretraining import PretrainTask
 
 BATCH, STEPS = 8, 5
 TINY = [
@@ -44,19 +44,19 @@ def views(step: int) -> list[torch.Tensor]:
 
 def train(case: str, world: World) -> dict[str, torch.Tensor]:
     """Loss of every step, gradients of the first, and everything the networks hold after the last."""
-    config = resolve(sets=[*TINY, *CASES[case]]).config
+    config = resolve_config(sets=[*TINY, *CASES[case]]).config
     torch.set_default_dtype(torch.float64)
-    task = Pretraining(
+    task = PretrainTask(
         config, classes=4, steps_per_epoch=10, total_steps=20,
         device=torch.device("cpu"), precision="fp32", world=world,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
-    first, last = world.rows(BATCH)
+    first, last = world.get_local_rows(BATCH)
     seen: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         mine = [view[:, first:last] for view in views(step)]
         batch = Batch(mine, torch.arange(first, last) % 4)
-        loss = task.loss(batch, step)["loss"]
+        loss = task.compute_loss(batch, step)["loss"]
         loss.backward()
         mean = loss.detach().clone()
         if world.size > 1:
@@ -64,13 +64,13 @@ def train(case: str, world: World) -> dict[str, torch.Tensor]:
             mean /= world.size
         seen[f"loss {step}"] = mean
         if step == 0:
-            seen |= {f"gradient {n}": p.grad.clone() for n, p in task.state.named_parameters() if p.grad is not None}
+            seen |= {f"gradient {n}": p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
         for group in task.optimizer.param_groups:
-            group["lr"] = task.learning_rate(step)
+            group["lr"] = task.get_learning_rate(step)
         task.optimizer.step()
         task.optimizer.zero_grad()
         task.after_step(step)
-    return seen | {f"state {n}": t.clone() for n, t in task.state.state_dict().items()}
+    return seen | {f"state {n}": t.clone() for n, t in task.model.state_dict().items()}
 
 
 def work(rank: int, size: int, port: int, folder: str) -> None:
@@ -79,11 +79,11 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    world = join("cpu")
+    world = init_distributed("cpu")
     for case in CASES:
         seen = train(case, world)
         np.savez(Path(folder) / f"{case}-{rank}.npz", **{name: t.numpy() for name, t in seen.items()})
-    leave()
+    destroy_distributed()
 
 
 @pytest.mark.slow
@@ -105,6 +105,6 @@ def test_k_processes_are_one(size, tmp_path):
 def test_rows_are_shared_out_evenly_or_the_batch_is_refused():
     from relicctl.errors import UsageError
 
-    assert [World(rank, 4).rows(8) for rank in range(4)] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert [World(rank, 4).get_local_rows(8) for rank in range(4)] == [(0, 2), (2, 4), (4, 6), (6, 8)]
     with pytest.raises(UsageError, match="cannot be split"):
-        World(0, 3).rows(8)
+        World(0, 3).get_local_rows(8)

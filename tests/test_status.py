@@ -34,9 +34,9 @@ runtime: {device: cpu, log_every: 2, precision: fp32, threads: 1}
 
 
 class Batches:
-    waited = 0.5
+    data_wait_seconds = 0.5
 
-    def from_step(self, step: int, stop: int) -> Iterator[int]:
+    def iter_from_step(self, step: int, stop: int) -> Iterator[int]:
         return iter(range(step, stop))
 
 
@@ -57,23 +57,23 @@ def save(run: RunFolder, step: int) -> None:
 
 
 def test_a_run_from_start_to_end(run: RunFolder) -> None:
-    with run.watched() as status:
-        status.expect(total=40, steps_per_epoch=10, resume="relicctl pretrain --resume run")
+    with run.track_status() as status:
+        status.set_total(total=40, steps_per_epoch=10, resume="relicctl pretrain --resume run")
         first = told(run)
         assert (first["state"], first["step"], first["total"], first["last_checkpoint"]) == ("running", 0, 40, None)
         assert (first["pid"], first["resume"]) == (os.getpid(), "relicctl pretrain --resume run")
         assert datetime.fromisoformat(first["updated"]) >= datetime.fromisoformat(first["started"])
-        run.metrics({"step": 5, "epoch": 0.5, "loss": 1.0, "eta_s": 7.0, "images_per_s": 80.0})
+        run.write_metrics({"step": 5, "epoch": 0.5, "loss": 1.0, "eta_s": 7.0, "images_per_s": 80.0})
         assert {k: told(run)[k] for k in ("step", "epoch", "eta_s", "images_per_s")} == {
             "step": 5, "epoch": 0.5, "eta_s": 7.0, "images_per_s": 80.0,
         }  # fmt: skip
         save(run, 6)
         assert told(run)["last_checkpoint"].endswith("step-00000006.safetensors")
         assert (told(run)["last_checkpoint_step"], told(run)["step"]) == (6, 6)
-        assert status.during("evaluating", lambda step: told(run)["state"])(7) == "evaluating"
+        assert status.wrap_in_state("evaluating", lambda step: told(run)["state"])(7) == "evaluating"
         assert (told(run)["state"], told(run)["step"]) == ("running", 7)
         run.add_bad_image("a.jpg", "broken")
-        run.metrics({"step": 40, "epoch": 4.0})
+        run.write_metrics({"step": 40, "epoch": 4.0})
     last = told(run)
     assert (last["state"], last["step"], last["epoch"], last["images_skipped"]) == ("done", 40, 4.0, 1)
     assert last["error"] is None
@@ -92,7 +92,7 @@ def test_a_run_from_start_to_end(run: RunFolder) -> None:
 def test_every_end_is_told_and_the_error_goes_on(
     run: RunFolder, error: BaseException, state: str, said: str | None
 ) -> None:
-    with pytest.raises(type(error)) as raised, run.watched():
+    with pytest.raises(type(error)) as raised, run.track_status():
         raise error
     assert raised.value is error
     assert told(run)["state"] == state
@@ -103,9 +103,9 @@ def test_every_end_is_told_and_the_error_goes_on(
 @pytest.mark.parametrize(("signal_error", "code"), [(Terminated(), 143), (KeyboardInterrupt(), 130)])
 def test_a_signal_outside_the_loop_says_what_is_saved(run: RunFolder, signal_error: BaseException, code: int) -> None:
     def stop(step: int) -> None:
-        with run.watched() as status:
-            status.expect(total=4, steps_per_epoch=1, resume="go on")
-            run.metrics({"step": step})
+        with run.track_status() as status:
+            status.set_total(total=4, steps_per_epoch=1, resume="go on")
+            run.write_metrics({"step": step})
             raise signal_error
 
     with pytest.raises(Interrupted) as early:
@@ -120,7 +120,7 @@ def test_a_signal_outside_the_loop_says_what_is_saved(run: RunFolder, signal_err
 def test_a_run_that_goes_on_begins_where_it_was(run: RunFolder) -> None:
     run.add_bad_image("a.jpg", "broken")
     save(run, 30)
-    with run.watched():
+    with run.track_status():
         now = told(run)
     assert (now["step"], now["last_checkpoint_step"], now["images_skipped"]) == (30, 30, 1)
 
@@ -132,10 +132,10 @@ def test_steps_without_log_lines_beat_now_and_then(run: RunFolder, monkeypatch: 
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     seen = []
-    with run.watched() as status:
-        batches = status.beating(Batches())
-        assert batches.waited == 0.5
-        for batch in batches.from_step(3, 203):
+    with run.track_status() as status:
+        batches = status.add_heartbeat(Batches())
+        assert batches.data_wait_seconds == 0.5
+        for batch in batches.iter_from_step(3, 203):
             seen.append(told(run)["step"])
             assert seen[-1] <= batch
             now[0] += 1.0
@@ -143,10 +143,10 @@ def test_steps_without_log_lines_beat_now_and_then(run: RunFolder, monkeypatch: 
 
 
 def test_readers_never_see_half_a_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with run.watched():
+    with run.track_status():
         before = (run.path / "status.json").read_bytes()
         monkeypatch.setattr(module.os, "replace", failing(OSError(28, "No space left on device")))
-        run.metrics({"step": 1})
+        run.write_metrics({"step": 1})
         assert (run.path / "status.json").read_bytes() == before
     assert [path.name for path in run.path.glob(".status*")] == []
 
@@ -154,10 +154,10 @@ def test_readers_never_see_half_a_file(run: RunFolder, monkeypatch: pytest.Monke
 def test_a_full_disk_is_told_once_and_training_goes_on(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with run.watched():
-        monkeypatch.setattr(module, "_replace", failing(OSError(28, "No space left on device")))
+    with run.track_status():
+        monkeypatch.setattr(module, "_replace_text", failing(OSError(28, "No space left on device")))
         for step in range(1, 4):
-            run.metrics({"step": step})
+            run.write_metrics({"step": step})
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "status.json cannot be written (No space left on device); training goes on" in said[0]
@@ -172,15 +172,15 @@ def failing(error: OSError) -> Callable[..., None]:
 
 def test_processes_that_write_nothing_write_no_status(tmp_path: Path) -> None:
     silent = RunFolder.create(tmp_path / "run", overwrite=False, keep=2, writer=False)
-    with silent.watched() as status:
-        status.expect(total=1, steps_per_epoch=1, resume="")
+    with silent.track_status() as status:
+        status.set_total(total=1, steps_per_epoch=1, resume="")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_refused_run_leaves_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
-        with run.watched():
-            run.discard()
+        with run.track_status():
+            run.delete()
             raise RunFailed("It broke.", "Mend it.")
 
     with pytest.raises(RunFailed):
@@ -212,7 +212,7 @@ def test_pretrain_tells_of_a_failure(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    monkeypatch.setattr("relicctl.core.checkpoint.save", failing(OSError(28, "No space left on device")))
+    monkeypatch.setattr("relicctl.core.checkpoint.save_checkpoint", failing(OSError(28, "No space left on device")))
     assert relicctl(["pretrain", "--config", str(tiny), "--out", str(out), "--quiet"]) == 1
     status = json.loads((out / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 2)
@@ -240,7 +240,7 @@ sys.meta_path.insert(0, Slow())
 AT_EVALUATION = """
 import relicctl.evaluation.during as during
 def slow(*told): print("now", flush=True); time.sleep(60)
-during.Evaluator.__call__ = slow
+during.OnlineEvaluator.__call__ = slow
 """
 
 

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from relicctl.benchmark.timing import core_seconds, spread
-from relicctl.data.feed import DECODED_AT_ONCE, ViewPlan, crop_views
+from relicctl.benchmark.timing import measure_cpu_seconds, summarize_timings
+from relicctl.data.feed import IMAGES_PER_DECODE, ViewSpec, crop_views
 from relicctl.data.images import decode_rgb
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 
-IMAGES = 32  # measured at a time
+IMAGES_PER_REPEAT = 32  # measured at a time
 
 
-def host_figures(source: Source, plan: ViewPlan, repeats: int) -> dict[str, Any]:
+def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> dict[str, Any]:
     """Images per second of a core, all in all and by stage (spreads)."""
-    samples = np.arange(min(IMAGES, len(source)))
+    samples = np.arange(min(IMAGES_PER_REPEAT, len(source)))
     files = [source.read(int(i)) for i in samples]
-    images = [_decoded(file) for file in files]
-    crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in plan.sizes]
+    images = [_decode_file(file) for file in files]
+    crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in plan.crops]
     batch = [torch.empty(crop.shape, dtype=torch.uint8) for crop in crops]
 
     def read() -> None:
@@ -29,11 +29,11 @@ def host_figures(source: Source, plan: ViewPlan, repeats: int) -> dict[str, Any]
 
     def decode() -> None:
         for file in files:
-            _decoded(file)
+            _decode_file(file)
 
     def crop() -> None:
-        for start in range(0, len(samples), DECODED_AT_ONCE):
-            rows = slice(start, start + DECODED_AT_ONCE)
+        for start in range(0, len(samples), IMAGES_PER_DECODE):
+            rows = slice(start, start + IMAGES_PER_DECODE)
             crop_views(images[rows], plan, 0, 0, samples[rows], [c[:, rows] for c in crops])
 
     def collate() -> None:
@@ -43,12 +43,20 @@ def host_figures(source: Source, plan: ViewPlan, repeats: int) -> dict[str, Any]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        taken = {stage.__name__: core_seconds(stage, repeats) for stage in (read, decode, crop, collate)}
+        seconds_by_stage = {
+            stage.__name__: measure_cpu_seconds(stage, repeats) for stage in (read, decode, crop, collate)
+        }
     finally:
         torch.set_num_threads(threads)
-    taken = {"all": [sum(stages) for stages in zip(*taken.values(), strict=True)], **taken}
-    return {stage: spread([len(samples) / max(s, 1e-9) for s in seconds]) for stage, seconds in taken.items()}
+    seconds_by_stage = {
+        "all": [sum(stages) for stages in zip(*seconds_by_stage.values(), strict=True)],
+        **seconds_by_stage,
+    }
+    return {
+        stage: summarize_timings([len(samples) / max(s, 1e-9) for s in seconds])
+        for stage, seconds in seconds_by_stage.items()
+    }
 
 
-def _decoded(file: bytes | np.ndarray) -> np.ndarray:
+def _decode_file(file: bytes | np.ndarray) -> np.ndarray:
     return decode_rgb(file) if isinstance(file, bytes) else file

@@ -7,14 +7,14 @@ import io
 import numpy as np
 from PIL import Image
 
-from relicctl.core.counted import counted_uniform
-from relicctl.data.sources import Source
+from relicctl.core.counted import draw_uniform
+from relicctl.data.sources import ImageDataset
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 88  # about 110 KB each
-DISTINCT = 48
+NUM_DISTINCT = 48
 
 
-class GeneratedPhotos(Source):
+class GeneratedPhotos(ImageDataset):
     """``length`` samples, DISTINCT different ones over and over.
 
     Noise whose amplitude falls with frequency as in photographs, the channels alike: it costs a JPEG decoder what
@@ -25,12 +25,12 @@ class GeneratedPhotos(Source):
 
     def __init__(self, length: int, width: int = WIDTH, height: int = HEIGHT) -> None:
         self._length = length
-        self._files = [_jpeg(number, width, height) for number in range(min(length, DISTINCT))]
+        self._files = [_generate_jpeg(number, width, height) for number in range(min(length, NUM_DISTINCT))]
 
     def __len__(self) -> int:
         return self._length
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return f"{index:08d}.jpg"
 
     def read(self, index: int) -> bytes:
@@ -40,10 +40,10 @@ class GeneratedPhotos(Source):
         return len(self.read(index))
 
 
-def _jpeg(number: int, width: int, height: int) -> bytes:
+def _generate_jpeg(number: int, width: int, height: int) -> bytes:
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / max(width, height))
-    turns = counted_uniform(0, 0, number, np.arange(4)[:, None], np.arange(height), n=len(across))
+    turns = draw_uniform(0, 0, number, np.arange(4)[:, None], np.arange(height), n=len(across))
     waves = np.fft.irfft2(amplitude * np.exp(2j * np.pi * turns), s=(height, width))
     waves /= waves.std(axis=(1, 2), keepdims=True)
     pixels = 120 + 50 * waves[:1] + 20 * waves[1:]  # what the channels share, and what is their own

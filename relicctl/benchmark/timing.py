@@ -10,34 +10,34 @@ from typing import Any
 import torch
 
 
-class Laps:
+class LapTimer:
     """Seconds between laps, by name; on a GPU by its own clock, so that nothing waits and it works as in training."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._laps: list[tuple[str, Any, Any, float]] = []
-        self.restart()
+        self.reset()
 
-    def restart(self) -> None:
-        self._since = self._mark()
+    def reset(self) -> None:
+        self._last = self._record_time()
 
-    def lap(self, name: str, without: float = 0.0) -> None:
+    def record_lap(self, name: str, excluded: float = 0.0) -> None:
         """Since the last lap, less ``without`` seconds."""
-        now = self._mark()
-        self._laps.append((name, self._since, now, without))
-        self._since = now
+        now = self._record_time()
+        self._laps.append((name, self._last, now, excluded))
+        self._last = now
 
-    def seconds(self) -> dict[str, list[float]]:
+    def get_seconds(self) -> dict[str, list[float]]:
         """Of all laps so far; a GPU is waited for."""
         if self._cuda:
             torch.cuda.synchronize()
-        made: dict[str, list[float]] = {}
+        seconds_by_name: dict[str, list[float]] = {}
         for name, since, now, without in self._laps:
             taken = since.elapsed_time(now) / 1000 if self._cuda else now - since
-            made.setdefault(name, []).append(max(0.0, taken - without))
-        return made
+            seconds_by_name.setdefault(name, []).append(max(0.0, taken - without))
+        return seconds_by_name
 
-    def _mark(self) -> Any:
+    def _record_time(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,21 +45,21 @@ class Laps:
         return event
 
 
-def core_seconds(function: Callable[[], object], repeats: int) -> list[float]:
+def measure_cpu_seconds(function: Callable[[], object], repeats: int) -> list[float]:
     """Seconds of this process's processor time for each of ``repeats`` calls, after one that is not counted.
 
     Processor time is what one core gives, whatever else runs beside; waiting for a disk is no part of it.
     """
     function()
-    taken = []
+    seconds = []
     for _ in range(repeats):
         start = time.process_time()
         function()
-        taken.append(time.process_time() - start)
-    return taken
+        seconds.append(time.process_time() - start)
+    return seconds
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def summarize_timings(values: Sequence[float]) -> dict[str, float]:
     """Median, least and largest, and how many there were; four digits."""
     figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in figures.items()} | {"runs": len(values)}

@@ -15,7 +15,7 @@ from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, 
 from relicctl.errors import Terminated
 
 # click's base of all wrong usage, wherever this typer keeps click
-_WrongUsage: type[Exception] = typer.BadParameter.__bases__[0]
+_ClickUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="relicctl",
@@ -32,8 +32,8 @@ Examples:
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         typer.echo(__version__)
         raise typer.Exit()
 
@@ -41,7 +41,7 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -59,12 +59,12 @@ app.add_typer(presets.app, name="presets")
 
 def main() -> None:
     """The console entry point: every failure ends here, as two sentences and an exit code."""
-    _occupy_standard_streams()
+    _open_standard_streams()
     _raise_on_sigterm()
     sys.exit(run(sys.argv[1:]))
 
 
-def _occupy_standard_streams() -> None:
+def _open_standard_streams() -> None:
     """Open what was closed (``2>&-``) on nothing: or a checkpoint might become stream 2, where libraries write to."""
     for number in (0, 1, 2):
         try:
@@ -77,31 +77,31 @@ def _raise_on_sigterm() -> None:
     """SIGTERM becomes an exception, as ^C is one, until a training loop takes it over. Child processes die of it."""
     owner = os.getpid()
 
-    def receive(number: int, frame: FrameType | None) -> None:
+    def handle_sigterm(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
             raise Terminated
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGTERM, handle_sigterm)
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line; its exit code."""
     try:
-        code: Any = app(_normalised(arguments), prog_name="relicctl", standalone_mode=False)
+        code: Any = app(_normalize_arguments(arguments), prog_name="relicctl", standalone_mode=False)
         if code == 130:  # what typer makes of ^C outside the training loop
-            return _report(KeyboardInterrupt(), arguments)
+            return _report_error(KeyboardInterrupt(), arguments)
         return code or 0
-    except _WrongUsage as error:
+    except _ClickUsageError as error:
         return _report_usage(error)
     except typer.Abort:  # what click makes of ^C
-        return _report(KeyboardInterrupt(), arguments)
+        return _report_error(KeyboardInterrupt(), arguments)
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        return _report(error, arguments)
+        return _report_error(error, arguments)
 
 
-def _normalised(arguments: list[str]) -> list[str]:
+def _normalize_arguments(arguments: list[str]) -> list[str]:
     """A bare ``--resume`` becomes ``--resume=``: click has no options whose value may be left out."""
     return [
         "--resume=" if argument == "--resume" and (not after or after[0].startswith("-")) else argument
@@ -109,15 +109,15 @@ def _normalised(arguments: list[str]) -> list[str]:
     ]
 
 
-def _report(error: BaseException, arguments: list[str]) -> int:
-    from relicctl.console import report
+def _report_error(error: BaseException, arguments: list[str]) -> int:
+    from relicctl.console import report_error
 
-    return report(error, debug="--debug" in arguments)
+    return report_error(error, debug="--debug" in arguments)
 
 
 def _report_usage(error: Any) -> int:
     """A wrong option or argument; or none at all where one is needed, which is answered with the help."""
-    from relicctl.console import report
+    from relicctl.console import report_error
     from relicctl.errors import UsageError
 
     command = error.ctx.command_path if error.ctx else "relicctl"
@@ -125,4 +125,4 @@ def _report_usage(error: Any) -> int:
         error.show()
         return int(error.exit_code)
     what = error.format_message().rstrip(".")
-    return report(UsageError(f"{what}.", f"See `{command} --help`."))
+    return report_error(UsageError(f"{what}.", f"See `{command} --help`."))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, emit
+from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, print_result
 
 EXAMPLES = """\b
 Examples:
@@ -36,10 +36,10 @@ def bench(
 ) -> None:
     """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command
-    from relicctl.config.resolve import resolve
-    from relicctl.config.schema import Config
+    from relicctl.config.resolve import resolve_config
+    from relicctl.config.schema import PretrainConfig
 
     options = {"data": data, "device": device, "workers": workers}
-    resolved = resolve(preset, config, sets or (), options, schema=Config)
+    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
     result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
-    emit(json.dumps(result) if as_json else result["bottleneck"])
+    print_result(json.dumps(result) if as_json else result["bottleneck"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, emit
+from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, print_result
 
 EXAMPLES = """\b
 Examples:
@@ -33,12 +33,12 @@ def doctor(
 ) -> None:
     """Check this machine before a long run; prints ok, or the checks that fail (exit code 1)."""
     from relicctl.commands import doctor as command
-    from relicctl.config.resolve import resolve
-    from relicctl.config.schema import Config
+    from relicctl.config.resolve import resolve_config
+    from relicctl.config.schema import PretrainConfig
 
     options = {"device": device, "workers": workers}
-    resolved = resolve(preset, config, sets or (), options, schema=Config)
+    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
     result = command.doctor(resolved, data, quiet=quiet, download=download)
-    emit(json.dumps(result) if as_json else " ".join(result["failed"]) or "ok")
+    print_result(json.dumps(result) if as_json else " ".join(result["failed"]) or "ok")
     if result["failed"]:
         raise typer.Exit(1)

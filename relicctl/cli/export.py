@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import AsJson, Debug, Quiet, WhichNetwork, emit
+from relicctl.cli.options import AsJson, Debug, NetworkChoice, Quiet, print_result
 
 EXAMPLES = """\b
 Examples:
@@ -25,7 +25,7 @@ def export(
         str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Who shall load it.")
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
-    network: WhichNetwork = "online",
+    network: NetworkChoice = "online",
     origin: Annotated[
         str, typer.Option("--from", metavar="relicctl|deepmind", help="Who wrote it; deepmind: the authors' .pkl.")
     ] = "relicctl",
@@ -52,4 +52,4 @@ def export(
         overwrite=overwrite,
         quiet=quiet,
     )
-    emit(json.dumps(result) if as_json else result["path"])
+    print_result(json.dumps(result) if as_json else result["path"])

@@ -16,12 +16,12 @@ from relicctl.cli.options import (
     Device,
     Download,
     DryRun,
+    NetworkChoice,
     Overwrite,
     Quiet,
     Seed,
-    WhichNetwork,
     Workers,
-    emit,
+    print_result,
 )
 
 EXAMPLES = """\b
@@ -55,7 +55,7 @@ def linear_eval(
     analysis: Annotated[
         bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
     ] = False,
-    network: WhichNetwork = "online",
+    network: NetworkChoice = "online",
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol; none is the fast one."),
@@ -86,17 +86,17 @@ def linear_eval(
 
     from relicctl.commands import linear_eval as command
     from relicctl.commands.options import LinearOptions
-    from relicctl.config.linear import LinearConfig
-    from relicctl.config.resolve import resolve
+    from relicctl.config.linear import LinearEvalConfig
+    from relicctl.config.resolve import resolve_config
 
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
-    ask = partial(resolve, preset, config, sets or (), options, schema=LinearConfig)
-    told = LinearOptions(
+    resolver = partial(resolve_config, preset, config, sets or (), options, schema=LinearEvalConfig)
+    linear_options = LinearOptions(
         tuple(sources or ()), network, tuple(tests or ()), analysis, out, resume, overwrite, download, quiet
     )
     if dry_run:
-        emit(command.dry_run(ask, told))
+        print_result(command.format_linear_dry_run(resolver, linear_options))
         return
-    result = command.linear_eval(ask, told)
+    result = command.linear_eval(resolver, linear_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        emit(json.dumps(result) if as_json else result["run"])
+        print_result(json.dumps(result) if as_json else result["run"])

@@ -24,13 +24,13 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every rando
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-WhichNetwork = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
+NetworkChoice = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
 
 
 @contextmanager
-def before_first_step() -> Iterator[None]:
+def handle_early_interrupt() -> Iterator[None]:
     """Tells of a signal that it came before training: once a run's folder is there, the run tells it itself."""
     try:
         yield
@@ -40,8 +40,8 @@ def before_first_step() -> Iterator[None]:
         raise Interrupted(what, "Start it again.", signum) from None
 
 
-def emit(result: str) -> None:
+def print_result(result: str) -> None:
     """Print a command's result: the one thing that goes to stdout."""
-    from relicctl.console import emit
+    from relicctl.console import write_result
 
-    emit(result)
+    write_result(result)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import emit
+from relicctl.cli.options import print_result
 
 app = typer.Typer(
     help="The experiments that come with relicctl.",
@@ -26,17 +26,17 @@ PresetName = Annotated[str, typer.Argument(metavar="NAME")]
 @app.command("ls")
 def presets_ls() -> None:
     """List the presets and what each is."""
-    from relicctl.commands.presets import listing
+    from relicctl.commands.presets import format_preset_list
 
-    emit(listing())
+    print_result(format_preset_list())
 
 
 @app.command("show")
 def presets_show(name: PresetName) -> None:
     """Print a preset's whole config and where each value comes from."""
-    from relicctl.commands.presets import show
+    from relicctl.commands.presets import format_preset
 
-    emit(show(name))
+    print_result(format_preset(name))
 
 
 @app.command("cp")
@@ -45,6 +45,6 @@ def presets_cp(
     destination: Annotated[Path, typer.Argument(metavar="DEST")],
 ) -> None:
     """Copy a preset to a file or folder, to change it and pass it to --config; prints the file."""
-    from relicctl.commands.presets import copy
+    from relicctl.commands.presets import copy_preset
 
-    emit(str(copy(name, destination)))
+    print_result(str(copy_preset(name, destination)))

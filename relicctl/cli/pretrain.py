@@ -19,8 +19,8 @@ from relicctl.cli.options import (
     Seed,
     Sets,
     Workers,
-    before_first_step,
-    emit,
+    handle_early_interrupt,
+    print_result,
 )
 
 EXAMPLES = """\b
@@ -77,22 +77,22 @@ def pretrain(
     debug: Debug = False,
 ) -> None:
     """Train an encoder on images, without their labels; prints the run's folder."""
-    with before_first_step():
+    with handle_early_interrupt():
         from relicctl.commands.options import PretrainOptions
-        from relicctl.config.resolve import resolve
-        from relicctl.config.schema import Config
+        from relicctl.config.resolve import resolve_config
+        from relicctl.config.schema import PretrainConfig
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve(preset, config, sets or (), options, schema=Config)
-    told = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
+    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
+    pretrain_options = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
     if dry_run:
         from relicctl.commands import plan
 
-        emit(plan.dry_run(resolved, told))
+        print_result(plan.format_pretrain_dry_run(resolved, pretrain_options))
         return
-    with before_first_step():
+    with handle_early_interrupt():
         from relicctl.commands import pretrain as command
 
-        result = command.pretrain(resolved, told)
+        result = command.pretrain(resolved, pretrain_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        emit(json.dumps(result, default=str) if as_json else str(result["run"]))
+        print_result(json.dumps(result, default=str) if as_json else str(result["run"]))

@@ -18,8 +18,8 @@ from relicctl.cli.options import (
     Quiet,
     Seed,
     Workers,
-    before_first_step,
-    emit,
+    handle_early_interrupt,
+    print_result,
 )
 
 EXAMPLES = """\b
@@ -84,10 +84,10 @@ def train_bgmask(
     debug: Debug = False,
 ) -> None:
     """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
-    with before_first_step():
+    with handle_early_interrupt():
         from relicctl.commands.options import BgmaskOptions
         from relicctl.config.bgmask import BgmaskConfig
-        from relicctl.config.resolve import resolve
+        from relicctl.config.resolve import resolve_config
 
     options = {
         "data": tuple(data) if data else None,
@@ -98,14 +98,15 @@ def train_bgmask(
         "workers": workers,
         "seed": seed,
     }
-    resolved = resolve(preset, config, sets or (), options, schema=BgmaskConfig)
-    told = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
-    with before_first_step():
+    resolved = resolve_config(preset, config, sets or (), options, schema=BgmaskConfig)
+    bgmask_options = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
+    with handle_early_interrupt():
         from relicctl.commands import train_bgmask as command
+        from relicctl.commands.bgmask_job import format_bgmask_dry_run
 
         if dry_run:
-            emit(command.dry_run(resolved, told))
+            print_result(format_bgmask_dry_run(resolved, bgmask_options))
             return
-        result = command.train_bgmask(resolved, told)
+        result = command.train_bgmask(resolved, bgmask_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        emit(json.dumps(result) if as_json else result["run"])
+        print_result(json.dumps(result) if as_json else result["run"])

@@ -16,12 +16,12 @@ from relicctl.cli.options import (
     Device,
     Download,
     DryRun,
+    NetworkChoice,
     Overwrite,
     Quiet,
     Seed,
-    WhichNetwork,
     Workers,
-    emit,
+    print_result,
 )
 from relicctl.errors import UsageError
 
@@ -66,7 +66,7 @@ def transfer(
         list[str] | None,
         typer.Option(metavar="all|SHARE|N-per-class|FILE", help="Training labels that are known; repeatable. [all]"),
     ] = None,
-    network: WhichNetwork = "online",
+    network: NetworkChoice = "online",
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="byol-suite, finetune-quick, voc-segmentation, ...; see `presets ls`."),
@@ -92,12 +92,12 @@ def transfer(
 ) -> None:
     """Compare encoders on other data sets; prints the folder of the results."""
     from relicctl.commands.options import TransferOptions
-    from relicctl.commands.transfer_job import named_data
-    from relicctl.config.resolve import resolve
+    from relicctl.commands.transfer_job import parse_named_data
+    from relicctl.config.resolve import resolve_config
 
-    schema, run, show = _command(task)
+    schema, run, format_dry_run = _get_task_command(task)
     options = {
-        "sets": named_data(tuple(data or ())),
+        "sets": parse_named_data(tuple(data or ())),
         "protocol": protocol or None,
         "labels": labels or None,
         "device": device,
@@ -107,25 +107,25 @@ def transfer(
     for name in ("protocol", "labels"):
         if options[name] and task != "classification":
             raise UsageError(f"--{name} means nothing to --task {task}.", "Leave it out.")
-    resolved = resolve(preset, config, sets or (), options, schema=schema)
-    told = TransferOptions(
+    resolved = resolve_config(preset, config, sets or (), options, schema=schema)
+    transfer_options = TransferOptions(
         tuple(sources or ()), tuple(baselines or ()), network, out, resume, overwrite, download, quiet
     )
     if dry_run:
-        emit(show(resolved, told))
+        print_result(format_dry_run(resolved, transfer_options))
         return
-    result = run(resolved, told)
+    result = run(resolved, transfer_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        emit(json.dumps(result) if as_json else result["run"])
+        print_result(json.dumps(result) if as_json else result["run"])
 
 
-def _command(task: str) -> tuple[Any, Any, Any]:
+def _get_task_command(task: str) -> tuple[Any, Any, Any]:
     """The schema of a task's config, what runs it, and what shows it."""
     if task == "classification":
         from relicctl.commands import transfer as command
         from relicctl.config.transfer import TransferConfig
 
-        return TransferConfig, command.transfer, command.dry_run
+        return TransferConfig, command.transfer, command.format_transfer_dry_run
     from relicctl.config.dense import DetectionConfig, SegmentationConfig
 
     schemas = {"segmentation": SegmentationConfig, "detection": DetectionConfig}
@@ -133,4 +133,4 @@ def _command(task: str) -> tuple[Any, Any, Any]:
         raise UsageError(f"There is no task {task!r}.", "Give --task classification, segmentation or detection.")
     from relicctl.commands import transfer_dense
 
-    return schemas[task], transfer_dense.transfer_dense, transfer_dense.dry_run
+    return schemas[task], transfer_dense.transfer_dense, transfer_dense.format_dense_dry_run

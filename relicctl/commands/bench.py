@@ -9,34 +9,40 @@ from typing import Any
 
 import torch
 
-from relicctl.benchmark.host import host_figures
-from relicctl.benchmark.limits import flop_per_image, largest_batch, largest_that_fits, matrix_peak, step_fits
+from relicctl.benchmark.host import measure_data_loading
+from relicctl.benchmark.limits import (
+    count_flop_per_image,
+    estimate_largest_batch,
+    find_largest_fit,
+    measure_matmul_peak,
+    try_train_step,
+)
 from relicctl.benchmark.photos import GeneratedPhotos
-from relicctl.benchmark.step import step_figures, step_parts, together
-from relicctl.commands.common import pick_device, worker_count
-from relicctl.commands.data import open_data
-from relicctl.commands.pretrain import view_plan
-from relicctl.config.resolve import Resolved
-from relicctl.config.schema import Config
+from relicctl.benchmark.step import measure_step_parts, measure_train_loop, summarize_step
+from relicctl.commands.common import resolve_device, resolve_num_workers
+from relicctl.commands.data import open_pretrain_data
+from relicctl.commands.pretrain import build_view_plan
+from relicctl.config.resolve import ResolvedConfig
+from relicctl.config.schema import PretrainConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import Feed, choose_cache
+from relicctl.data.feed import ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import UsageError
-from relicctl.memory import check_memory, check_step_memory, in_units
-from relicctl.pretraining import Pretraining, build_networks, settle_compile, settle_precision
+from relicctl.memory import check_step_memory, check_view_memory, format_bytes
+from relicctl.pretraining import PretrainTask, build_networks, resolve_compile, resolve_precision
 
-IMAGENET = 1_281_167  # training images that generated data stand for
-STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench takes minutes
+IMAGENET_TRAIN_IMAGES = 1_281_167  # training images that generated data stand for
+MAX_STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench takes minutes
 CPU_EFFICIENCY = 0.25  # of the matrix peak, in choosing that step's batch
-FITS = 0.8  # of the largest batch by estimate is what a GPU is measured with
-WAIT_THAT_MATTERS = 0.05
+MEMORY_FRACTION = 0.8  # of the largest batch by estimate is what a GPU is measured with
+DATA_WAIT_THRESHOLD = 0.05
 
 
 def bench(
-    resolved: Resolved, *, batch: int | None, repeats: int, quiet: bool, download: bool = False
+    resolved: ResolvedConfig, *, batch: int | None, repeats: int, quiet: bool, download: bool = False
 ) -> dict[str, Any]:
     """The figures of ``resolved`` on one process of this machine: medians, and under ``spread`` what they are of."""
     if repeats < 1:
@@ -46,54 +52,56 @@ def bench(
     config, console = resolved.config, Console(quiet)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    device = pick_device(config.runtime.device)
-    precision = settle_precision(config, device)
-    real = open_data(config, download, console).train if config.data.train is not None else None
-    images, classes = (len(real), len(real.classes)) if real is not None else (IMAGENET, 1000)
-    if config.objective == "supervised" and real is None:
+    device = resolve_device(config.runtime.device)
+    precision = resolve_precision(config, device)
+    dataset = open_pretrain_data(config, download, console).train if config.data.train is not None else None
+    images, classes = (len(dataset), len(dataset.classes)) if dataset is not None else (IMAGENET_TRAIN_IMAGES, 1000)
+    if config.objective == "supervised" and dataset is None:
         raise UsageError("Generated images have no labels.", "Give --data with one folder per class.")
 
-    console.note("networks: operations and the matrix peak ...")
-    flop, peak = flop_per_image(config, classes), matrix_peak(device, precision)
-    largest = largest_batch(config, classes, precision, device)
+    console.info("networks: operations and the matrix peak ...")
+    flop, peak = count_flop_per_image(config, classes), measure_matmul_peak(device, precision)
+    largest = estimate_largest_batch(config, classes, precision, device)
     if device.type == "cuda":
-        console.note("memory: the largest batch that fits ...")
-        largest = largest_that_fits(
-            lambda size: step_fits(_with_batch(config, size), classes, precision, device), largest,
+        console.info("memory: the largest batch that fits ...")
+        largest = find_largest_fit(
+            lambda size: try_train_step(_replace_batch_size(config, size), classes, precision, device), largest,
             step=math.lcm(8, config.optim.microbatch or 1),
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats(device)
-    size = batch or _batch(config, device, flop, peak, largest, images)
-    source = real if real is not None else GeneratedPhotos(max(2 * size, 64))
-    measured = _with_batch(config, size)
-    check_memory(measured, device)
+    size = batch or _choose_batch_size(config, device, flop, peak, largest, images)
+    source = dataset if dataset is not None else GeneratedPhotos(max(2 * size, 64))
+    bench_config = _replace_batch_size(config, size)
+    check_view_memory(bench_config, device)
     with torch.device("meta"):
-        outline = build_networks(measured, classes)
-    check_step_memory(measured, outline, device, precision, 1, console)
+        meta_networks = build_networks(bench_config, classes)
+    check_step_memory(bench_config, meta_networks, device, precision, 1, console)
     total_steps = max(1, images // config.optim.batch_size) * config.optim.epochs
 
-    console.note("host: read, decode, crop, collate ...")
-    host = host_figures(source, view_plan(config), max(repeats, 5))
-    cache = choose_cache(config.data.cache, source, device) if real is not None else "none"
-    workers = worker_count(config.runtime, device, cache)
+    console.info("host: read, decode, crop, collate ...")
+    host = measure_data_loading(source, build_view_plan(config), max(repeats, 5))
+    cache = resolve_cache(config.data.cache, source, device) if dataset is not None else "none"
+    workers = resolve_num_workers(config.runtime, device, cache)
 
-    def start(workers: int) -> tuple[Pretraining, Feed]:
-        task = Pretraining(
-            measured, classes=classes, steps_per_epoch=max(1, images // config.optim.batch_size),
+    def build_task_and_feed(workers: int) -> tuple[PretrainTask, ViewLoader]:
+        task = PretrainTask(
+            bench_config, classes=classes, steps_per_epoch=max(1, images // config.optim.batch_size),
             total_steps=total_steps, device=device, precision=precision,
         )  # fmt: skip
-        feed = Feed(
-            source, Sampler(config.seed, len(source), size), view_plan(config), seed=config.seed, device=device,
+        feed = ViewLoader(
+            source, Sampler(config.seed, len(source), size), build_view_plan(config), seed=config.seed, device=device,
             world=World(), cache=cache, workers=workers, bad=BadImages(len(source), config.data.max_bad),
         )  # fmt: skip
         return task, feed
 
-    console.note(f"step: {repeats} of {size} images, part by part ...")
-    parts = step_parts(*start(0 if device.type == "cpu" else workers), repeats, config.runtime.log_every, device)
-    step = step_figures(parts, size)
+    console.info(f"step: {repeats} of {size} images, part by part ...")
+    parts = measure_step_parts(
+        *build_task_and_feed(0 if device.type == "cpu" else workers), repeats, config.runtime.log_every, device
+    )
+    step = summarize_step(parts, size)
     window = max(1, math.ceil(1.0 / max(size / step["step_images_per_s"]["median"], 1e-3)))
-    console.note(f"together: {repeats} times {window} steps of the training loop ...")
-    speed, wait = together(*start(workers), size, repeats, window, device)
+    console.info(f"together: {repeats} times {window} steps of the training loop ...")
+    speed, wait = measure_train_loop(*build_task_and_feed(workers), size, repeats, window, device)
 
     spreads = {
         "host_images_per_s_per_core": host.pop("all"),
@@ -109,7 +117,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "precision": precision,
-        "compiled": settle_compile(measured, device, World(), total_steps),
+        "compiled": resolve_compile(bench_config, device, World(), total_steps),
         "torch": torch.__version__,
         "data": source.spec,
         "cache": cache,
@@ -121,102 +129,110 @@ def bench(
         "images_per_s": median["images_per_s"],
         **step,
         "data_wait": median["data_wait"],
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": _measure_peak_memory(device),
         "flop_per_image": flop,
         "matrix_peak_flop_per_s": float(f"{peak:.4g}"),
         "share_of_matrix_peak": round(flop * median["step_images_per_s"] / peak, 4),
         "largest_batch": largest,
         "largest_batch_tried": device.type == "cuda",
-        "hours": round(_trained_on(config, images) / speed["median"] / 3600, 2),
-        "bottleneck": _bottleneck(wait["median"], step["outside_parts"]),
-        "assumptions": _assumptions(config, real, images, size, device),
+        "hours": round(_count_images_seen(config, images) / speed["median"] / 3600, 2),
+        "bottleneck": _find_bottleneck(wait["median"], step["outside_parts"]),
+        "assumptions": _list_assumptions(config, dataset, images, size, device),
         "spread": spreads,
     }
-    _show(result, console)
+    _print_figures(result, console)
     return result
 
 
-def _trained_on(config: Config, images: int) -> int:
+def _count_images_seen(config: PretrainConfig, images: int) -> int:
     """How many images pass in the whole training."""
     most = config.optim.max_steps
     whole = config.optim.epochs * images
     return whole if most is None else min(whole, most * config.optim.batch_size)
 
 
-def _batch(config: Config, device: torch.device, flop: int, peak: float, largest: int, images: int) -> int:
+def _choose_batch_size(
+    config: PretrainConfig, device: torch.device, flop: int, peak: float, largest: int, images: int
+) -> int:
     """A batch that is measured in minutes and fits; the config's own where it does."""
     most = min(config.optim.batch_size, images)
     if device.type == "cuda":
-        most = min(most, int(FITS * largest))
+        most = min(most, int(MEMORY_FRACTION * largest))
     else:
-        most = min(most, int(STEP_SECONDS * CPU_EFFICIENCY * peak / flop), int(FITS * largest))
+        most = min(most, int(MAX_STEP_SECONDS * CPU_EFFICIENCY * peak / flop), int(MEMORY_FRACTION * largest))
     return most if most == config.optim.batch_size else 2 ** max(1, int(math.log2(max(most, 2))))
 
 
-def _with_batch(config: Config, size: int) -> Config:
+def _replace_batch_size(config: PretrainConfig, size: int) -> PretrainConfig:
     """The config with another batch; fewer negatives where it has too few others for them."""
     negatives = config.loss.negatives
-    fewer = negatives if negatives == "all" or negatives < size else size - 1
+    num_negatives = negatives if negatives == "all" or negatives < size else size - 1
     microbatch = config.optim.microbatch
     fits = microbatch if microbatch and size % microbatch == 0 else None
     return config.model_copy(
         update={
             "optim": config.optim.model_copy(update={"batch_size": size, "microbatch": fits}),
-            "loss": config.loss.model_copy(update={"negatives": fewer}),
+            "loss": config.loss.model_copy(update={"negatives": num_negatives}),
         }
     )
 
 
-def _peak_memory(device: torch.device) -> int:
+def _measure_peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _bottleneck(wait: float, outside: dict[str, float]) -> str:
+def _find_bottleneck(wait: float, outside: dict[str, float]) -> str:
     """``data``, ``networks``, or the part outside the networks that takes more than they do."""
-    if wait > WAIT_THAT_MATTERS:
+    if wait > DATA_WAIT_THRESHOLD:
         return "data"
     part = max(outside, key=lambda name: outside[name])
     return part if outside[part] > 1 - sum(outside.values()) else "networks"
 
 
-def _assumptions(config: Config, real: Source | None, images: int, size: int, device: torch.device) -> list[str]:
-    said = [f"hours: {images:,} images{'' if real else ' (ImageNet)'}, {config.optim.epochs} epochs, this device alone"]
+def _list_assumptions(
+    config: PretrainConfig, dataset: ImageDataset | None, images: int, size: int, device: torch.device
+) -> list[str]:
+    assumptions = [
+        f"hours: {images:,} images{'' if dataset else ' (ImageNet)'}, {config.optim.epochs} epochs, this device alone"
+    ]
     if size != config.optim.batch_size:
-        said.append(
+        assumptions.append(
             f"measured at batch {size}, not {config.optim.batch_size}, as if a larger one were as fast an image"
         )
     if config.optim.max_steps is not None:
-        said.append(f"hours end at optim.max_steps, {config.optim.max_steps:,}")
+        assumptions.append(f"hours end at optim.max_steps, {config.optim.max_steps:,}")
     if config.optim.microbatch and size % config.optim.microbatch:
-        said.append(f"measured without optim.microbatch, since {config.optim.microbatch} does not divide the batch")
+        assumptions.append(
+            f"measured without optim.microbatch, since {config.optim.microbatch} does not divide the batch"
+        )
     if config.bgmask.probability and config.objective != "supervised":
-        said.append("views keep their backgrounds: bgmask is not measured")
-    if real is None:
-        said.append("images are generated JPEGs of 500 x 375 pixels, read from memory")
+        assumptions.append("views keep their backgrounds: bgmask is not measured")
+    if dataset is None:
+        assumptions.append("images are generated JPEGs of 500 x 375 pixels, read from memory")
     if device.type == "cpu":
-        said.append("peak memory is the process's largest resident set, the bench itself included")
-        said.append("largest batch is an estimate")
-    return [*said, "checkpoints and evaluation are not in the hours"]
+        assumptions.append("peak memory is the process's largest resident set, the bench itself included")
+        assumptions.append("largest batch is an estimate")
+    return [*assumptions, "checkpoints and evaluation are not in the hours"]
 
 
-def _show(result: dict[str, Any], console: Console) -> None:
-    def rate(name: str) -> list[str]:
+def _print_figures(result: dict[str, Any], console: Console) -> None:
+    def format_rate(name: str) -> list[str]:
         figures = result["spread"][name]
         return [f"{figures['median']:.4g}", f"{figures['min']:.4g} to {figures['max']:.4g}"]
 
-    rows = [["host, images/s of a core", *rate("host_images_per_s_per_core")]]
-    rows += [[f"  {stage}", *rate(f"host_{stage}")] for stage in result["host_stages"]]
+    rows = [["host, images/s of a core", *format_rate("host_images_per_s_per_core")]]
+    rows += [[f"  {stage}", *format_rate(f"host_{stage}")] for stage in result["host_stages"]]
     rows += [
-        ["step alone, images/s", *rate("step_images_per_s")],
-        ["together, images/s", *rate("images_per_s")],
-        ["data wait, share", *rate("data_wait")],
+        ["step alone, images/s", *format_rate("step_images_per_s")],
+        ["together, images/s", *format_rate("images_per_s")],
+        ["data wait, share", *format_rate("data_wait")],
         ["outside the networks", f"{result['outside_networks']:.2%}", ""],
     ]
     rows += [[f"  {part}", f"{share:.2%}", ""] for part, share in result["outside_parts"].items()]
     rows += [
-        ["peak memory", in_units(result["peak_memory_bytes"]), ""],
+        ["peak memory", format_bytes(result["peak_memory_bytes"]), ""],
         ["GFLOP an image", f"{result['flop_per_image'] / 1e9:.4g}", ""],
         ["share of the matrix peak", f"{result['share_of_matrix_peak']:.1%}", ""],
         [
@@ -227,6 +243,6 @@ def _show(result: dict[str, Any], console: Console) -> None:
         ["hours for the preset", f"{result['hours']:,}", ""],
         ["bottleneck", result["bottleneck"], ""],
     ]
-    console.table(["", "median", "spread"], rows)
+    console.print_table(["", "median", "spread"], rows)
     for assumption in result["assumptions"]:
-        console.note(f"assumed: {assumption}")
+        console.info(f"assumed: {assumption}")

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from relicctl.config.schema import Machine
+from relicctl.config.schema import RuntimeConfig
 from relicctl.errors import UsageError
 
 
-def pick_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def worker_count(runtime: Machine, device: torch.device, cache: str) -> int:
+def resolve_num_workers(runtime: RuntimeConfig, device: torch.device, cache: str) -> int:
     """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
     if runtime.workers != "auto":
         return runtime.workers
@@ -27,7 +27,7 @@ def worker_count(runtime: Machine, device: torch.device, cache: str) -> int:
     return max(1, min(16, (os.cpu_count() or 1) // processes))
 
 
-def readable(figures: dict[str, Any]) -> dict[str, Any]:
+def select_progress_metrics(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures of a log line that fit on one line of a terminal."""
     shown: dict[str, Any] = {}
     for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):

@@ -17,11 +17,11 @@ from torch import Tensor
 from relicctl.console import Console
 from relicctl.errors import RunFailed, UsageError
 from relicctl.export import native, onnx, timm, torchvision, transformers
-from relicctl.export.bundle import Bundle, load_head, with_symmetric_padding
-from relicctl.export.card import Checked, model_card
-from relicctl.export.place import hash_file, placed, refuse_occupied
-from relicctl.export.verify import TOLERANCE, difference, padding_loss, sample_images
-from relicctl.reference import Reference, open_deepmind, open_reference
+from relicctl.export.bundle import ExportBundle, load_head, to_symmetric_padding
+from relicctl.export.card import Verification, format_model_card
+from relicctl.export.place import check_output_free, hash_file, open_atomic_output
+from relicctl.export.verify import TOLERANCE, compute_max_difference, format_padding_change, sample_images
+from relicctl.reference import ResolvedEncoder, open_deepmind_encoder, open_trained_encoder
 
 FORMATS: dict[str, ModuleType] = {
     "relicctl": native,
@@ -56,53 +56,56 @@ def export(
     if origin not in ORIGINS:
         raise UsageError(f"There is no --from {origin}.", f"Give --from {' or '.join(ORIGINS)}.")
     target = find_format(format)
-    refuse_occupied(out, folder=target.FOLDER, overwrite=overwrite)
+    check_output_free(out, folder=target.IS_FOLDER, overwrite=overwrite)
     console = Console(quiet)
     reference = (
-        open_deepmind(source) if origin == "deepmind" else open_reference(source, network=network, warn=console.warn)
+        open_deepmind_encoder(source)
+        if origin == "deepmind"
+        else open_trained_encoder(source, network=network, warn=console.warn)
     )
     bundle = make_bundle(reference, format, classifier, license)
-    require(target.WRITES_WITH, format)
-    missing = absent(target.READS_WITH)
+    check_packages(target.WRITE_PACKAGES, format)
+    missing = find_missing_packages(target.READ_PACKAGES)
 
-    usage = target.usage(out, bundle)
-    images, where = sample_images(reference)
+    usage = target.format_usage(out, bundle)
+    images, images_source = sample_images(reference)
     padding = None
     if bundle.encoder is not reference.encoder:
-        padding = padding_loss(reference.encoder, bundle, images)
+        padding = format_padding_change(reference.encoder, bundle, images)
         console.warn(
-            f"{format} pads symmetrically, this encoder was trained with padding `same`: {padding}, on {where}; "
+            f"{format} pads symmetrically, this encoder was trained with padding `same`: {padding}, on "
+            f"{images_source}; "
             "--format onnx or relicctl keeps it exact"
         )
-    with placed(out) as temporary, redirect_stdout(sys.stderr):  # libraries talk on stdout
-        if target.FOLDER:
+    with open_atomic_output(out) as temporary, redirect_stdout(sys.stderr):  # libraries talk on stdout
+        if target.IS_FOLDER:
             temporary.mkdir()
         target.write(bundle, temporary)
-        largest = None if missing else verified(target, temporary, bundle, images, format)
-        sha256 = hash_file(temporary / target.WEIGHTS)
-        if largest is None:
+        max_difference = None if missing else verify_export(target, temporary, bundle, images, format)
+        sha256 = hash_file(temporary / target.WEIGHTS_FILE)
+        if max_difference is None:
             statement = f"Not verified: {', '.join(missing)} was not installed."
-            console.warn(f"the export is unverified: {pip(missing)} lets it be checked")
+            console.warn(f"the export is unverified: {format_pip_command(missing)} lets it be checked")
         else:
-            library = f"{target.READS_WITH[0]} {version(target.READS_WITH[0])}"
-            statement = f"Loaded with {library}: largest difference {largest:.1e} on {where}."
-        card = out / "README.md" if target.FOLDER else out.with_name(f"{out.stem}.card.md")
-        shown = target.usage(Path(out.name), bundle)  # a card travels, and not with this machine's folders
-        text = model_card(out.stem, format, bundle, shown, Checked(sha256, statement, padding))
-        if target.FOLDER:
+            library = f"{target.READ_PACKAGES[0]} {version(target.READ_PACKAGES[0])}"
+            statement = f"Loaded with {library}: largest difference {max_difference:.1e} on {images_source}."
+        card = out / "README.md" if target.IS_FOLDER else out.with_name(f"{out.stem}.card.md")
+        card_usage = target.format_usage(Path(out.name), bundle)  # a card travels, and not with this machine's folders
+        text = format_model_card(out.stem, format, bundle, card_usage, Verification(sha256, statement, padding))
+        if target.IS_FOLDER:
             (temporary / "README.md").write_text(text, "utf-8")
-    if not target.FOLDER:
+    if not target.IS_FOLDER:
         card.write_text(text, "utf-8")
 
-    console.note(f"{statement}\nsha256 {sha256}\nTo load it:\n" + "\n".join(f"    {line}" for line in usage))
+    console.info(f"{statement}\nsha256 {sha256}\nTo load it:\n" + "\n".join(f"    {line}" for line in usage))
     return {
         "path": str(out),
         "format": format,
         "network": bundle.metadata["network"],
         "sha256": sha256,
-        "largest_difference": largest,
-        "images": where,
-        "verified_with": None if largest is None else library,
+        "largest_difference": max_difference,
+        "images": images_source,
+        "verified_with": None if max_difference is None else library,
         "padding_change": padding,
         "card": str(card),
         "load": usage,
@@ -115,72 +118,73 @@ def find_format(name: str) -> ModuleType:
     return FORMATS[name]
 
 
-def make_bundle(reference: Reference, format: str, classifier: Path | None, license: str) -> Bundle:
+def make_bundle(reference: ResolvedEncoder, format: str, classifier: Path | None, license: str) -> ExportBundle:
     """What is written. Raises UsageError if ``format`` cannot express it.
 
     Padding other than PyTorch's is given up where it must be: the export then says what that costs.
     """
     encoder: Any = reference.encoder
-    figures = {"pretraining": numbers(reference.results())}
+    figures = {"pretraining": extract_numbers(reference.load_results())}
     head = None
     if classifier is not None:
         head = load_head(classifier, encoder.feature_dim)
         results = (classifier if classifier.is_dir() else classifier.parent) / "results.json"
-        figures["classifier"] = numbers(json.loads(results.read_text("utf-8"))) if results.is_file() else {}
+        figures["classifier"] = extract_numbers(json.loads(results.read_text("utf-8"))) if results.is_file() else {}
     metadata = {
         "version": "unknown",
         "preset": "",
         "objective": "unknown",
         "network": "online",
         **encoder.metadata,
-        "data_fingerprint": reference.record().get("data_fingerprint", ""),
+        "data_fingerprint": reference.load_record().get("data_fingerprint", ""),
         "figures": json.dumps(figures),
         "license": license,
     }
-    bundle = Bundle(encoder, head, metadata)
-    reason = FORMATS[format].refusal(bundle)
+    bundle = ExportBundle(encoder, head, metadata)
+    reason = FORMATS[format].get_unsupported_reason(bundle)
     if reason is not None:
         raise UsageError(
             f"This encoder cannot be exported as {format}: {reason}.",
             "Use --format onnx, or load it with relicctl.load_encoder.",
         )
-    if encoder.padding == "same" and not FORMATS[format].KEEPS_PADDING:
+    if encoder.padding == "same" and not FORMATS[format].KEEPS_SAME_PADDING:
         bundle = replace(
             bundle,
-            encoder=with_symmetric_padding(encoder),
+            encoder=to_symmetric_padding(encoder),
             metadata={**metadata, "padding": "symmetric", "trained_padding": "same"},
         )
     return bundle
 
 
-def verified(target: ModuleType, path: Path, bundle: Bundle, images: Tensor, format: str) -> float:
+def verify_export(target: ModuleType, path: Path, bundle: ExportBundle, images: Tensor, format: str) -> float:
     """The largest difference of what ``path`` gives in its library. Raises RunFailed if it is too large."""
-    largest = difference(bundle(images), target.read(path, bundle)(images))
-    if largest > TOLERANCE:
+    max_difference = compute_max_difference(bundle(images), target.read(path, bundle)(images))
+    if max_difference > TOLERANCE:
         raise RunFailed(
-            f"The {format} export gives other features than the encoder: they differ by {largest:.1e}.",
-            f"Nothing was written; another version of {target.READS_WITH[0]} may help.",
+            f"The {format} export gives other features than the encoder: they differ by {max_difference:.1e}.",
+            f"Nothing was written; another version of {target.READ_PACKAGES[0]} may help.",
         )
-    return largest
+    return max_difference
 
 
-def require(libraries: tuple[str, ...], format: str) -> None:
+def check_packages(libraries: tuple[str, ...], format: str) -> None:
     """Raises UsageError naming those that are not installed."""
-    missing = absent(libraries)
+    missing = find_missing_packages(libraries)
     if missing:
         raise UsageError(
-            f"Writing {format} takes {' and '.join(missing)}, which is not installed.", f"Run {pip(missing)}."
+            f"Writing {format} takes {' and '.join(missing)}, which is not installed.",
+            f"Run {format_pip_command(missing)}.",
         )
 
 
-def absent(libraries: tuple[str, ...]) -> list[str]:
+def find_missing_packages(libraries: tuple[str, ...]) -> list[str]:
     return [name for name in libraries if importlib.util.find_spec(name) is None]
 
 
-def pip(libraries: list[str]) -> str:
+def format_pip_command(libraries: list[str]) -> str:
     return f"pip install {' '.join(libraries)}"
 
 
-def numbers(results: dict[str, Any]) -> dict[str, float]:
+def extract_numbers(results: dict[str, Any]) -> dict[str, float]:
     """The figures among what a results.json says."""
     return {k: v for k, v in results.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}

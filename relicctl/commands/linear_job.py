@@ -11,29 +11,29 @@ import torch
 import yaml
 
 from relicctl import __version__
-from relicctl.baselines import KINDS, open_encoder
+from relicctl.baselines import BASELINES, open_encoder
 from relicctl.commands import resuming
 from relicctl.commands.options import LinearOptions
-from relicctl.commands.processes import owned
+from relicctl.commands.processes import open_on_main
 from relicctl.config import plain_yaml
-from relicctl.config.linear import LinearConfig
-from relicctl.config.resolve import Resolved, dump_yaml, load_run_config
-from relicctl.config.schema import Network
+from relicctl.config.linear import LinearEvalConfig
+from relicctl.config.resolve import ResolvedConfig, dump_yaml, load_run_config
+from relicctl.config.schema import EncoderConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
-from relicctl.data.feed import choose_cache
+from relicctl.data.feed import resolve_cache
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation import analysis
-from relicctl.evaluation.labelled import Labelled
-from relicctl.reference import Reference, named
-from relicctl.runs import RunFolder, free_name, refuse_occupied
+from relicctl.evaluation.labelled import LabelledDataset
+from relicctl.reference import ResolvedEncoder, read_path_from_stdin
+from relicctl.runs import RunFolder, check_overwrite, find_free_name
 
-FREE_TO_CHANGE = ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data.")
+LINEAR_MUTABLE_KEYS = ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data.")
 
 
 @dataclass(frozen=True)
-class Job:
+class LinearJob:
     """What is evaluated; noted in config.yaml, so that ``--resume`` needs nothing else."""
 
     sources: tuple[str, ...]
@@ -42,34 +42,38 @@ class Job:
     analysis: bool
 
 
-def continued(resolved: Resolved, options: LinearOptions) -> Resolved:
+def resume_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
     """The config, that of the folder to go on with where there is one."""
     if options.resume is None:
         return resolved
-    out = folder(options)
+    out = get_linear_folder(options)
     if out is None:
         raise UsageError("--resume names no folder of results.", "Write --resume DIR.")
-    return resuming.continued(resolved, out, FREE_TO_CHANGE)
+    return resuming.resume_config(resolved, out, LINEAR_MUTABLE_KEYS)
 
 
-def folder(options: LinearOptions) -> Path | None:
+def get_linear_folder(options: LinearOptions) -> Path | None:
     return Path(options.resume) if options.resume else options.out
 
 
-def settle(
-    ask: Callable[..., Resolved], resolved: Resolved, options: LinearOptions, console: Console, world: World
-) -> tuple[Job, Resolved, list[Reference], Path]:
+def resolve_linear_job(
+    resolve_config: Callable[..., ResolvedConfig],
+    resolved: ResolvedConfig,
+    options: LinearOptions,
+    console: Console,
+    world: World,
+) -> tuple[LinearJob, ResolvedConfig, list[ResolvedEncoder], Path]:
     """What is evaluated, how, and where the results go; refusals that need no data come here."""
-    out = folder(options)
+    out = get_linear_folder(options)
     if options.resume is not None:
         assert out is not None
-        job = job_to_resume(options, out)
+        job = load_linear_job(options, out)
     else:
-        job = new_job(options, world)
+        job = make_linear_job(options, world)
         if out is not None:
-            refuse_occupied(out, overwrite=options.overwrite)
+            check_overwrite(out, overwrite=options.overwrite)
     if job.analysis:
-        analysis.require_sklearn()
+        analysis.check_sklearn()
     config = resolved.config
     references = [
         open_encoder(
@@ -83,31 +87,33 @@ def settle(
         for source in job.sources
     ]
     if options.resume is None and references[0].run is not None:
-        resolved = ask(base=values_of_run(references[0].run, resolved))
-    place = world.lead(lambda: str(out or default_place(references[0], job)))
-    return job, resolved, references, Path(place)
+        resolved = resolve_config(base=get_run_values(references[0].run, resolved))
+    out_path = world.broadcast_from_main(lambda: str(out or make_default_folder(references[0], job)))
+    return job, resolved, references, Path(out_path)
 
 
-def new_job(options: LinearOptions, world: World) -> Job:
+def make_linear_job(options: LinearOptions, world: World) -> LinearJob:
     if not options.sources:
         raise UsageError("No encoder is named.", "Give a run, a file of weights, -, random or torchvision:NAME.")
     if len(options.sources) > 1 and not options.analysis:
         raise UsageError("Several encoders are compared only by --analysis.", "Add --analysis, or give one.")
-    sources = world.lead(lambda: [named(source) for source in options.sources])  # one process reads stdin
-    return Job(tuple(dict.fromkeys(sources)), options.network, further_tests(options.tests), options.analysis)
+    sources = world.broadcast_from_main(
+        lambda: [read_path_from_stdin(source) for source in options.sources]
+    )  # one process reads stdin
+    return LinearJob(tuple(dict.fromkeys(sources)), options.network, parse_test_sets(options.tests), options.analysis)
 
 
-def job_to_resume(options: LinearOptions, out: Path) -> Job:
+def load_linear_job(options: LinearOptions, out: Path) -> LinearJob:
     """As noted at the start; further test sets and the analysis may be asked for later."""
-    noted = plain_yaml.load_mapping(out / "config.yaml")["run"]["job"]
-    sources = tuple(noted["sources"])
+    record = plain_yaml.load_mapping(out / "config.yaml")["run"]["job"]
+    sources = tuple(record["sources"])
     if options.sources and options.sources != sources:
         raise UsageError(f"{out} evaluates {sources[0]}, not {options.sources[0]}.", "Name no encoder with --resume.")
-    tests = noted["tests"] | further_tests(options.tests)
-    return Job(sources, noted["network"], tests, options.analysis or noted["analysis"])
+    tests = record["tests"] | parse_test_sets(options.tests)
+    return LinearJob(sources, record["network"], tests, options.analysis or record["analysis"])
 
 
-def further_tests(texts: tuple[str, ...]) -> dict[str, str]:
+def parse_test_sets(texts: tuple[str, ...]) -> dict[str, str]:
     """NAME=DATA, split at the first "="."""
     tests: dict[str, str] = {}
     for text in texts:
@@ -120,36 +126,40 @@ def further_tests(texts: tuple[str, ...]) -> dict[str, str]:
     return tests
 
 
-def values_of_run(run: Path, told: Resolved) -> dict[str, Any]:
+def get_run_values(run: Path, resolved: ResolvedConfig) -> dict[str, Any]:
     """What an encoder's run says about network and data; nothing of its data where others are given to train on."""
     config = load_run_config(run / "config.yaml")
-    values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in Network.model_fields}
-    if told.origin["data.train"] == "default":
+    values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
+    if resolved.origin["data.train"] == "default":
         values |= {f"data.{name}": getattr(config.data, name) for name in ("train", "val", "subset", "max_bad")}
         values |= {"seed": config.seed, "eval.holdout": config.eval.holdout}
     return values
 
 
-def default_place(reference: Reference, job: Job) -> Path:
+def make_default_folder(reference: ResolvedEncoder, job: LinearJob) -> Path:
     """A new folder beside the encoder, or under runs/ for one that belongs to no run."""
     kind = str(reference.path).partition(":")[0]
-    variant = kind if kind in KINDS else job.network
-    return free_name(reference.run or Path("runs"), "linear-eval" + ("" if variant == "online" else f"-{variant}"))
+    variant = kind if kind in BASELINES else job.network
+    return find_free_name(reference.run or Path("runs"), "linear-eval" + ("" if variant == "online" else f"-{variant}"))
 
 
-def open_folder(path: Path, world: World, *, resumed: bool, overwrite: bool, config: LinearConfig) -> RunFolder:
+def open_linear_folder(
+    path: Path, world: World, *, resumed: bool, overwrite: bool, config: LinearEvalConfig
+) -> RunFolder:
     keep = config.checkpoint.keep
     if resumed and (path / "config.yaml").is_file():
-        return owned(world, lambda: RunFolder.reopen(path, keep=keep), path, keep)
-    return owned(world, lambda: RunFolder.create(path, overwrite=overwrite, keep=keep), path, keep)
+        return open_on_main(world, lambda: RunFolder.reopen(path, keep=keep), path, keep)
+    return open_on_main(world, lambda: RunFolder.create(path, overwrite=overwrite, keep=keep), path, keep)
 
 
-def run_record(run: RunFolder, config: LinearConfig, job: Job, train: Labelled, device: torch.device) -> dict[str, Any]:
+def save_linear_record(
+    run: RunFolder, config: LinearEvalConfig, job: LinearJob, train: LabelledDataset, device: torch.device
+) -> dict[str, Any]:
     """What config.yaml says under ``run``: facts that a continuation must share. Written at the start."""
     record: dict[str, Any] = {}
-    if run.config.is_file():
-        record = plain_yaml.load_mapping(run.config)["run"]
-        if record["data_fingerprint"] != train.source.fingerprint():
+    if run.config_path.is_file():
+        record = plain_yaml.load_mapping(run.config_path)["run"]
+        if record["data_fingerprint"] != train.source.compute_fingerprint():
             raise DataError(
                 f"The images are not those that {run.path} was started with.",
                 "Give --data the same images, or start another evaluation.",
@@ -157,11 +167,11 @@ def run_record(run: RunFolder, config: LinearConfig, job: Job, train: Labelled, 
     imagenet = config.protocol == "imagenet"
     record = {
         "version": __version__,
-        "data_fingerprint": train.source.fingerprint(),
-        "cache": choose_cache(config.data.cache, train.source, device) if imagenet else None,
+        "data_fingerprint": train.source.compute_fingerprint(),
+        "cache": resolve_cache(config.data.cache, train.source, device) if imagenet else None,
         "precision": pick_precision(config.runtime.precision, device) if imagenet else "fp32",
         **record,
         "job": asdict(job) | {"sources": list(job.sources)},
     }
-    run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+    run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
     return record

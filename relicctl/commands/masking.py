@@ -9,97 +9,99 @@ from typing import Any
 
 import numpy as np
 
-from relicctl.config.resolve import Resolved
-from relicctl.config.schema import Config
+from relicctl.config.resolve import ResolvedConfig
+from relicctl.config.schema import PretrainConfig
 from relicctl.console import Console
-from relicctl.data.images import BadImage
-from relicctl.data.masking import AlphaMasks, BankMasks, Masking, Masks
+from relicctl.data.images import BadImageError
+from relicctl.data.masking import AlphaMasks, BackgroundRemoval, BankMasks, MaskSource
 from relicctl.data.masks import MaskBank
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError, UsageError
-from relicctl.reference import named
+from relicctl.reference import read_path_from_stdin
 
-PROBED = 64  # images looked at for alpha channels
+NUM_PROBED_IMAGES = 64  # images looked at for alpha channels
 
 
-def with_bank_named(resolved: Resolved) -> Resolved:
+def resolve_bank_path(resolved: ResolvedConfig) -> ResolvedConfig:
     """``resolved``, where --bgmask - says so with the bank whose path comes on stdin.
 
     That may take as long as a training of masks: call it when all that can be refused without them has been.
     UsageError where several processes would read it.
     """
-    chosen = resolved.config.bgmask
-    if chosen.bank != "-":
+    old_bgmask = resolved.config.bgmask
+    if old_bgmask.bank != "-":
         return resolved
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("Several processes cannot all read a path from stdin.", "Give --bgmask the path itself.")
-    told = chosen.model_copy(update={"bank": named("-")})
-    return replace(resolved, config=resolved.config.model_copy(update={"bgmask": told}))
+    bgmask = old_bgmask.model_copy(update={"bank": read_path_from_stdin("-")})
+    return replace(resolved, config=resolved.config.model_copy(update={"bgmask": bgmask}))
 
 
-def open_masking(config: Config, images: Source, console: Console) -> tuple[Masking | None, dict[str, Any]]:
+def open_masking(
+    config: PretrainConfig, images: ImageDataset, console: Console
+) -> tuple[BackgroundRemoval | None, dict[str, Any]]:
     """How views lose their backgrounds, None where none does, and what results.json says of it.
 
     ``usable``: share of the images with a mask within the limits (alpha: of the first PROBED images);
     ``masked_views``: share of large views without their background, as it is to be expected from that.
     Raises DataError for a bank that cannot be used or lacks masks.
     """
-    chosen = config.bgmask
-    facts: dict[str, Any] = {"source": chosen.source, "bank": chosen.bank, "probability": chosen.probability}
-    if chosen.source == "none":
-        return None, {**facts, "usable": 0.0, "masked_views": 0.0}
-    masks: Masks
-    if chosen.source == "bank":
-        assert chosen.bank is not None, "the schema asks for a bank"
-        bank, rows = MaskBank.open_for(Path(chosen.bank), images)
-        kept = BankMasks(bank, rows, chosen.limits)
-        masks, usable, of = kept, kept.usable(), f"the masks of {bank.path}"
-        if bank.fingerprint != images.fingerprint():
+    bgmask = config.bgmask
+    info: dict[str, Any] = {"source": bgmask.source, "bank": bgmask.bank, "probability": bgmask.probability}
+    if bgmask.source == "none":
+        return None, {**info, "usable": 0.0, "masked_views": 0.0}
+    masks: MaskSource
+    if bgmask.source == "bank":
+        assert bgmask.bank is not None, "the schema asks for a bank"
+        bank, rows = MaskBank.open_for(Path(bgmask.bank), images)
+        bank_masks = BankMasks(bank, rows, bgmask.limits)
+        masks, usable, of = bank_masks, bank_masks.is_usable(), f"the masks of {bank.path}"
+        if bank.fingerprint != images.compute_fingerprint():
             same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
             console.warn(
                 f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks go by "
                 "name, and of other pictures with the same names they would be wrong"
             )
-        facts |= {"sha256": bank.identity, "made_by": bank.made_by}
+        info |= {"sha256": bank.identity, "made_by": bank.made_by}
     else:
-        masks = AlphaMasks(chosen.limits)
-        usable = _probe(masks, images)
+        masks = AlphaMasks(bgmask.limits)
+        usable = _find_usable_masks(masks, images)
         of = f"the alpha channels of the first {len(usable)} images"
     share = float(usable.mean()) if len(usable) else 0.0
-    low, high = chosen.limits
-    if chosen.probability and not share:
+    low, high = bgmask.limits
+    if bgmask.probability and not share:
         console.warn(
             f"none of {of} covers {low:.0%} to {high:.0%} of its image (bgmask.limits): views may all keep their "
             "backgrounds"
         )
     else:
-        console.note(f"background masks: {share:.1%} of {of} can be used, on {chosen.probability:.0%} of large views")
-    masking = Masking(masks, chosen.probability, chosen.fill) if chosen.probability else None
-    return masking, {**facts, "usable": round(share, 6), "masked_views": round(chosen.probability * share, 6)}
+        console.info(f"background masks: {share:.1%} of {of} can be used, on {bgmask.probability:.0%} of large views")
+    masking = BackgroundRemoval(masks, bgmask.probability, bgmask.fill) if bgmask.probability else None
+    return masking, {**info, "usable": round(share, 6), "masked_views": round(bgmask.probability * share, 6)}
 
 
-def _probe(masks: Masks, images: Source) -> np.ndarray:
+def _find_usable_masks(masks: MaskSource, images: ImageDataset) -> np.ndarray:
     """bool: which of the first images that can be decoded have a usable mask."""
-    pictures, found = masks.pictures(images), []
-    for index in range(min(PROBED, len(images))):
+    image_source, usable = masks.get_image_source(images), []
+    for index in range(min(NUM_PROBED_IMAGES, len(images))):
         try:
-            found.append(masks.read(index, pictures.load(index)) is not None)
-        except BadImage:
+            usable.append(masks.read(index, image_source.load(index)) is not None)
+        except BadImageError:
             continue
-    return np.array(found, dtype=bool)
+    return np.array(usable, dtype=bool)
 
 
-def note_missing_masks(resolved: Resolved, console: Console) -> None:
+def log_missing_masks(resolved: ResolvedConfig, console: Console) -> None:
     """Say so where a preset or a file asks for masks and none are given."""
-    chosen, origin = resolved.config.bgmask, resolved.origin["bgmask.probability"]
-    if chosen.source == "none" and chosen.probability and origin.startswith(("preset", "file")):
-        console.note("no background masks: every view keeps its background (--bgmask RUN gives masks)")
+    bgmask, origin = resolved.config.bgmask, resolved.origin["bgmask.probability"]
+    if bgmask.source == "none" and bgmask.probability and origin.startswith(("preset", "file")):
+        console.info("no background masks: every view keeps its background (--bgmask RUN gives masks)")
 
 
-def refuse_other_masks(run: Path, record: dict[str, Any], facts: dict[str, Any]) -> None:
+def check_same_mask_bank(run: Path, record: dict[str, Any], info: dict[str, Any]) -> None:
     """Raises DataError where a run would go on with another bank than it was started with."""
-    if record.get("bgmask_sha256") != facts.get("sha256"):
+    if record.get("bgmask_sha256") != info.get("sha256"):
         raise DataError(
-            f"The mask bank {facts['bank']} is not the one that {run} was started with.",
+            f"The mask bank {info['bank']} is not the one that {run} was started with.",
             "Give --bgmask that bank, or start another run with --init-from.",
         )

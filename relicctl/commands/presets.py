@@ -5,33 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from relicctl.config import plain_yaml
-from relicctl.config.presets import preset_header, preset_names, preset_path, preset_text
-from relicctl.config.resolve import dump_yaml, resolve
+from relicctl.config.presets import find_preset, list_presets, read_preset, read_preset_header
+from relicctl.config.resolve import dump_yaml, resolve_config
 from relicctl.errors import UsageError
 
 
-def listing() -> str:
+def format_preset_list() -> str:
     """One line per preset: its name, the command it is for and what it is; pretrain's first."""
-    rows = [(name, _command(name), preset_header(name).splitlines()[0]) for name in preset_names()]
+    rows = [(name, _read_preset_command(name), read_preset_header(name).splitlines()[0]) for name in list_presets()]
     rows.sort(key=lambda row: (row[1] != "pretrain", row[1]))
     names, commands = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"{name:<{names}}  {command:<{commands}}  {what}" for name, command, what in rows)
 
 
-def _command(name: str) -> str:
-    return str(plain_yaml.load_mapping(preset_path(name)).get("command", "pretrain"))
+def _read_preset_command(name: str) -> str:
+    return str(plain_yaml.load_mapping(find_preset(name)).get("command", "pretrain"))
 
 
-def show(name: str) -> str:
+def format_preset(name: str) -> str:
     """The preset's comment and its whole config, with the origin of every value."""
-    resolved = resolve(name)
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in preset_header(name).splitlines())
+    resolved = resolve_config(name)
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in read_preset_header(name).splitlines())
     return f"{comment}\n{dump_yaml(resolved.config, resolved.origin)}".rstrip()
 
 
-def copy(name: str, destination: Path) -> Path:
+def copy_preset(name: str, destination: Path) -> Path:
     """Copy the preset to a file, or into a folder under its name. Raises UsageError rather than overwrite."""
-    text = preset_text(name)
+    text = read_preset(name)
     path = destination / f"{name}.yaml" if destination.is_dir() else destination
     try:
         with path.open("x", encoding="utf-8") as handle:

@@ -7,18 +7,18 @@ from typing import Any
 
 from relicctl.commands.options import BgmaskOptions, PretrainOptions
 from relicctl.config import plain_yaml
-from relicctl.config.resolve import Resolved, flatten, rebase
+from relicctl.config.resolve import ResolvedConfig, flatten, resolve_from_run
 from relicctl.errors import UsageError
 
 # What may differ between a run and its continuation; everything else would make it another run.
 # The learning rate may: it is the way on after a divergence.
-FREE_TO_CHANGE = (
+PRETRAIN_MUTABLE_KEYS = (
     "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val", "data.max_bad",
     "bgmask.bank",  # where it lies: another bank is refused by its content
 )  # fmt: skip
 
 
-def run_to_resume(
+def find_run_to_resume(
     options: PretrainOptions | BgmaskOptions, preset: str | None, command: str = "pretrain"
 ) -> Path | None:
     """The folder that --resume means: its own value, --out, or the newest run of the command and preset.
@@ -26,7 +26,7 @@ def run_to_resume(
     None for a bare --resume with an --out that holds no run yet, which starts one.
     """
     if not options.resume and options.out is not None and not options.overwrite:
-        return _run_at(options.out, options.init_from)
+        return _find_run_at(options.out, options.init_from)
     for given, name in ((options.overwrite, "--overwrite"), (options.init_from, "--init-from")):
         if given:
             raise UsageError(f"{name} starts a run, --resume goes on with one.", "Give one of the two.")
@@ -35,7 +35,9 @@ def run_to_resume(
             raise UsageError("--resume goes on in the run's own folder, and --out names another.", "Leave --out away.")
         return Path(options.resume)
     found = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    records = [(path.parent, recorded(path.parent)) for path in found if command_of(path.parent) == command]
+    records = [
+        (path.parent, read_run_record(path.parent)) for path in found if read_run_command(path.parent) == command
+    ]
     runs = [path for path, record in records if "preset" in record and preset in (None, record["preset"])]
     if not runs:
         of = f" of preset {preset}" if preset else ""
@@ -43,11 +45,11 @@ def run_to_resume(
     return runs[-1]
 
 
-def _run_at(out: Path, init_from: str | None) -> Path | None:
+def _find_run_at(out: Path, init_from: str | None) -> Path | None:
     """``out`` if it holds a run. So one command line starts a run, and goes on with it when it is executed again."""
     if not (out / "config.yaml").is_file():
         return None
-    before = recorded(out).get("init_from")
+    before = read_run_record(out).get("init_from")
     if init_from not in (None, before):
         raise UsageError(
             f"{out} was started from {before or 'a new network'}, not from {init_from}: that would be another run.",
@@ -56,7 +58,7 @@ def _run_at(out: Path, init_from: str | None) -> Path | None:
     return out
 
 
-def recorded(run: Path) -> dict[str, Any]:
+def read_run_record(run: Path) -> dict[str, Any]:
     """What config.yaml says under ``run``: facts noted at the run's start. {} for another file."""
     try:
         return plain_yaml.load_mapping(run / "config.yaml").get("run") or {}
@@ -64,9 +66,9 @@ def recorded(run: Path) -> dict[str, Any]:
         return {}
 
 
-def facts_of(run: Path) -> dict[str, Any]:
+def read_resumable_record(run: Path) -> dict[str, Any]:
     """What ``recorded`` gives for a run that can go on. Raises UsageError where a fact is missing."""
-    record = recorded(run)
+    record = read_run_record(run)
     if not {"data_fingerprint", "precision"} <= record.keys():
         raise UsageError(
             f"{run}/config.yaml does not say what the run was started with (run.data_fingerprint, run.precision).",
@@ -75,7 +77,7 @@ def facts_of(run: Path) -> dict[str, Any]:
     return record
 
 
-def command_of(run: Path) -> str | None:
+def read_run_command(run: Path) -> str | None:
     """The command that made the run; None for another file."""
     try:
         return plain_yaml.load_mapping(run / "config.yaml").get("command", "pretrain")
@@ -83,20 +85,22 @@ def command_of(run: Path) -> str | None:
         return None
 
 
-def continued(resolved: Resolved, run: Path, free: tuple[str, ...] = FREE_TO_CHANGE) -> Resolved:
+def resume_config(
+    resolved: ResolvedConfig, run: Path, mutable: tuple[str, ...] = PRETRAIN_MUTABLE_KEYS
+) -> ResolvedConfig:
     """The run's own config, with what may change (keys that begin like ``free``) taken from the command line."""
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
-    merged = rebase(resolved, run / "config.yaml")
-    before = flatten(rebase(Resolved(resolved.config, {}), run / "config.yaml").config.model_dump())
+    merged = resolve_from_run(resolved, run / "config.yaml")
+    before = flatten(resolve_from_run(ResolvedConfig(resolved.config, {}), run / "config.yaml").config.model_dump())
     after = flatten(merged.config.model_dump())
-    changed = [k for k in after if after[k] != before[k] and not k.startswith(free)]
+    changed = [k for k in after if after[k] != before[k] and not k.startswith(mutable)]
     if changed:
         raise UsageError(
             f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
             "Leave it as it is, or start another run with --init-from.",
         )
-    preset = recorded(run).get("preset")
+    preset = read_run_record(run).get("preset")
     if resolved.preset not in (None, preset):
         raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Leave --preset away.")
-    return Resolved(merged.config, merged.origin, preset)
+    return ResolvedConfig(merged.config, merged.origin, preset)

@@ -14,242 +14,293 @@ import yaml
 
 from relicctl import __version__
 from relicctl.commands.options import TransferOptions
-from relicctl.commands.processes import joined
-from relicctl.commands.transfer_job import Job, continued, noted, open_all, open_folder, resumable, settle, text_of
-from relicctl.commands.transfer_tuning import Tuner
-from relicctl.config.resolve import Resolved, dump_yaml
+from relicctl.commands.processes import open_distributed_session
+from relicctl.commands.transfer_job import (
+    TransferJob,
+    close_with_resume_hint,
+    format_labels,
+    make_transfer_record,
+    open_encoders,
+    open_transfer_folder,
+    resolve_transfer_job,
+    resume_transfer_config,
+)
+from relicctl.commands.transfer_tuning import GridSearch
+from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.errors import UsageError
 from relicctl.evaluation import chart, protocols
-from relicctl.evaluation.kept import encoder_hash, kept
-from relicctl.evaluation.labelled import Labelled
-from relicctl.evaluation.look import Look
-from relicctl.evaluation.metrics import OF_DATA
-from relicctl.evaluation.parts import DataSet, Division, divide, open_data_set
-from relicctl.evaluation.protocols import Examples, Outcome
-from relicctl.reference import Reference
+from relicctl.evaluation.kept import compute_encoder_hash, load_or_extract
+from relicctl.evaluation.labelled import LabelledDataset
+from relicctl.evaluation.look import FeatureExtractor
+from relicctl.evaluation.metrics import DATASET_METRICS
+from relicctl.evaluation.parts import Split, TransferDataset, open_transfer_dataset, split_trainval
+from relicctl.evaluation.protocols import LabelledFeatures, ProtocolResult
+from relicctl.reference import ResolvedEncoder
 from relicctl.runs import RunFolder
 
-JUDGES: dict[str, Callable[..., Outcome]] = {"logistic": protocols.logistic, "knn": protocols.knn}
+FROZEN_PROTOCOLS: dict[str, Callable[..., ProtocolResult]] = {
+    "logistic": protocols.evaluate_logistic,
+    "knn": protocols.evaluate_knn,
+}
 
 
 @dataclass(frozen=True)
-class Seer:
+class LoadedEncoder:
     """An encoder as it looks at images; ``hash`` tells it from any other."""
 
     name: str
-    look: Look
+    extractor: FeatureExtractor
     hash: str
 
 
-def transfer(resolved: Resolved, options: TransferOptions) -> dict[str, Any]:
+def transfer(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, Any]:
     """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
-    resolved = continued(resolved, options)
-    with joined(resolved.config.runtime, options.quiet) as (world, device, console):
-        warn_of_strangers(resolved, console)
-        return _run(resolved.config, options, device, console, world)
+    resolved = resume_transfer_config(resolved, options)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
+        warn_unknown_datasets(resolved, console)
+        return _run_transfer(resolved.config, options, device, console, world)
 
 
-def _run(
+def _run_transfer(
     config: TransferConfig, options: TransferOptions, device: torch.device, console: Console, world: World
 ) -> dict[str, Any]:
-    job, out = settle(config, options, world)
-    references = open_all(job, config, console)
-    sets = open_sets(config, options, console, world)
+    job, out = resolve_transfer_job(config, options, world)
+    references = open_encoders(job, config, console)
+    sets = open_transfer_datasets(config, options, console, world)
     for data in sets:
-        metric_of(data, config)
-    for labels in map(text_of, config.labels):  # before anything is computed
+        resolve_metric(data, config)
+    for labels in map(format_labels, config.labels):  # before anything is computed
         for data in sets:
-            division = divide(data, labels, config.data.holdout, config.seed)
+            division = split_trainval(data, labels, config.data.holdout, config.seed)
             if "finetune" in config.protocol:
-                refuse_uneven(division, config.finetune.batch_size, world)
-    with resumable(open_folder(out, options, config, world)) as run:
-        run.write_text(run.config, dump_yaml(config) + yaml.safe_dump({"run": noted(job)}, sort_keys=False))
-        seers = [see(n, r, config, device, run, console, world) for n, r in zip(job.encoders, references, strict=True)]
-        refuse_twins(seers)
+                check_finetune_batch(division, config.finetune.batch_size, world)
+    with close_with_resume_hint(open_transfer_folder(out, options, config, world)) as run:
+        run.write_text(
+            run.config_path, dump_yaml(config) + yaml.safe_dump({"run": make_transfer_record(job)}, sort_keys=False)
+        )
+        encoders = [
+            make_loaded_encoder(n, r, config, device, run, console, world)
+            for n, r in zip(job.encoders, references, strict=True)
+        ]
+        check_unique_encoders(encoders)
         cells = [
-            cell(seer, data, protocol, labels, config, run, console)
+            evaluate_cell(seer, data, protocol, labels, config, run, console)
             for data in sets
             for protocol in config.protocol
-            for labels in map(text_of, config.labels)
-            for seer in seers
+            for labels in map(format_labels, config.labels)
+            for seer in encoders
         ]
         results = {
             "cells": cells,
-            "relative": chart.improvements(cells, job.encoders, job.baselines),
+            "relative": chart.list_relative_improvements(cells, job.encoders, job.baselines),
             "encoders": {
-                s.name: {"sha256": s.hash, "size": s.look.size, "crop_ratio": s.look.crop_ratio} for s in seers
+                s.name: {"sha256": s.hash, "size": s.extractor.size, "crop_ratio": s.extractor.crop_ratio}
+                for s in encoders
             },
             "baselines": list(job.baselines),
-            "data": {data.name: facts(data, config) for data in sets},
+            "data": {data.name: make_data_record(data, config) for data in sets},
             "version": __version__,
         }
-        run.write_json(run.results, results)
+        run.write_json(run.results_path, results)
         if world.is_main:
-            tell(cells, job, run, console, draws(config))
+            report_transfer(cells, job, run, console, format_sampling_notes(config))
     return {"run": str(run.path), **results}
 
 
-def dry_run(resolved: Resolved, options: TransferOptions) -> str:
+def format_transfer_dry_run(resolved: ResolvedConfig, options: TransferOptions) -> str:
     """The resolved config and where each value comes from."""
-    resolved = continued(resolved, options)
-    settle(resolved.config, options, World())
+    resolved = resume_transfer_config(resolved, options)
+    resolve_transfer_job(resolved.config, options, World())
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
 # The steps of the recipe.
 
 
-def open_sets(config: TransferConfig, options: TransferOptions, console: Console, world: World) -> list[DataSet]:
-    def opened() -> list[DataSet]:
-        told = config.data
+def open_transfer_datasets(
+    config: TransferConfig, options: TransferOptions, console: Console, world: World
+) -> list[TransferDataset]:
+    def open_datasets() -> list[TransferDataset]:
+        data_config = config.data
         return [
-            open_data_set(
-                name, spec, download=options.download, warn=console.warn, test=told.test_split.get(name, "test"),
-                draw=told.draw.get(name, ()), seed=config.seed,
+            open_transfer_dataset(
+                name, spec, download=options.download, warn=console.warn, test=data_config.test_split.get(name, "test"),
+                draw=data_config.draw.get(name, ()), seed=config.seed,
             )
-            for name, spec in told.sets.items()
+            for name, spec in data_config.sets.items()
         ]  # fmt: skip
 
     if options.download and world.size > 1:
-        world.lead(lambda: len(opened()))  # one process fetches
-    return opened()
+        world.broadcast_from_main(lambda: len(open_datasets()))  # one process fetches
+    return open_datasets()
 
 
-def warn_of_strangers(resolved: Resolved, console: Console) -> None:
+def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:
     """Of what the command line tells of data sets that are none: a slip of the pen would go unseen."""
-    told = resolved.config.data
-    for name, keys in (("metrics", told.metrics), ("draw", told.draw), ("test_split", told.test_split)):
+    data_config = resolved.config.data
+    for name, keys in (
+        ("metrics", data_config.metrics),
+        ("draw", data_config.draw),
+        ("test_split", data_config.test_split),
+    ):
         if resolved.origin[f"data.{name}"] == "--set":
-            for stranger in sorted(keys.keys() - told.sets.keys()):
-                console.warn(f"data.{name} speaks of {stranger}, which is none of the data ({', '.join(told.sets)})")
+            for unknown in sorted(keys.keys() - data_config.sets.keys()):
+                console.warn(
+                    f"data.{name} speaks of {unknown}, which is none of the data ({', '.join(data_config.sets)})"
+                )
 
 
-def metric_of(data: DataSet, config: TransferConfig) -> str:
+def resolve_metric(data: TransferDataset, config: TransferConfig) -> str:
     """Raises UsageError for one that images with any number of classes do not have."""
-    told = config.data.metrics.get(data.name)
-    if data.known.labels.ndim == 1:
-        return told or OF_DATA.get(data.name, "top1")
-    if told not in (None, "map11"):
+    metric = config.data.metrics.get(data.name)
+    if data.trainval.labels.ndim == 1:
+        return metric or DATASET_METRICS.get(data.name, "top1")
+    if metric not in (None, "map11"):
         raise UsageError(
-            f"{told} means nothing on {data.name}, whose images have any number of classes.",
+            f"{metric} means nothing on {data.name}, whose images have any number of classes.",
             "Take it out of data.metrics: map11 is measured.",
         )
     return "map11"
 
 
-def refuse_uneven(division: Division, batch_size: int, world: World) -> None:
+def check_finetune_batch(division: Split, batch_size: int, world: World) -> None:
     """UsageError if a batch, which takes all images where there are fewer, cannot be split over the processes."""
-    for images in (len(division.fit), len(division.fit) + len(division.chosen_on)):
-        world.rows(min(batch_size, images), "finetune.batch_size")
+    for images in (len(division.train), len(division.train) + len(division.val)):
+        world.get_local_rows(min(batch_size, images), "finetune.batch_size")
 
 
-def see(
-    name: str, reference: Reference, config: Any, device: torch.device, run: RunFolder, console: Console, world: World
-) -> Seer:
-    look = Look(reference.encoder, config, device, run, console, world)
-    return Seer(name, look, encoder_hash(look.encoder, look.size, look.crop_ratio))
+def make_loaded_encoder(
+    name: str,
+    reference: ResolvedEncoder,
+    config: Any,
+    device: torch.device,
+    run: RunFolder,
+    console: Console,
+    world: World,
+) -> LoadedEncoder:
+    extractor = FeatureExtractor(reference.encoder, config, device, run, console, world)
+    return LoadedEncoder(name, extractor, compute_encoder_hash(extractor.encoder, extractor.size, extractor.crop_ratio))
 
 
-def refuse_twins(seers: list[Seer]) -> None:
-    first: dict[str, str] = {}
-    for seer in seers:
-        if seer.hash in first:
-            raise UsageError(f"{first[seer.hash]} and {seer.name} are the same encoder.", "Leave one of them out.")
-        first[seer.hash] = seer.name
+def check_unique_encoders(encoders: list[LoadedEncoder]) -> None:
+    first_names: dict[str, str] = {}
+    for encoder in encoders:
+        if encoder.hash in first_names:
+            raise UsageError(
+                f"{first_names[encoder.hash]} and {encoder.name} are the same encoder.", "Leave one of them out."
+            )
+        first_names[encoder.hash] = encoder.name
 
 
-def cell(
-    seer: Seer, data: DataSet, protocol: str, labels: str, config: TransferConfig, run: RunFolder, console: Console
+def evaluate_cell(
+    encoder: LoadedEncoder,
+    data: TransferDataset,
+    protocol: str,
+    labels: str,
+    config: TransferConfig,
+    run: RunFolder,
+    console: Console,
 ) -> dict[str, Any]:
     """One figure of the table, from its file if it was finished before; the same on every process."""
-    world = seer.look.world
-    division = divide(data, labels, config.data.holdout, config.seed)
-    metric = metric_of(data, config)
+    world = encoder.extractor.world
+    division = split_trainval(data, labels, config.data.holdout, config.seed)
+    metric = resolve_metric(data, config)
     settings = getattr(config, protocol).model_dump()
     if protocol == "finetune":  # alone in training a network
-        settings["precision"] = pick_precision(config.runtime.precision, seer.look.device)
-    key = digest(
-        seer.hash, data.known.source.fingerprint(), data.test.source.fingerprint(), data.known.source.spec,
-        division.fit.tolist(), division.chosen_on.tolist(), protocol, settings, metric, config.seed, __version__,
+        settings["precision"] = pick_precision(config.runtime.precision, encoder.extractor.device)
+    key = compute_digest(
+        encoder.hash, data.trainval.source.compute_fingerprint(), data.test.source.compute_fingerprint(),
+        data.trainval.source.spec,
+        division.train.tolist(), division.val.tolist(), protocol, settings, metric, config.seed, __version__,
     )  # fmt: skip
     path = run.path / "cells" / f"{key}.json"
-    title = f"{seer.name} on {data.name}, {protocol}, {labels} labels"
-    finished = world.lead(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
+    title = f"{encoder.name} on {data.name}, {protocol}, {labels} labels"
+    finished = world.broadcast_from_main(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
     if finished:
-        return finished | {"encoder": seer.name, "data": data.name, "labels": labels}
-    console.note(title)
+        return finished | {"encoder": encoder.name, "data": data.name, "labels": labels}
+    console.info(title)
     if protocol == "finetune":
-        tuner = Tuner(seer.look, config, run.path / "finetune" / key, run.path, console)
-        outcome, images = tuner(data, division, metric), counts_of(division, data)
+        grid_search = GridSearch(encoder.extractor, config, run.path / "finetune" / key, run.path, console)
+        outcome, images = grid_search(data, division, metric), count_images(division, data)
     else:
-        outcome, images = judged(seer, data, division, protocol, settings, metric, run)
+        outcome, images = evaluate_frozen(encoder, data, division, protocol, settings, metric, run)
     for text in outcome.warnings:
         console.warn(f"{title}: {text}")
     content = {
-        "encoder": seer.name, "data": data.name, "protocol": protocol, "labels": labels, "metric": metric,
-        "value": outcome.value, "chosen": outcome.chosen, "validation": division.validation,
-        "images": images, "warnings": outcome.warnings, "tried": outcome.tried,
+        "encoder": encoder.name, "data": data.name, "protocol": protocol, "labels": labels, "metric": metric,
+        "value": outcome.value, "chosen": outcome.best_params, "validation": division.val_source,
+        "images": images, "warnings": outcome.warnings, "tried": outcome.candidates,
     }  # fmt: skip
     run.write_json(path, content)
-    console.note(f"{title}: {metric} {outcome.value:.3f}")
+    console.info(f"{title}: {metric} {outcome.value:.3f}")
     return content
 
 
-def judged(
-    seer: Seer, data: DataSet, division: Division, protocol: str, settings: dict[str, Any], metric: str, run: RunFolder
-) -> tuple[Outcome, dict[str, int]]:
+def evaluate_frozen(
+    encoder: LoadedEncoder,
+    data: TransferDataset,
+    division: Split,
+    protocol: str,
+    settings: dict[str, Any],
+    metric: str,
+    run: RunFolder,
+) -> tuple[ProtocolResult, dict[str, int]]:
     """By frozen features, without the images that could not be read, and how many were; the main process judges."""
-    known = features(seer, data.known, "known", run)
-    test = features(seer, data.test, "test", run)
+    trainval = load_or_extract_features(encoder, data.trainval, "known", run)
+    test = load_or_extract_features(encoder, data.test, "test", run)
 
-    def judge() -> dict[str, Any]:
-        assert known is not None
+    def run_protocol() -> dict[str, Any]:
+        assert trainval is not None
         assert test is not None
-        examples, rows = known
-        fit, chosen_on = (np.flatnonzero(np.isin(rows, part)) for part in (division.fit, division.chosen_on))
-        both = np.sort(np.concatenate([fit, chosen_on]))
-        outcome = JUDGES[protocol](
-            examples.at(fit),
-            examples.at(chosen_on),
-            examples.at(both),
+        examples, rows = trainval
+        train, val = (np.flatnonzero(np.isin(rows, part)) for part in (division.train, division.val))
+        trainval_rows = np.sort(np.concatenate([train, val]))
+        outcome = FROZEN_PROTOCOLS[protocol](
+            examples.select_rows(train),
+            examples.select_rows(val),
+            examples.select_rows(trainval_rows),
             test[0],
             metric=metric,
-            classes=len(data.known.classes),
+            classes=len(data.trainval.classes),
             **settings,
         )
         return {
             "outcome": asdict(outcome),
-            "images": {"fit": len(fit), "validation": len(chosen_on), "test": len(test[1])},
+            "images": {"fit": len(train), "validation": len(val), "test": len(test[1])},
         }
 
-    told = seer.look.world.lead(judge)
-    return Outcome(**told["outcome"]), told["images"]
+    result = encoder.extractor.world.broadcast_from_main(run_protocol)
+    return ProtocolResult(**result["outcome"]), result["images"]
 
 
-def counts_of(division: Division, data: DataSet) -> dict[str, int]:
-    return {"fit": len(division.fit), "validation": len(division.chosen_on), "test": len(data.test.labels)}
+def count_images(division: Split, data: TransferDataset) -> dict[str, int]:
+    return {"fit": len(division.train), "validation": len(division.val), "test": len(data.test.labels)}
 
 
-def features(seer: Seer, images: Labelled, part: str, run: RunFolder) -> tuple[Examples, np.ndarray] | None:
+def load_or_extract_features(
+    encoder: LoadedEncoder, images: LabelledDataset, part: str, run: RunFolder
+) -> tuple[LabelledFeatures, np.ndarray] | None:
     """Of all images that can be read, and their rows in ``images``: for the main process; None for the others."""
-    name = digest(seer.hash, part, images.source.spec, images.source.fingerprint())
+    name = compute_digest(encoder.hash, part, images.source.spec, images.source.compute_fingerprint())
 
-    def make() -> tuple[torch.Tensor, np.ndarray]:
-        seen = seer.look(images)
-        return seen.features, seen.rows
+    def extract_all() -> tuple[torch.Tensor, np.ndarray]:
+        extracted = encoder.extractor(images)
+        return extracted.features, extracted.rows
 
-    found = kept(run.path / "features" / f"{name}.safetensors", seer.look.device, make, seer.look.world)
-    if found is None:
+    loaded = load_or_extract(
+        run.path / "features" / f"{name}.safetensors", encoder.extractor.device, extract_all, encoder.extractor.world
+    )
+    if loaded is None:
         return None
-    features, rows = found
-    return Examples(features, torch.from_numpy(images.labels[rows]).to(features.device)), rows
+    features, rows = loaded
+    return LabelledFeatures(features, torch.from_numpy(images.labels[rows]).to(features.device)), rows
 
 
-def draws(config: TransferConfig) -> list[str]:
+def format_sampling_notes(config: TransferConfig) -> list[str]:
     """Of data without splits, what says that a figure is of our draw and of no published list."""
     return [
         f"{name}: {train} images of each class to learn from and {test[0] if test else 'all others'} to test on, "
@@ -259,12 +310,14 @@ def draws(config: TransferConfig) -> list[str]:
     ]
 
 
-def tell(cells: list[dict[str, Any]], job: Job, run: RunFolder, console: Console, notes: list[str]) -> None:
+def report_transfer(
+    cells: list[dict[str, Any]], job: TransferJob, run: RunFolder, console: Console, notes: list[str]
+) -> None:
     """The table on stderr and as table.md with ``notes`` and more, and the chart."""
-    header, rows = chart.table(cells, job.encoders, job.baselines)
-    console.note("")
-    console.table(header, rows)
-    names = chart.short_names(job.encoders)
+    header, rows = chart.build_transfer_table(cells, job.encoders, job.baselines)
+    console.info("")
+    console.print_table(header, rows)
+    names = chart.shorten_encoder_names(job.encoders)
     notes = notes + [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
     notes += list(dict.fromkeys(f"{c['data']}, {c['labels']} labels: chosen on {c['validation']}" for c in cells))
     notes += [
@@ -272,18 +325,18 @@ def tell(cells: list[dict[str, Any]], job: Job, run: RunFolder, console: Console
         for c in cells
         for text in c["warnings"]
     ]
-    run.write_text(run.path / "table.md", chart.markdown(header, rows, notes))
-    chart.draw(run.path / "chart.png", cells, job.encoders, job.baselines)
+    run.write_text(run.path / "table.md", chart.format_markdown(header, rows, notes))
+    chart.plot_transfer_chart(run.path / "chart.png", cells, job.encoders, job.baselines)
 
 
-def facts(data: DataSet, config: TransferConfig) -> dict[str, Any]:
-    val = len(data.known.labels) - data.trained
+def make_data_record(data: TransferDataset, config: TransferConfig) -> dict[str, Any]:
+    val = len(data.trainval.labels) - data.num_train
     return {
-        "source": config.data.sets[data.name], "classes": len(data.known.classes),
-        "train": data.trained, "val": val or None, "test": len(data.test.labels),
+        "source": config.data.sets[data.name], "classes": len(data.trainval.classes),
+        "train": data.num_train, "val": val or None, "test": len(data.test.labels),
         "draw": config.data.draw.get(data.name),
     }  # fmt: skip
 
 
-def digest(*parts: Any) -> str:
+def compute_digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -13,30 +13,30 @@ import numpy as np
 import torch
 from torch import nn
 
-from relicctl.commands.common import readable, worker_count
-from relicctl.commands.processes import newest_checkpoint, owned
+from relicctl.commands.common import resolve_num_workers, select_progress_metrics
+from relicctl.commands.processes import load_newest_checkpoint, open_on_main
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.hardware import pick_precision
-from relicctl.core.loop import Plan, Progress, restore, train
-from relicctl.data.augment import Photometric
-from relicctl.data.feed import Feed, ViewPlan, ViewSize, choose_cache
+from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
+from relicctl.data.augment import AugmentConfig
+from relicctl.data.feed import CropSpec, ViewLoader, ViewSpec, resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import Diverged
-from relicctl.evaluation.features import EvalImages, extract
-from relicctl.evaluation.finetune import FinetuneTask, Tuning
-from relicctl.evaluation.labelled import Labelled
-from relicctl.evaluation.look import Look
-from relicctl.evaluation.metrics import measure
-from relicctl.evaluation.parts import DataSet, Division
-from relicctl.evaluation.protocols import Outcome, best
+from relicctl.evaluation.features import EvalImages, extract_features
+from relicctl.evaluation.finetune import FinetuneParams, FinetuneTask
+from relicctl.evaluation.labelled import LabelledDataset
+from relicctl.evaluation.look import FeatureExtractor
+from relicctl.evaluation.metrics import compute_metric
+from relicctl.evaluation.parts import Split, TransferDataset
+from relicctl.evaluation.protocols import ProtocolResult, find_best_candidate
 from relicctl.runs import RunFolder
 
 
 @dataclass(frozen=True)
-class Hyper:
+class HyperParams:
     """What is chosen; of no ``epochs`` the training has finetune.steps."""
 
     rate: float
@@ -44,132 +44,147 @@ class Hyper:
     epochs: int | None
 
     @property
-    def figures(self) -> dict[str, float]:
+    def params(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.figures.items())
+        return ", ".join(f"{name} {value:g}" for name, value in self.params.items())
 
 
 @dataclass(frozen=True)
-class Tuner:
+class GridSearch:
     """Fine-tunes one encoder, all processes together. Trainings leave checkpoints in ``folder`` to go on from.
 
     ``run``: the folder of the whole comparison, which is what goes on.
     """
 
-    look: Look
+    extractor: FeatureExtractor
     config: TransferConfig
     folder: Path
     run: Path
     console: Console
 
-    def __call__(self, data: DataSet, division: Division, metric: str) -> Outcome:
-        told = self.config.finetune
-        grid = [Hyper(*chosen) for chosen in itertools.product(told.rates, told.decays, told.epochs or (None,))]
+    def __call__(self, data: TransferDataset, division: Split, metric: str) -> ProtocolResult:
+        finetune = self.config.finetune
+        grid = [
+            HyperParams(*chosen)
+            for chosen in itertools.product(finetune.rates, finetune.decays, finetune.epochs or (None,))
+        ]
         tried, warnings = [], []
         for number, hyper in enumerate(grid, 1):
-            self.console.note(f"fine-tuning {number} of {len(grid)}: {hyper}")
-            name = "-".join(f"{figure:g}" for figure in hyper.figures.values())
-            value = self._value(name, data, division.fit, hyper, metric, division.chosen_on)
+            self.console.info(f"fine-tuning {number} of {len(grid)}: {hyper}")
+            name = "-".join(f"{figure:g}" for figure in hyper.params.values())
+            value = self._evaluate_candidate(name, data, division.train, hyper, metric, division.val)
             if value is None:
                 warnings.append(f"{hyper} diverged and is out of the choice")
             else:
-                tried.append(hyper.figures | {"value": value})
+                tried.append(hyper.params | {"value": value})
         if not tried:
             raise Diverged("Every fine-tuning diverged.", "Go on by --resume with --set finetune.rates=[...] lower.")
-        won = best(tried)
-        chosen = next(hyper for hyper in grid if hyper.figures | {"value": won["value"]} == won)
-        self.console.note(f"fine-tuning the best, {chosen}, on all but the test")
-        both = np.concatenate([division.fit, division.chosen_on])
-        value = self._value("final", data, both, chosen, metric, None)
+        best_trial = find_best_candidate(tried)
+        chosen = next(hyper for hyper in grid if hyper.params | {"value": best_trial["value"]} == best_trial)
+        self.console.info(f"fine-tuning the best, {chosen}, on all but the test")
+        trainval_rows = np.concatenate([division.train, division.val])
+        value = self._evaluate_candidate("final", data, trainval_rows, chosen, metric, None)
         assert value is not None, "without a choice a divergence ends it"
-        if len(told.rates) > 2 and chosen.rate in (min(told.rates), max(told.rates)):
+        if len(finetune.rates) > 2 and chosen.rate in (min(finetune.rates), max(finetune.rates)):
             warnings.append(f"the best rate, {chosen.rate:g}, is at the end of those tried: add to finetune.rates")
-        return Outcome(value, chosen.figures, tried, warnings)
+        return ProtocolResult(value, chosen.params, tried, warnings)
 
-    def _value(
-        self, name: str, data: DataSet, rows: np.ndarray, hyper: Hyper, metric: str, asked: np.ndarray | None
+    def _evaluate_candidate(
+        self,
+        name: str,
+        data: TransferDataset,
+        rows: np.ndarray,
+        hyper: HyperParams,
+        metric: str,
+        val_rows: np.ndarray | None,
     ) -> float | None:
-        """The metric on ``asked`` rows of the known images, or on the test images, after a training on ``rows``.
+        """The metric on ``val_rows`` rows of the known images, or on the test images, after a training on ``rows``.
 
-        None where a training that is to be judged on ``asked`` rows diverged.
+        None where a training that is to be judged on ``val_rows`` rows diverged.
         """
-        done, world = self.folder / name / "value.json", self.look.world
-        finished = world.lead(lambda: [json.loads(done.read_text("utf-8"))] if done.is_file() else [])
+        value_file, world = self.folder / name / "value.json", self.extractor.world
+        finished = world.broadcast_from_main(
+            lambda: [json.loads(value_file.read_text("utf-8"))] if value_file.is_file() else []
+        )
         if finished:
             return finished[0]
         try:
-            network = self._train(self.folder / name, data.known, np.sort(rows), hyper, metric)
+            network = self._train(self.folder / name, data.trainval, np.sort(rows), hyper, metric)
         except Diverged:
-            if asked is None:
+            if val_rows is None:
                 raise
-            return world.lead(lambda: self._keep(done, None))
-        known = data.known
+            return world.broadcast_from_main(lambda: self._save_value(value_file, None))
+        known = data.trainval
         source, labels = (
-            (data.test.source, data.test.labels) if asked is None else (known.source.select(asked), known.labels[asked])
+            (data.test.source, data.test.labels)
+            if val_rows is None
+            else (known.source.select(val_rows), known.labels[val_rows])
         )
         value = self._score(network, source, labels, metric)
-        return world.lead(lambda: self._keep(done, value))
+        return world.broadcast_from_main(lambda: self._save_value(value_file, value))
 
     @staticmethod
-    def _keep(done: Path, value: float | None) -> float | None:
-        checkpoint.atomically(done, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
+    def _save_value(done: Path, value: float | None) -> float | None:
+        checkpoint.write_atomically(done, lambda temporary: temporary.write_text(json.dumps(value), "utf-8"))
         shutil.rmtree(done.parent / "checkpoints", ignore_errors=True)  # a large grid would fill the disk
         return value
 
-    def _score(self, network: nn.Module, source: Source, labels: np.ndarray, metric: str) -> float:
-        crops = EvalImages(source, self.look.size, self.look.crop_ratio)
-        scores = extract(network, crops, self.look.device, self.look.world)
+    def _score(self, network: nn.Module, source: ImageDataset, labels: np.ndarray, metric: str) -> float:
+        crops = EvalImages(source, self.extractor.size, self.extractor.crop_ratio)
+        scores = extract_features(network, crops, self.extractor.device, self.extractor.world)
         rows = np.array([row for row in range(len(crops)) if row not in crops.bad])
-        return measure(metric, scores.cpu()[rows], torch.from_numpy(labels[rows]))
+        return compute_metric(metric, scores.cpu()[rows], torch.from_numpy(labels[rows]))
 
-    def _train(self, path: Path, known: Labelled, rows: np.ndarray, hyper: Hyper, metric: str) -> nn.Module:
-        told, runtime = self.config.finetune, self.config.runtime
-        device, world = self.look.device, self.look.world
+    def _train(
+        self, path: Path, known: LabelledDataset, rows: np.ndarray, hyper: HyperParams, metric: str
+    ) -> nn.Module:
+        finetune, runtime = self.config.finetune, self.config.runtime
+        device, world = self.extractor.device, self.extractor.world
         source = known.source.select(rows)
-        sampler = Sampler(self.config.seed, len(rows), min(told.batch_size, len(rows)))
-        steps = told.steps if hyper.epochs is None else hyper.epochs * sampler.steps_per_epoch
-        tuning = Tuning(
-            hyper.rate, hyper.decay, told.momentum, steps, sampler.steps_per_epoch, metric == "map11",
+        sampler = Sampler(self.config.seed, len(rows), min(finetune.batch_size, len(rows)))
+        steps = finetune.steps if hyper.epochs is None else hyper.epochs * sampler.steps_per_epoch
+        tuning = FinetuneParams(
+            hyper.rate, hyper.decay, finetune.momentum, steps, sampler.steps_per_epoch, metric == "map11",
             self.config.seed, pick_precision(runtime.precision, device),
         )  # fmt: skip
-        task = FinetuneTask(self.look.encoder, len(known.classes), tuning, device, world)
-        cache = world.lead(lambda: choose_cache(self.config.data.cache, source, device))
-        flip = Photometric(flip=told.flip, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
-        feed = Feed(
-            source, sampler, ViewPlan((ViewSize(1, self.look.size, told.area),), told.aspect, flip),
+        task = FinetuneTask(self.extractor.encoder, len(known.classes), tuning, device, world)
+        cache = world.broadcast_from_main(lambda: resolve_cache(self.config.data.cache, source, device))
+        flip = AugmentConfig(flip=finetune.flip, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        feed = ViewLoader(
+            source, sampler, ViewSpec((CropSpec(1, self.extractor.size, finetune.area),), finetune.aspect, flip),
             seed=self.config.seed, device=device, world=world, cache=cache,
-            workers=worker_count(runtime, device, cache),
-            bad=self.look.bad_images(Labelled(source, known.labels[rows], known.classes)),
+            workers=resolve_num_workers(runtime, device, cache),
+            bad=self.extractor.collect_bad_images(LabelledDataset(source, known.labels[rows], known.classes)),
         )  # fmt: skip
         saving = self.config.checkpoint
-        plan = Plan(
+        plan = LoopConfig(
             total=steps, steps_per_epoch=sampler.steps_per_epoch, batch_size=sampler.batch_size,
             log_every=runtime.log_every, checkpoint_every=saving.every_steps, checkpoint_minutes=saving.every_minutes,
             resume_command=f"relicctl transfer --resume {self.run}", rate_key="finetune.rates",
         )  # fmt: skip
 
-        def opened() -> RunFolder:
+        def open_candidate_run() -> RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             run = RunFolder(path, keep=saving.keep, writer=True)
-            run.resume = f"--resume {self.run}"
+            run.resume_option = f"--resume {self.run}"
             return run
 
-        with closing(owned(world, opened, path, saving.keep)) as run:
-            found = newest_checkpoint(run, world, self.console.warn)
-            progress = Progress() if found is None else restore(task, found[1], found[2], str(found[0]))
+        with closing(open_on_main(world, open_candidate_run, path, saving.keep)) as run:
+            loaded = load_newest_checkpoint(run, world, self.console.warn)
+            progress = TrainState() if loaded is None else restore_state(task, loaded[1], loaded[2], str(loaded[0]))
             if world.is_main:
-                run.rewind_metrics(progress.step or -1)
+                run.truncate_metrics(progress.step or -1)
             with self.console.progress(plan.total, progress.step) as bar:
                 train(
                     task,
                     feed,
                     plan,
                     run,
-                    progress=progress,
+                    state=progress,
                     device=device,
                     world=world,
-                    show=lambda step, figures: bar.update(step, readable(figures)),
+                    on_log=lambda step, figures: bar.update(step, select_progress_metrics(figures)),
                 )
-        return task.state.eval()
+        return task.model.eval()

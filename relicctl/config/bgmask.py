@@ -11,26 +11,26 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from relicctl.config.schema import (
     Aspect,
-    Checkpoint,
-    Count,
+    CheckpointConfig,
     Fraction,
-    Machine,
     Pair,
-    Positive,
+    PositiveFloat,
+    PositiveInt,
+    RuntimeConfig,
     Section,
+    check_ranges,
     key,
-    refuse_bad_ranges,
 )
 from relicctl.errors import UsageError
 
 # One DATA may stand alone, as in the other commands' configs.
-Specs = Annotated[
+DataSpecs = Annotated[
     tuple[str, ...], Strict(False), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 ]
-Scales = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
+ScaleFactors = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
 
 
-class MaskNet(Section):
+class MaskNetworkConfig(Section):
     arch: Literal["u2netp", "u2net", "resnet"] = key(
         "u2netp", "U2-Net, its small form, or a self-supervised encoder with a light decoder"
     )
@@ -39,7 +39,7 @@ class MaskNet(Section):
     encoder: str | None = key(None, "run or weights that arch resnet starts from; null = random (also --init-from)")
 
 
-class Labels(Section):
+class PseudoLabelConfig(Section):
     """Soft labels, made of the priors' maps first and later of a network's."""
 
     size: int = key(128, "side in pixels of squashed images, priors and labels", ge=32, multiple_of=8)
@@ -47,40 +47,40 @@ class Labels(Section):
     agreement: Fraction = key(0.5, "how far a pixel's weight falls where its label is undecided")
 
 
-class Refine(Section):
+class RefineConfig(Section):
     """The edge-aware step, a guided filter and a graph cut, and the labels' moving average."""
 
-    radius: Count = key(8, "radius of the filter's window in pixels of labels.size")
-    eps: Positive = key(1e-3, "regulariser of the filter: higher smooths across weaker edges")
+    radius: PositiveInt = key(8, "radius of the filter's window in pixels of labels.size")
+    eps: PositiveFloat = key(1e-3, "regulariser of the filter: higher smooths across weaker edges")
     cut: Fraction = key(1.0, "weight in a label of the graph cut; the rest is the filtered map")
     background: Fraction = key(0.2, "where a map is below this, the cut takes the background for certain")
     foreground: Fraction = key(0.9, "where a map is above this, the cut takes the object for certain")
     keep: Fraction = key(0.7, "weight of the old label in the moving average after a round")
 
 
-class Rounds(Section):
+class SelfTrainingConfig(Section):
     count: int = key(0, "rounds of training on labels that a network refined, before the final one", ge=0)
-    epochs: Count = key(10, "passes over the images in each round")
+    epochs: PositiveInt = key(10, "passes over the images in each round")
 
 
-class MaskOptim(Section):
+class MaskOptimConfig(Section):
     """AdamW, linear warm-up, cosine to 0; the rate is not scaled by the batch."""
 
     batch_size: int = key(16, "images per step", ge=2)
-    base_lr: Positive = key(1e-3, "peak learning rate")
+    base_lr: PositiveFloat = key(1e-3, "peak learning rate")
     weight_decay: float = key(1e-4, "decay of weights; biases and norms are excluded", ge=0)
     warmup_epochs: float = key(1.0, "epochs of linear warm-up", ge=0)
-    epochs: Count = key(20, "passes over the images for the final network")
+    epochs: PositiveInt = key(20, "passes over the images for the final network")
 
 
-class MaskLoss(Section):
+class MaskLossConfig(Section):
     bce: float = key(1.0, "weight of the binary cross-entropy", ge=0)
     iou: float = key(1.0, "weight of the soft intersection over union", ge=0)
     f: float = key(0.0, "weight of the image-level F loss", ge=0)
-    beta2: Positive = key(1.0, "beta squared of the F loss")
+    beta2: PositiveFloat = key(1.0, "beta squared of the F loss")
 
 
-class Augment(Section):
+class MaskAugmentConfig(Section):
     area: Pair = key((0.4, 1.0), "range of a random crop's share of the image's area")
     aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
     flip: Fraction = key(0.5, "probability of a horizontal flip")
@@ -93,50 +93,50 @@ class Augment(Section):
     blur: Fraction = key(0.1, "probability of Gaussian blur")
 
 
-class Predict(Section):
+class PredictConfig(Section):
     """How masks are made of a trained network."""
 
     flip: bool = key(True, "average with the mirrored image")
-    scales: Scales = key((1.0,), "factors on model.size whose predictions are averaged")
+    scales: ScaleFactors = key((1.0,), "factors on model.size whose predictions are averaged")
     refine: Literal["none", "guided", "cut"] = key(
         "cut", "how a map is drawn to the image's edges: not, by the guided filter, by filter and cut"
     )
     threshold: Fraction = key(0.5, "probability above which a pixel is foreground")
-    batch_size: Count = key(32, "images at a time")
+    batch_size: PositiveInt = key(32, "images at a time")
 
 
-class MaskData(Section):
-    train: Specs = key(
+class MaskDataConfig(Section):
+    train: DataSpecs = key(
         (), "unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes; several are joined (also --data)"
     )
     eval: str | None = key(
         None, "images with true masks to measure on, never to train: images/ and masks/, or shapes (also --eval-data)"
     )
     masks_for: str | None = key(None, "images that get masks; null = those of the first train (also --masks-for)")
-    images: Count = key(2500, "most images that are trained on, the first of a seeded shuffle")
-    eval_images: Count = key(1000, "most images that are measured on, the first of a seeded shuffle")
+    images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
+    eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
     max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
 
 
 class BgmaskConfig(Section):
     """A whole training of masks. Raises UsageError where keys contradict each other."""
 
-    model: MaskNet = key(MaskNet(), "the network")
-    labels: Labels = key(Labels(), "labels made of hand-made priors")
-    refine: Refine = key(Refine(), "refinement of labels and masks")
-    rounds: Rounds = key(Rounds(), "self-training")
-    optim: MaskOptim = key(MaskOptim(), "optimiser and schedule")
-    loss: MaskLoss = key(MaskLoss(), "what is minimised")
-    augment: Augment = key(Augment(), "crops and colours in training")
-    predict: Predict = key(Predict(), "masks of a trained network")
-    data: MaskData = key(MaskData(), "the images")
-    checkpoint: Checkpoint = key(Checkpoint(), "saving")
-    runtime: Machine = key(Machine(), "how it is computed; the method is the same")
+    model: MaskNetworkConfig = key(MaskNetworkConfig(), "the network")
+    labels: PseudoLabelConfig = key(PseudoLabelConfig(), "labels made of hand-made priors")
+    refine: RefineConfig = key(RefineConfig(), "refinement of labels and masks")
+    rounds: SelfTrainingConfig = key(SelfTrainingConfig(), "self-training")
+    optim: MaskOptimConfig = key(MaskOptimConfig(), "optimiser and schedule")
+    loss: MaskLossConfig = key(MaskLossConfig(), "what is minimised")
+    augment: MaskAugmentConfig = key(MaskAugmentConfig(), "crops and colours in training")
+    predict: PredictConfig = key(PredictConfig(), "masks of a trained network")
+    data: MaskDataConfig = key(MaskDataConfig(), "the images")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> BgmaskConfig:
-        refuse_bad_ranges({"augment.area": self.augment.area, "augment.aspect": self.augment.aspect})
+    def _check_keys_agree(self) -> BgmaskConfig:
+        check_ranges({"augment.area": self.augment.area, "augment.aspect": self.augment.aspect})
         if self.model.encoder is not None and self.model.arch != "resnet":
             raise UsageError(
                 f"model.arch is {self.model.arch}, which has no encoder to start from weights.",

@@ -8,47 +8,47 @@ from pydantic import Field, Strict, model_validator
 
 from relicctl.config.schema import (
     Aspect,
-    Checkpoint,
-    Count,
-    Data,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
     Fraction,
-    Machine,
-    Network,
     Pair,
-    Positive,
+    PositiveFloat,
+    PositiveInt,
+    RuntimeConfig,
     Section,
+    check_ranges,
     key,
-    refuse_bad_ranges,
 )
 
-Rates = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)]
+LearningRates = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
 
-TWENTY = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
+LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
 
 
-class Crop(Section):
+class RandomCropConfig(Section):
     area: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area")
     aspect: Aspect = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
     flip: Fraction = key(0.5, "probability of a horizontal flip")
 
 
-class Sweep(Section):
-    rates: Rates = key(
-        TWENTY, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
+class SweepConfig(Section):
+    rates: LearningRates = key(
+        LEARNING_RATES, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
     )
     holdout: float = key(0.1, "share of the training images on which the rate is chosen", gt=0, lt=1)
 
 
-class LinearOptim(Section):
+class LinearOptimConfig(Section):
     """SGD with Nesterov's momentum, cosine to 0, no warm-up, no weight decay."""
 
-    batch_size: Count = key(256, "images per step; protocol fast takes all where there are fewer (our choice)")
+    batch_size: PositiveInt = key(256, "images per step; protocol fast takes all where there are fewer (our choice)")
     momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
-    epochs: Count = key(50, "passes over the data; they set the schedule (our choice)")
-    max_steps: Count | None = key(None, "stop after so many steps, the schedule unchanged; null = at the end")
+    epochs: PositiveInt = key(50, "passes over the data; they set the schedule (our choice)")
+    max_steps: PositiveInt | None = key(None, "stop after so many steps, the schedule unchanged; null = at the end")
 
 
-class LinearEval(Section):
+class LinearTestConfig(Section):
     holdout: float = key(
         0.0, "share of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
     )
@@ -58,28 +58,28 @@ class LinearEval(Section):
     )
 
 
-class Analysis(Section):
+class AnalysisConfig(Section):
     images: int = key(2000, "most test images in --analysis, the first of a seeded shuffle", ge=10)
 
 
-class LinearConfig(Section):
+class LinearEvalConfig(Section):
     """A whole linear evaluation. Raises UsageError where keys contradict each other."""
 
     protocol: Literal["fast", "imagenet"] = key(
         "fast", "fast: standardised features, extracted once; imagenet: features of random crops and flips"
     )
-    model: Network = key(Network(), "the network of `random`; other encoders bring their own")
-    crop: Crop = key(Crop(), "training images of protocol imagenet")
-    sweep: Sweep = key(Sweep(), "the learning rate")
-    optim: LinearOptim = key(LinearOptim(), "optimiser and schedule")
-    data: Data = key(Data(), "the images; those of the encoder's run where not given")
-    eval: LinearEval = key(LinearEval(), "testing")
-    analysis: Analysis = key(Analysis(), "cluster analysis")
-    checkpoint: Checkpoint = key(Checkpoint(), "saving")
-    runtime: Machine = key(Machine(), "how it is computed; the method is the same")
+    model: EncoderConfig = key(EncoderConfig(), "the network of `random`; other encoders bring their own")
+    crop: RandomCropConfig = key(RandomCropConfig(), "training images of protocol imagenet")
+    sweep: SweepConfig = key(SweepConfig(), "the learning rate")
+    optim: LinearOptimConfig = key(LinearOptimConfig(), "optimiser and schedule")
+    data: DataConfig = key(DataConfig(), "the images; those of the encoder's run where not given")
+    eval: LinearTestConfig = key(LinearTestConfig(), "testing")
+    analysis: AnalysisConfig = key(AnalysisConfig(), "cluster analysis")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> LinearConfig:
-        refuse_bad_ranges({"crop.area": self.crop.area, "crop.aspect": self.crop.aspect})
+    def _check_keys_agree(self) -> LinearEvalConfig:
+        check_ranges({"crop.area": self.crop.area, "crop.aspect": self.crop.aspect})
         return self

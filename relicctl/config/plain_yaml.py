@@ -11,10 +11,10 @@ import yaml
 from relicctl.errors import UsageError
 
 MAX_DEPTH = 50
-MOST_BYTES = 256 * 1024  # fifty times the longest config there can be; whatever it is read from
+MAX_BYTES = 256 * 1024  # fifty times the longest config there can be; whatever it is read from
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -39,15 +39,15 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 wants a point in a number with an exponent, and reads 1e-3 as text.
-_Loader.add_implicit_resolver(
+_StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-def load(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value that ``text`` stands for. Raises yaml.YAMLError."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _StrictLoader)
     except (RecursionError, ValueError) as reason:  # nested beyond reason; a date that is none
         raise yaml.YAMLError(str(reason)) from None
 
@@ -56,12 +56,12 @@ def load_mapping(path: Path) -> dict[str, Any]:
     """The keys in a file. Raises UsageError when it is not there or holds something else."""
     try:
         with open(path, "rb") as handle:
-            text = handle.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
+            text = handle.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
             raise UsageError(
-                f"The config {path} has more than {MOST_BYTES // 1024} KiB.", "Give a file of relicctl's keys."
+                f"The config {path} has more than {MAX_BYTES // 1024} KiB.", "Give a file of relicctl's keys."
             )
-        content = load(text.decode("utf-8"))
+        content = parse_yaml(text.decode("utf-8"))
     except OSError as reason:
         raise UsageError(f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file.") from None
     except UnicodeDecodeError:

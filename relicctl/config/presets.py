@@ -10,22 +10,22 @@ from relicctl.errors import UsageError
 
 
 @cache
-def _folder() -> Path:
+def _find_presets_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "presets"
     return inside if inside.is_dir() else package.parent / "presets"
 
 
-def preset_names() -> list[str]:
+def list_presets() -> list[str]:
     """All names, sorted."""
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
+    return sorted(path.stem for path in _find_presets_folder().glob("*.yaml"))
 
 
-def preset_path(name: str) -> Path:
+def find_preset(name: str) -> Path:
     """The preset's file. Raises UsageError for an unknown name."""
-    names = preset_names()
+    names = list_presets()
     if name in names:
-        return _folder() / f"{name}.yaml"
+        return _find_presets_folder() / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
         fix = f"For a file of your own write --config {name}."
     elif close := difflib.get_close_matches(name, names, 3, 0.4):
@@ -35,15 +35,15 @@ def preset_path(name: str) -> Path:
     raise UsageError(f"There is no preset {name!r}.", fix)
 
 
-def preset_text(name: str) -> str:
+def read_preset(name: str) -> str:
     """The preset's YAML. Raises UsageError for an unknown name."""
-    return preset_path(name).read_text(encoding="utf-8")
+    return find_preset(name).read_text(encoding="utf-8")
 
 
-def preset_header(name: str) -> str:
+def read_preset_header(name: str) -> str:
     """The comment that the preset begins with; its first line says what the preset is."""
     lines = []
-    for line in preset_text(name).splitlines():
+    for line in read_preset(name).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))

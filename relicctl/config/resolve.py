@@ -20,16 +20,16 @@ from yaml import YAMLError
 from relicctl.config import plain_yaml
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.dense import DetectionConfig, SegmentationConfig
-from relicctl.config.linear import LinearConfig
-from relicctl.config.presets import preset_path
-from relicctl.config.schema import Config, Section
+from relicctl.config.linear import LinearEvalConfig
+from relicctl.config.presets import find_preset
+from relicctl.config.schema import PretrainConfig, Section
 from relicctl.config.transfer import TransferConfig
 from relicctl.errors import UsageError
 
 SCHEMAS: dict[str, type[Section]] = {
-    "pretrain": Config,
+    "pretrain": PretrainConfig,
     "train-bgmask": BgmaskConfig,
-    "linear-eval": LinearConfig,
+    "linear-eval": LinearEvalConfig,
     "transfer": TransferConfig,
     "transfer --task segmentation": SegmentationConfig,
     "transfer --task detection": DetectionConfig,
@@ -51,23 +51,23 @@ OPTION_KEYS = {
 }
 
 # What an objective is by definition, taken wherever only a default or a preset says otherwise.
-_DEFINITIONS: dict[str, dict[str, Any]] = {
+_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"},
 }
 # Keys that an objective or a protocol never reads: refused in --set, where they would be ignored in silence.
-_UNREAD = {
+_UNUSED_KEYS = {
     "byol": ("loss.",),
     "simclr": ("loss.alpha", "loss.beta", "loss.negatives", "loss.invariance", "target.", "model.predictor."),
     "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
     "fast": ("crop.", "data.cache", "runtime.precision"),
 }
-_OF_MASKS = ("bgmask.probability", "bgmask.fill", "bgmask.limits")
+_MASK_KEYS = ("bgmask.probability", "bgmask.fill", "bgmask.limits")
 # What an option says beside its own key.
-_IMPLIED = {"bgmask": ("bgmask.source", "bank")}
+_IMPLIED_VALUES = {"bgmask": ("bgmask.source", "bank")}
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedConfig:
     """A config and where each value came from, by dotted key: default, preset NAME, file PATH, --set, ..."""
 
     config: Any
@@ -75,7 +75,7 @@ class Resolved:
     preset: str | None = None
 
 
-class _Layers:
+class _ConfigLayers:
     """Values and origins while they pile up; every key is checked as it comes."""
 
     def __init__(self, schema: type[Section]) -> None:
@@ -83,36 +83,36 @@ class _Layers:
         self.values = flatten(schema().model_dump(), schema=schema)
         self.origin = dict.fromkeys(self.values, "default")
 
-    def put(self, name: str, value: Any, where: str) -> None:
+    def set_value(self, name: str, value: Any, where: str) -> None:
         if name not in self.values:
-            raise _unknown(name, where, self.schema)
+            raise _make_unknown_key_error(name, where, self.schema)
         self.values[name] = value
         self.origin[name] = where
 
-    def put_all(self, content: dict[str, Any], where: str) -> None:
+    def set_values(self, content: dict[str, Any], where: str) -> None:
         for name, value in flatten(content, schema=self.schema).items():
-            self.put(name, value, where)
+            self.set_value(name, value, where)
 
-    def config(self) -> Any:
+    def build_config(self) -> Any:
         kind = "objective" if "objective" in self.values else "protocol"
         choice = self.values.get(kind)
         if isinstance(choice, str):
-            for name, value in _DEFINITIONS.get(choice, {}).items():
+            for name, value in _OBJECTIVE_DEFAULTS.get(choice, {}).items():
                 if self.values[name] != value and self.origin[name].startswith(("default", "preset")):
-                    self.put(name, value, f"{kind} {choice}")
+                    self.set_value(name, value, f"{kind} {choice}")
             for name, where in self.origin.items():
-                if where == "--set" and name.startswith(_UNREAD.get(choice, ())):
+                if where == "--set" and name.startswith(_UNUSED_KEYS.get(choice, ())):
                     raise UsageError(f"{name} means nothing to {kind} {choice}.", "Leave it out.")
-                if where == "--set" and name in _OF_MASKS and self.values["bgmask.source"] == "none":
+                if where == "--set" and name in _MASK_KEYS and self.values["bgmask.source"] == "none":
                     if name == "bgmask.probability" and self.values[name] == 0:
                         continue  # no masks are wanted of a preset that asks for some
                     raise UsageError(
                         f"{name} means nothing while bgmask.source is none.", "Give --bgmask RUN, or leave it out."
                     )
-        return _validated(self.values, self.origin, self.schema)
+        return _validate(self.values, self.origin, self.schema)
 
 
-def resolve(
+def resolve_config(
     preset: str | None = None,
     config_file: Path | None = None,
     sets: Iterable[str] = (),
@@ -120,62 +120,62 @@ def resolve(
     *,
     schema: type[Section] | None = None,
     base: dict[str, Any] | None = None,
-) -> Resolved:
+) -> ResolvedConfig:
     """Defaults < ``base`` < preset < file < --set < options.
 
     ``options`` goes by OPTION_KEYS' names, None meaning not given. A preset or a file may say
     ``extends: PRESET``. ``schema``: the keys of the command that asks; None = of the command that preset or
     file are for. ``base``: dotted keys taken from the run that is worked on. Raises UsageError for whatever is wrong.
     """
-    contents = _preset_contents(preset) if preset is not None else []
+    contents = _load_preset_layers(preset) if preset is not None else []
     if config_file is not None:
-        content = _without_record(plain_yaml.load_mapping(config_file))
+        content = _drop_run_record(plain_yaml.load_mapping(config_file))
         if (parent := content.pop("extends", None)) is not None:
             if preset is not None:
                 raise UsageError(f"{config_file} already extends preset {parent}.", "Leave out --preset.")
-            contents = _preset_contents(str(parent))
+            contents = _load_preset_layers(str(parent))
         contents.append((f"file {config_file}", content))
-    layers = _Layers(_schema_of(contents, schema))
+    layers = _ConfigLayers(_find_schema(contents, schema))
     for name, value in (base or {}).items():
-        layers.put(name, value, "run")
+        layers.set_value(name, value, "run")
     for where, content in contents:
-        layers.put_all(content, where)
+        layers.set_values(content, where)
     for assignment in sets:
-        layers.put(*_assignment(assignment, layers.schema), "--set")
+        layers.set_value(*_parse_assignment(assignment, layers.schema), "--set")
     for name, value in (options or {}).items():
         if value is not None:
             where = "--data" if name == "sets" else f"--{name}"
-            layers.put(OPTION_KEYS[name], value, where)
-            if name in _IMPLIED:
-                layers.put(*_IMPLIED[name], where)
-    return Resolved(layers.config(), layers.origin, preset)
+            layers.set_value(OPTION_KEYS[name], value, where)
+            if name in _IMPLIED_VALUES:
+                layers.set_value(*_IMPLIED_VALUES[name], where)
+    return ResolvedConfig(layers.build_config(), layers.origin, preset)
 
 
-def rebase(resolved: Resolved, run_config: Path) -> Resolved:
+def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:
     """The config of an earlier run, with what the user gave by file, --set or option on top of it."""
-    content = _without_record(plain_yaml.load_mapping(run_config))
-    layers = _Layers(_schema_of([(str(run_config), content)], type(resolved.config)))
-    layers.put_all(content, "run")
+    content = _drop_run_record(plain_yaml.load_mapping(run_config))
+    layers = _ConfigLayers(_find_schema([(str(run_config), content)], type(resolved.config)))
+    layers.set_values(content, "run")
     given = flatten(resolved.config.model_dump(), schema=layers.schema)
     for name, where in resolved.origin.items():
         if where.startswith(("file", "--")):
-            layers.put(name, given[name], where)
-    return Resolved(layers.config(), layers.origin, resolved.preset)
+            layers.set_value(name, given[name], where)
+    return ResolvedConfig(layers.build_config(), layers.origin, resolved.preset)
 
 
-def load_run_config(path: Path) -> Config:
+def load_run_config(path: Path) -> PretrainConfig:
     """The config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
-    return resolve(config_file=path, schema=Config).config
+    return resolve_config(config_file=path, schema=PretrainConfig).config
 
 
 def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
     """The config as YAML, every key written out; with ``origin``, comments say where each value came from."""
-    command = command_of(type(config))
+    command = get_command(type(config))
     lines = [] if command == "pretrain" else [(f"command: {command}", "")]
 
     def walk(content: dict[str, Any], prefix: str, indent: str) -> None:
         for name, value in content.items():
-            if isinstance(value, dict) and prefix + name not in leaves(type(config)):
+            if isinstance(value, dict) and prefix + name not in get_config_fields(type(config)):
                 lines.append((f"{indent}{name}:", ""))
                 walk(value, f"{prefix}{name}.", indent + "  ")
             else:
@@ -187,11 +187,11 @@ def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
     return "".join(f"{line:<{column}}  {comment}".rstrip() + "\n" for line, comment in lines)
 
 
-def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = Config) -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = PretrainConfig) -> dict[str, Any]:
     """Nested sections as one dict of dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in leaves(schema):
+        if isinstance(value, dict) and f"{prefix}{name}" not in get_config_fields(schema):
             flat |= flatten(value, f"{prefix}{name}.", schema)
         else:
             flat[f"{prefix}{name}"] = value
@@ -199,7 +199,7 @@ def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = C
 
 
 @cache
-def leaves(schema: type[Section] = Config) -> dict[str, FieldInfo]:
+def get_config_fields(schema: type[Section] = PretrainConfig) -> dict[str, FieldInfo]:
     """Every dotted key that holds a value, in the schema's order."""
 
     def walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
@@ -212,57 +212,57 @@ def leaves(schema: type[Section] = Config) -> dict[str, FieldInfo]:
     return dict(walk(schema, ""))
 
 
-def command_of(schema: type[Section]) -> str:
+def get_command(schema: type[Section]) -> str:
     """The command whose keys these are."""
     return next(name for name, known in SCHEMAS.items() if known is schema)
 
 
-def _preset_contents(name: str) -> list[tuple[str, dict[str, Any]]]:
+def _load_preset_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     """What a preset says, after what it extends: pairs of origin and content."""
-    content = plain_yaml.load_mapping(preset_path(name))
+    content = plain_yaml.load_mapping(find_preset(name))
     parent = content.pop("extends", None)
-    return [*(_preset_contents(str(parent)) if parent is not None else []), (f"preset {name}", content)]
+    return [*(_load_preset_layers(str(parent)) if parent is not None else []), (f"preset {name}", content)]
 
 
-def _schema_of(contents: list[tuple[str, dict[str, Any]]], schema: type[Section] | None) -> type[Section]:
+def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[Section] | None) -> type[Section]:
     """The one schema that all ``contents`` are for, whose ``command`` is taken out. UsageError if they differ.
 
     Presets and runs without one are pretrain's; a user's file may leave it to the command that reads it.
     """
-    for where, content in contents:
-        command = content.pop("command", None if where.startswith("file") else "pretrain")
+    for source, content in contents:
+        command = content.pop("command", None if source.startswith("file") else "pretrain")
         if command is None:
             continue
         if command not in SCHEMAS:
-            raise UsageError(f"command cannot be {command!r} (from {where}).", f"Write {_either(SCHEMAS)}.")
+            raise UsageError(f"command cannot be {command!r} (from {source}).", f"Write {_format_choices(SCHEMAS)}.")
         if schema not in (None, SCHEMAS[command]):
             raise UsageError(
-                f"{where} is for `relicctl {command}`, not for {command_of(schema)}.", "Give another, or none."
+                f"{source} is for `relicctl {command}`, not for {get_command(schema)}.", "Give another, or none."
             )
         schema = SCHEMAS[command]
-    return schema or Config
+    return schema or PretrainConfig
 
 
-def _without_record(content: dict[str, Any]) -> dict[str, Any]:
+def _drop_run_record(content: dict[str, Any]) -> dict[str, Any]:
     """RUN/config.yaml also records version and data under ``run``, which are facts and no settings."""
     return {name: value for name, value in content.items() if name != "run"}
 
 
-def _assignment(text: str, schema: type[Section]) -> tuple[str, Any]:
+def _parse_assignment(text: str, schema: type[Section]) -> tuple[str, Any]:
     """KEY=VALUE, split at the first "="; text keys take VALUE as it stands, others read it as YAML."""
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
         raise UsageError(f"--set {text!r} is no KEY=VALUE.", "Write it like --set optim.batch_size=256.")
-    if name in leaves(schema) and leaves(schema)[name].annotation == str | None:
+    if name in get_config_fields(schema) and get_config_fields(schema)[name].annotation == str | None:
         return name, None if value in ("null", "") else value
     try:
-        return name, plain_yaml.load(value)
+        return name, plain_yaml.parse_yaml(value)
     except YAMLError:
         return name, value  # the schema says what is allowed instead
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *sections, leaf = name.split(".")
@@ -273,24 +273,28 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _validated(values: dict[str, Any], origin: dict[str, str], schema: type[Section]) -> Section:
+def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Section]) -> Section:
     try:
-        return schema.model_validate(_nested(values))
+        return schema.model_validate(_unflatten(values))
     except ValidationError as reason:
         loc = [str(part) for part in reason.errors()[0]["loc"]]
-        name = next(key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in leaves(schema))
-        field = leaves(schema)[name]
+        name = next(
+            key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in get_config_fields(schema)
+        )
+        field = get_config_fields(schema)[name]
         raise UsageError(
             f"{name} cannot be {plain_yaml.dump_value(values[name])[:80]} (from {origin[name]}).",
-            f"Give {allowed(name, schema)}: {field.description}.",
+            f"Give {format_allowed_values(name, schema)}: {field.description}.",
         ) from None
 
 
-def _unknown(name: str, where: str, schema: type[Section]) -> UsageError:
-    known = leaves(schema)
+def _make_unknown_key_error(name: str, where: str, schema: type[Section]) -> UsageError:
+    known = get_config_fields(schema)
     inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
-        return UsageError(f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_either(inside)}.")
+        return UsageError(
+            f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_format_choices(inside)}."
+        )
     last = {key: key.rpartition(".")[2] for key in known}
     close = difflib.get_close_matches(name, known, 3, 0.7)
     close += [
@@ -298,30 +302,30 @@ def _unknown(name: str, where: str, schema: type[Section]) -> UsageError:
         for key in known
         if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8 and key not in close
     ]
-    listing = f"`relicctl {command_of(schema)} --dry-run` lists all keys."
-    fix = f"Did you mean {_either(close[:3])}?" if close else listing
+    listing = f"`relicctl {get_command(schema)} --dry-run` lists all keys."
+    fix = f"Did you mean {_format_choices(close[:3])}?" if close else listing
     return UsageError(f"There is no key {name!r} (from {where}).", fix)
 
 
-def allowed(name: str, schema: type[Section] = Config) -> str:
+def format_allowed_values(name: str, schema: type[Section] = PretrainConfig) -> str:
     """In words, the values that a key takes: "a whole number from 1 or null"."""
-    whole = schema.model_json_schema()
-    node = whole
+    json_schema = schema.model_json_schema()
+    node = json_schema
     for part in name.split("."):
         node = node["properties"][part]
         if "$ref" in node:
-            node = whole["$defs"][node["$ref"].rpartition("/")[2]]
-    return _in_words(node)
+            node = json_schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return _format_type(node)
 
 
-_TYPES = {
+_TYPE_NAMES = {
     "integer": "a whole number",
     "number": "a number",
     "boolean": "true or false",
     "string": "text",
     "null": "null",
 }
-_LIMITS = {
+_LIMIT_WORDS = {
     "minimum": "from",
     "exclusiveMinimum": "above",
     "maximum": "up to",
@@ -330,21 +334,21 @@ _LIMITS = {
 }
 
 
-def _in_words(node: dict[str, Any]) -> str:
+def _format_type(node: dict[str, Any]) -> str:
     if "anyOf" in node:
-        return _either(_in_words(choice) for choice in node["anyOf"])
+        return _format_choices(_format_type(choice) for choice in node["anyOf"])
     if "enum" in node or "const" in node:
-        return _either(node.get("enum") or [node["const"]])
+        return _format_choices(node.get("enum") or [node["const"]])
     if node["type"] == "object":
-        return f"a mapping, each {_in_words(node['additionalProperties'])}"
+        return f"a mapping, each {_format_type(node['additionalProperties'])}"
     if node["type"] == "array" and "items" in node:
-        return f"a list, each {_in_words(node['items'])}"
+        return f"a list, each {_format_type(node['items'])}"
     if node["type"] == "array":
-        return f"a pair [a, b], each {_in_words(node['prefixItems'][0])}"
-    limits = [f"{word} {node[limit]:g}" for limit, word in _LIMITS.items() if limit in node]
-    return " ".join([_TYPES[node["type"]], *limits])
+        return f"a pair [a, b], each {_format_type(node['prefixItems'][0])}"
+    limits = [f"{word} {node[limit]:g}" for limit, word in _LIMIT_WORDS.items() if limit in node]
+    return " ".join([_TYPE_NAMES[node["type"]], *limits])
 
 
-def _either(words: Iterable[str]) -> str:
-    *most, last = words
+def _format_choices(choices: Iterable[str]) -> str:
+    *most, last = choices
     return f"{', '.join(most)} or {last}" if most else last

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 from relicctl.errors import UsageError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
 # YAML has lists only, so a pair itself is not strict; its two numbers are.
 Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
-Aspect = Annotated[tuple[Positive, Positive], Strict(False)]
+Aspect = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -31,7 +31,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def refuse_bad_ranges(ranges: dict[str, tuple[float, float]]) -> None:
+def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
     """Raises UsageError for the first key whose pair is no range above 0."""
     for name, (low, high) in ranges.items():
         if not 0 < low <= high:
@@ -41,16 +41,16 @@ def refuse_bad_ranges(ranges: dict[str, tuple[float, float]]) -> None:
             )
 
 
-class Head(Section):
-    hidden: Count = key(4096, "units of the hidden layer")
-    out: Count = key(256, "dimensions of the output")
+class HeadConfig(Section):
+    hidden: PositiveInt = key(4096, "units of the hidden layer")
+    out: PositiveInt = key(256, "dimensions of the output")
 
 
-class Network(Section):
+class EncoderConfig(Section):
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"] = key(
         "resnet50", "encoder, in torchvision's layout (stride on the 3x3)"
     )
-    width: Positive = key(1.0, "factor on all channels, the stem's too, in steps of 1/8", multiple_of=0.125)
+    width: PositiveFloat = key(1.0, "factor on all channels, the stem's too, in steps of 1/8", multiple_of=0.125)
     stem: Literal["imagenet", "cifar", "stride2"] = key(
         "imagenet",
         "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, no pool; stride2: 3x3 stride 2, no pool",
@@ -60,25 +60,25 @@ class Network(Section):
     )
 
 
-class Model(Network):
+class ModelConfig(EncoderConfig):
     bn_momentum: float = key(0.1, "weight of a batch in BatchNorm's running statistics", gt=0, le=1)
-    projector: Head = key(Head(), "linear, batch norm, ReLU, linear; on both networks")
-    predictor: Head = key(Head(), "built like the projector; on the online network only")
+    projector: HeadConfig = key(HeadConfig(), "linear, batch norm, ReLU, linear; on both networks")
+    predictor: HeadConfig = key(HeadConfig(), "built like the projector; on the online network only")
 
 
-class LargeViews(Section):
-    count: Count = key(4, "large views per image (our choice)")
+class LargeViewsConfig(Section):
+    count: PositiveInt = key(4, "large views per image (our choice)")
     size: int = key(224, "side in pixels", ge=8)
     area: Pair = key((0.14, 1.0), "range of the crop's share of the image's area (our choice)")
 
 
-class SmallViews(Section):
+class SmallViewsConfig(Section):
     count: int = key(2, "small views per image (our choice)", ge=0)
     size: int = key(96, "side in pixels", ge=8)
     area: Pair = key((0.05, 0.14), "range of the crop's share of the image's area (our choice)")
 
 
-class PhotometricViews(Section):
+class PhotometricConfig(Section):
     """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
 
     flip: Fraction = key(0.5, "probability of a horizontal flip")
@@ -92,18 +92,18 @@ class PhotometricViews(Section):
     solarize: Pair = key((0.0, 0.2), "probabilities of solarizing")
 
 
-class Views(Section):
-    large: LargeViews = key(LargeViews(), "views that both networks see")
-    small: SmallViews = key(SmallViews(), "views that only the online network sees")
+class ViewsConfig(Section):
+    large: LargeViewsConfig = key(LargeViewsConfig(), "views that both networks see")
+    small: SmallViewsConfig = key(SmallViewsConfig(), "views that only the online network sees")
     aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
-    photometric: PhotometricViews = key(PhotometricViews(), "flip, colour and blur")
+    photometric: PhotometricConfig = key(PhotometricConfig(), "flip, colour and blur")
 
 
-class Loss(Section):
-    temperature: Positive = key(0.2, "divides the cosine similarities (our choice)")
+class LossConfig(Section):
+    temperature: PositiveFloat = key(0.2, "divides the cosine similarities (our choice)")
     alpha: float = key(1.0, "weight of the likelihood term (our choice)", ge=0)
     beta: float = key(5.0, "weight of the invariance term (our choice)", ge=0)
-    negatives: Count | Literal["all"] = key(
+    negatives: PositiveInt | Literal["all"] = key(
         10, "images drawn from the global batch as negatives of each pair, or all (our choice)"
     )
     invariance: Literal["transposed", "swapped"] = key(
@@ -113,11 +113,11 @@ class Loss(Section):
     )
 
 
-class Target(Section):
+class TargetConfig(Section):
     ema: Fraction = key(0.996, "decay of the target's moving average at the first step; it rises to 1")
 
 
-class BgMask(Section):
+class BackgroundRemovalConfig(Section):
     probability: Fraction = key(0.1, "probability that a large view is cut from the masked image")
     fill: Literal["mean", "gray", "noise"] = key(
         "mean", "what background pixels become: the data's mean, gray or noise (our choice)"
@@ -131,23 +131,23 @@ class BgMask(Section):
     )
 
 
-class Optim(Section):
+class OptimConfig(Section):
     name: Literal["lars", "sgd", "adamw"] = key("lars", "optimiser")
     batch_size: int = key(4096, "images per step over all processes", ge=2)
-    base_lr: Positive = key(0.3, "peak learning rate per 256 images of the batch (our choice)")
+    base_lr: PositiveFloat = key(0.3, "peak learning rate per 256 images of the batch (our choice)")
     weight_decay: float = key(1.5e-6, "decay of weights; biases and norms are excluded (our choice)", ge=0)
     momentum: float = key(0.9, "momentum of lars and sgd, first beta of adamw", ge=0, lt=1)
     warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
-    epochs: Count = key(1000, "passes over the data; they set the schedules")
-    max_steps: Count | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
-    microbatch: Count | None = key(
+    epochs: PositiveInt = key(1000, "passes over the data; they set the schedules")
+    max_steps: PositiveInt | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
+    microbatch: PositiveInt | None = key(
         None,
         "images per process that pass the networks at a time, computed twice to save memory: the loss is that of the "
         "whole batch, BatchNorm is over the microbatch, or those of all processes; null = all at once",
     )
 
 
-class Data(Section):
+class DataConfig(Section):
     train: str | None = key(None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)")
     val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
     cache: Literal["auto", "none", "memory", "device"] = key(
@@ -157,7 +157,7 @@ class Data(Section):
     max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
 
 
-class Eval(Section):
+class EvalConfig(Section):
     """kNN and a linear probe during the run, where there are labels; the networks never feel them."""
 
     every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
@@ -166,18 +166,18 @@ class Eval(Section):
     )
     size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
     crop_ratio: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
-    train_samples: Count = key(20000, "most training images that kNN compares with")
-    val_samples: Count = key(10000, "most images that are classified")
+    train_samples: PositiveInt = key(20000, "most training images that kNN compares with")
+    val_samples: PositiveInt = key(10000, "most images that are classified")
     probe: bool = key(True, "train a linear classifier on detached features along the way")
 
 
-class Checkpoint(Section):
-    every_steps: Count | None = key(None, "steps between two checkpoints; null = by time only")
-    every_minutes: Positive | None = key(15.0, "minutes between two checkpoints; null = by steps only")
-    keep: Count = key(2, "newest checkpoints kept")
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = key(None, "steps between two checkpoints; null = by time only")
+    every_minutes: PositiveFloat | None = key(15.0, "minutes between two checkpoints; null = by steps only")
+    keep: PositiveInt = key(2, "newest checkpoints kept")
 
 
-class Machine(Section):
+class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = cuda where there is one")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
         "auto", "processes that decode and crop, beside each training process; 0 = none beside it"
@@ -185,11 +185,11 @@ class Machine(Section):
     precision: Literal["auto", "fp32", "bf16"] = key(
         "auto", "of the networks' forward pass; auto = bf16 where the hardware is faster in it, else fp32"
     )
-    threads: Count | None = key(None, "torch's CPU threads; null = torch's own choice")
-    log_every: Count = key(50, "steps between two lines of metrics")
+    threads: PositiveInt | None = key(None, "torch's CPU threads; null = torch's own choice")
+    log_every: PositiveInt = key(50, "steps between two lines of metrics")
 
 
-class Runtime(Machine):
+class PretrainRuntimeConfig(RuntimeConfig):
     compile: bool | Literal["auto"] = key(
         "auto", "torch.compile the encoders; auto = on one CUDA device, for runs of 10,000 steps and more"
     )
@@ -199,26 +199,26 @@ class Runtime(Machine):
     tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
 
 
-class Config(Section):
+class PretrainConfig(Section):
     """A whole pretraining run. Raises UsageError where keys contradict each other."""
 
     objective: Literal["relicv2", "relic", "simclr", "byol", "supervised"] = key(
         "relicv2", "what is minimised; relic = two large views, no small ones, all negatives"
     )
-    model: Model = key(Model(), "the networks")
-    views: Views = key(Views(), "crops of an image and their colours")
-    loss: Loss = key(Loss(), "the objective's constants")
-    target: Target = key(Target(), "the target network")
-    bgmask: BgMask = key(BgMask(), "background removal on large views")
-    optim: Optim = key(Optim(), "optimiser and schedules")
-    data: Data = key(Data(), "the images")
-    eval: Eval = key(Eval(), "evaluation during the run")
-    checkpoint: Checkpoint = key(Checkpoint(), "saving")
-    runtime: Runtime = key(Runtime(), "how it is computed; the method is the same")
+    model: ModelConfig = key(ModelConfig(), "the networks")
+    views: ViewsConfig = key(ViewsConfig(), "crops of an image and their colours")
+    loss: LossConfig = key(LossConfig(), "the objective's constants")
+    target: TargetConfig = key(TargetConfig(), "the target network")
+    bgmask: BackgroundRemovalConfig = key(BackgroundRemovalConfig(), "background removal on large views")
+    optim: OptimConfig = key(OptimConfig(), "optimiser and schedules")
+    data: DataConfig = key(DataConfig(), "the images")
+    eval: EvalConfig = key(EvalConfig(), "evaluation during the run")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    runtime: PretrainRuntimeConfig = key(PretrainRuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Config:
+    def _check_keys_agree(self) -> PretrainConfig:
         self._check_views()
         self._check_objective()
         self._check_optim()
@@ -242,7 +242,7 @@ class Config(Section):
 
     def _check_views(self) -> None:
         views = self.views
-        refuse_bad_ranges(
+        check_ranges(
             {
                 "views.large.area": views.large.area,
                 "views.small.area": views.small.area,

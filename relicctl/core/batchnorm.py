@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from relicctl.core.distributed import sum_over_processes
+from relicctl.core.distributed import all_reduce_sum
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def synchronised(module: M, device: torch.device) -> M:
+def convert_sync_batchnorm(module: M, device: torch.device) -> M:
     """``module`` with every BatchNorm taking its statistics from all processes; the state-dict names stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            norm.__class__ = _GlooBatchNorm  # same parameters and buffers, another forward
+            norm.__class__ = _CPUSyncBatchNorm  # same parameters and buffers, another forward
     return module
 
 
-class _GlooBatchNorm(_BatchNorm):
+class _CPUSyncBatchNorm(_BatchNorm):
     """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over processes for a CPU.
 
     Sums are in float64: the difference of two large ones then costs no digits of the variance.
@@ -35,16 +35,16 @@ class _GlooBatchNorm(_BatchNorm):
         dims = [d for d in range(input.ndim) if d != 1]
         x = input.double()
         count = torch.full_like(x.sum(dims), input.numel() / input.shape[1])
-        total, squares, count = sum_over_processes(torch.stack([x.sum(dims), x.square().sum(dims), count])).unbind()
+        total, squares, count = all_reduce_sum(torch.stack([x.sum(dims), x.square().sum(dims), count])).unbind()
         mean = total / count
         variance = squares / count - mean.square()
-        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        self._update_running_stats(mean.detach(), variance.detach() * count / (count - 1))
         shape = [-1 if d == 1 else 1 for d in range(input.ndim)]
         scale = self.weight * (variance + self.eps).rsqrt()
         return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -25,28 +25,28 @@ FORMAT = "relicctl-checkpoint"
 FORMAT_VERSION = 1
 
 
-OF_THE_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)  # errors of reading, not of what is read
+DISK_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)  # errors of reading, not of what is read
 
 
 class BrokenCheckpoint(UsageError):
     """The file is truncated, damaged, foreign, or of a newer format."""
 
 
-def save(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     """Write ``tensors`` and the JSON-able ``header`` to ``path``, wholly or not at all."""
     on_host = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     text = json.dumps(header)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "checksum": str(_checksum(on_host)),
+        "checksum": str(_compute_checksum(on_host)),
         "header": text,
         "header_checksum": str(zlib.crc32(text.encode())),
     }
-    atomically(path, lambda temporary: save_file(on_host, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_file(on_host, temporary, metadata=metadata))
 
 
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``; rename it only when it is safely on the disk.
 
     Raises OSError when the disk refuses, also for safetensors, which has an error of its own for that.
@@ -55,14 +55,14 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that their owner alone can read
+        os.chmod(temporary, 0o666 & ~_get_umask())  # safetensors makes files that their owner alone can read
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):
-            raise disk_error(error) from error
+            raise to_os_error(error) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -71,29 +71,29 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
-def disk_error(error: SafetensorError) -> OSError:
+def to_os_error(error: SafetensorError) -> OSError:
     """What safetensors says of a failed write (``I/O error: No space left on device (os error 28)``) as Python does."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
-def _umask() -> int:
+def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors (on the host) and header of a checkpoint.
 
     Raises BrokenCheckpoint when the file is not one of ours, of a newer format, truncated or damaged.
     """
-    again = "Use another checkpoint, or start the run anew."
+    fix = "Use another checkpoint, or start the run anew."
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise BrokenCheckpoint(f"{path} is not a checkpoint of relicctl.", again)
+                raise BrokenCheckpoint(f"{path} is not a checkpoint of relicctl.", fix)
             if int(metadata["format_version"]) > FORMAT_VERSION:
                 raise BrokenCheckpoint(
                     f"{path} was written by a newer relicctl (format {metadata['format_version']}).",
@@ -104,54 +104,54 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         checksums = metadata["checksum"], metadata.get("header_checksum")  # the earliest files lack the second
         header = json.loads(text)
     except FileNotFoundError:
-        raise BrokenCheckpoint(f"There is no checkpoint {path}.", again) from None
+        raise BrokenCheckpoint(f"There is no checkpoint {path}.", fix) from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as reason:
-        if isinstance(reason, OSError) and reason.errno in OF_THE_DISK:  # it may be sound, and must not be passed over
+        if isinstance(reason, OSError) and reason.errno in DISK_ERRNOS:  # it may be sound, and must not be passed over
             raise RunFailed(f"{path} cannot be read ({reason.strerror}).", "See to the disk, then try again.") from None
-        raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", again) from None
-    own = str(_checksum(tensors)), str(zlib.crc32(text.encode())) if checksums[1] is not None else None
-    if own != checksums or not isinstance(header, dict):
-        raise BrokenCheckpoint(f"{path} is damaged: its checksum does not match.", again)
+        raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", fix) from None
+    computed = str(_compute_checksum(tensors)), str(zlib.crc32(text.encode())) if checksums[1] is not None else None
+    if computed != checksums or not isinstance(header, dict):
+        raise BrokenCheckpoint(f"{path} is damaged: its checksum does not match.", fix)
     return tensors, header
 
 
-def newest_valid(
+def load_newest_valid(
     folder: Path, warn: Callable[[str], None]
 ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
     """The newest checkpoint in ``folder`` that can be read; warns of every newer one that cannot."""
-    for path in reversed(listed(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
-            return path, *load(path)
+            return path, *load_checkpoint(path)
         except BrokenCheckpoint as broken:
             warn(f"{broken.what} Going back to the one before.")
     return None
 
 
-def listed(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in ``folder``, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def file_name(step: int) -> str:
+def format_checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def step_of(path: Path) -> int:
+def parse_step(path: Path) -> int:
     """The step in a checkpoint's name; 0 for a name that was given by hand."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else 0
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and temporary files that a killed process left."""
-    for path in listed(folder)[:-keep]:
+    for path in list_checkpoints(folder)[:-keep]:
         path.unlink()
     for pattern in (".step-*.tmp", ".tmp*"):  # ours, and those that safetensors writes before it renames
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+def _compute_checksum(tensors: dict[str, torch.Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
@@ -159,7 +159,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     return value
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state as flat names: ``<parameter number>.<key>``."""
     state = optimizer.state_dict()["state"]
     return {
@@ -170,8 +170,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of ``optimizer_tensors``; hyper-parameters stay those of ``optimizer``."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of ``flatten_optimizer_state``; hyper-parameters stay those of ``optimizer``."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)

@@ -15,7 +15,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
-_WORD = (1 << 64) - 1
+_WORD_MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
@@ -33,16 +33,16 @@ class Stream(IntEnum):
     SHAPES = 9
 
 
-def counted_uniform(seed: int, stream: int, *coords: Any, n: int) -> np.ndarray:
+def draw_uniform(seed: int, stream: int, *coords: Any, n: int) -> np.ndarray:
     """``n`` float64 uniforms in [0, 1) for every coordinate: shape ``[*broadcast(coords), n]``.
 
     ``coords`` are integers or integer arrays that broadcast together. Draw ``k`` does not depend on ``n``.
     """
-    words = _absorb(_hash(seed, stream, *coords)[..., None], np.arange(n, dtype=np.uint64))
+    words = _mix_word(_hash(seed, stream, *coords)[..., None], np.arange(n, dtype=np.uint64))
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def counted_seed(seed: int, stream: int, *coords: int) -> int:
+def derive_seed(seed: int, stream: int, *coords: int) -> int:
     """A seed in [0, 2**63) for a generator that has to be streamed (torch.Generator, numpy.random)."""
     return int(_hash(seed, stream, *coords)) >> 1
 
@@ -51,11 +51,11 @@ def _hash(*parts: Any) -> np.ndarray:
     """uint64 hash of the parts in their order, broadcast together."""
     state = np.zeros((), dtype=np.uint64)
     for part in parts:
-        state = _absorb(state, _to_word(part))
+        state = _mix_word(state, _to_word(part))
     return np.asarray(state)
 
 
-def _absorb(state: np.ndarray, word: np.ndarray) -> np.ndarray:
+def _mix_word(state: np.ndarray, word: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
         z = state + _GOLDEN * (word + np.uint64(1))
         z = (z ^ (z >> np.uint64(30))) * _MIX1
@@ -65,7 +65,7 @@ def _absorb(state: np.ndarray, word: np.ndarray) -> np.ndarray:
 
 def _to_word(part: Any) -> np.ndarray:
     if isinstance(part, int):  # Python integers of any size and sign
-        return np.asarray(part & _WORD, dtype=np.uint64)
+        return np.asarray(part & _WORD_MASK, dtype=np.uint64)
     array = np.asarray(part)
     if array.dtype.kind not in "iu":
         raise TypeError(f"coordinates are integers, not {array.dtype}")

@@ -19,23 +19,23 @@ import torch.distributed as dist
 from relicctl.errors import RelicError, UsageError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)  # for what one process does alone, as fitting a large classifier
+CPU_GROUP_TIMEOUT = timedelta(days=2)  # for what one process does alone, as fitting a large classifier
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run; ``talk`` is their group for words between the hosts' CPUs."""
+    """This process's place among the processes of a run; ``cpu_group`` connects the CPUs of all hosts."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    talk: Any = field(default=None, compare=False, repr=False)
+    cpu_group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def rows(self, batch_size: int, key: str = "optim.batch_size") -> tuple[int, int]:
+    def get_local_rows(self, batch_size: int, key: str = "optim.batch_size") -> tuple[int, int]:
         """First and last+1 row of the global batch that this process works on; ``key`` is what sets its size."""
         if batch_size % self.size:
             raise UsageError(
@@ -45,98 +45,98 @@ class World:
         each = batch_size // self.size
         return self.rank * each, (self.rank + 1) * each
 
-    def shares(self, count: int) -> list[tuple[int, int]]:
+    def split_evenly(self, count: int) -> list[tuple[int, int]]:
         """Of each process, the first and last+1 of ``count`` things in a row; some get one more than others."""
         return [(r * count // self.size, (r + 1) * count // self.size) for r in range(self.size)]
 
-    def tell(self, mine: Any) -> list[Any]:
+    def all_gather_object(self, local: Any) -> list[Any]:
         """What every process has to say, anything that JSON can hold, in the order of the processes."""
         if self.size == 1:
-            return [mine]
-        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+            return [local]
+        text = torch.frombuffer(bytearray(json.dumps(local).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]), self.talk)
+        dist.all_gather(lengths, torch.tensor([len(text)]), self.cpu_group)
         texts = [text.new_zeros(int(max(lengths))) for _ in range(self.size)]
-        dist.all_gather(texts, torch.nn.functional.pad(text, (0, len(texts[0]) - len(text))), self.talk)
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, len(texts[0]) - len(text))), self.cpu_group)
         return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
 
-    def lead(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, function: Callable[[], T]) -> T:
         """What ``make`` gives the main process, told to all. Where it fails all end, and the main process says why."""
         if self.size == 1:
-            return make()
-        made: Any = None
+            return function()
+        result: Any = None
         if self.is_main:
             try:
-                made = make()
+                result = function()
             except Exception as error:
-                self.tell([error.code if isinstance(error, RelicError) else 1, None])
+                self.all_gather_object([error.code if isinstance(error, RelicError) else 1, None])
                 raise
-        code, told = self.tell([0, made])[0]
+        code, result_of_main = self.all_gather_object([0, result])[0]
         if code:
             raise SystemExit(code)
-        return told
+        return result_of_main
 
-    def only(self, make: Callable[[], T]) -> T | None:
+    def run_on_main(self, function: Callable[[], T]) -> T | None:
         """What ``make`` gives the main process, for itself; None elsewhere. Where it fails all end."""
-        made: list[T] = []
-        self.lead(lambda: made.append(make()))
-        return made[0] if made else None
+        results: list[T] = []
+        self.broadcast_from_main(lambda: results.append(function()))
+        return results[0] if results else None
 
-    def mean(self, mine: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, local: torch.Tensor) -> torch.Tensor:
         """Differentiable mean of equally shaped tensors, one from each process.
 
         As a loss it has, once gradients are averaged over the processes, the gradient of the mean.
         """
-        return sum_over_processes(mine) / self.size if self.size > 1 else mine
+        return all_reduce_sum(local) / self.size if self.size > 1 else local
 
-    def gather_rows(self, mine: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def gather_rows(self, local: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """``[N, ...]`` of all processes on each of them, where process r brings ``counts[r]`` rows."""
         if self.size == 1:
-            return mine
-        whole = mine.new_empty(sum(counts), *mine.shape[1:])
-        group = None if mine.is_cuda else self.talk
+            return local
+        whole = local.new_empty(sum(counts), *local.shape[1:])
+        group = None if local.is_cuda else self.cpu_group
         for rank, part in enumerate(whole.split(counts)):
             if rank == self.rank:
-                part.copy_(mine)
+                part.copy_(local)
             if counts[rank]:
                 dist.broadcast(part, rank, group)
         return whole
 
 
-class Agreement:
+class StopConsensus:
     """The largest number that any process shows. Asked once a step, answered one step later, so that nobody waits.
 
     The numbers travel between the hosts' CPUs while the devices compute.
     """
 
     def __init__(self, world: World) -> None:
-        self._group: Any = world.talk
-        self._under_way: tuple[torch.Tensor, Any] | None = None
+        self._group: Any = world.cpu_group
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The same answer on every process: the largest number shown when last asked, 0 at first."""
         if self._group is None:
             return number
-        answer = self._answer()
+        answer = self._wait()
         shown = torch.tensor(number)
-        self._under_way = shown, dist.all_reduce(shown, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._pending = shown, dist.all_reduce(shown, dist.ReduceOp.MAX, self._group, async_op=True)
         return answer
 
     def close(self) -> None:
         """Wait until every process is here."""
-        self._answer()
+        self._wait()
         if self._group is not None:
             dist.barrier(self._group)
 
-    def _answer(self) -> int:
-        if self._under_way is None:
+    def _wait(self) -> int:
+        if self._pending is None:
             return 0
-        shown, work = self._under_way
+        shown, work = self._pending
         work.wait()
         return int(shown.item())
 
 
-def join(device: str) -> World:
+def init_distributed(device: str) -> World:
     """Join the process group that ``torchrun`` describes in the environment; alone when it did not start us."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -144,37 +144,37 @@ def join(device: str) -> World:
     rank = int(os.environ["RANK"])
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store_of_this_attempt(size), rank=rank, world_size=size)
-    talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), talk)
+        dist.init_process_group(backend, store=_open_attempt_store(size), rank=rank, world_size=size)
+    cpu_group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), cpu_group)
 
 
-def _store_of_this_attempt(size: int) -> Any:
+def _open_attempt_store(size: int) -> Any:
     """Where the processes that ``torchrun`` started this time find each other; None for torch's own way.
 
     When it starts a host's processes again, it keeps the store (as of torch 2.14), in which a newcomer finds the
     addresses of the dead. Over several hosts, whose attempts are counted apart, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     makes ``torchrun`` itself begin with an empty store.
     """
-    told = os.environ
-    if told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or told.get("GROUP_WORLD_SIZE") != "1":
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    store = dist.TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), size, False)
-    return dist.PrefixStore(f"attempt {told['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), size, False)
+    return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherRows(torch.autograd.Function):
     """All processes' rows side by side; the gradient of a row is the sum of what every process asks of it."""
 
     @staticmethod
     def forward(ctx, mine_VND: torch.Tensor) -> torch.Tensor:
         ctx.rank, ctx.rows = dist.get_rank(), mine_VND.shape[1]
-        return _all_rows(mine_VND)
+        return _all_gather_rows(mine_VND)
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
@@ -183,13 +183,13 @@ class _GatherRows(torch.autograd.Function):
         return grad_VMD.narrow(1, ctx.rank * ctx.rows, ctx.rows)
 
 
-def _all_rows(mine_VND: torch.Tensor) -> torch.Tensor:
+def _all_gather_rows(mine_VND: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(mine_VND) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine_VND.contiguous())
     return torch.cat(parts, dim=1)
 
 
-class _SumOverProcesses(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum of all processes' values; every process's gradient reaches every process's values."""
 
     @staticmethod
@@ -205,13 +205,13 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-def sum_over_processes(mine: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(local: torch.Tensor) -> torch.Tensor:
     """Differentiable sum of equally shaped tensors, one from each process."""
-    return _SumOverProcesses.apply(mine)
+    return _AllReduceSum.apply(local)
 
 
 @dataclass(frozen=True)
-class Gather:
+class DistributedGather:
     """What the loss needs of the other processes: their outputs, and where our rows lie among all rows.
 
     With it k processes that average their gradients get the gradient of one process on the joined batch.
@@ -219,15 +219,15 @@ class Gather:
 
     world: World
 
-    def online(self, mine_VND: torch.Tensor) -> torch.Tensor:
+    def gather_online(self, mine_VND: torch.Tensor) -> torch.Tensor:
         """[V, N, D] here -> [V, M, D] of all processes, differentiable."""
-        return _GatherRows.apply(mine_VND)
+        return _AllGatherRows.apply(mine_VND)
 
     @torch.no_grad()
-    def target(self, mine_LND: torch.Tensor) -> torch.Tensor:
+    def gather_target(self, mine_LND: torch.Tensor) -> torch.Tensor:
         """[L, N, D] here -> [L, M, D] of all processes, without gradient."""
-        return _all_rows(mine_LND)
+        return _all_gather_rows(mine_LND)
 
-    def rows(self, local: int) -> tuple[int, int]:
+    def get_offset_and_total(self, local: int) -> tuple[int, int]:
         """Our first row, and how many rows there are in all, when each process has ``local`` of them."""
         return self.world.rank * local, self.world.size * local

@@ -12,12 +12,12 @@ import torch
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this is, if it is one
 
 
-def free_memory(device: torch.device) -> int:
+def get_free_memory(device: torch.device) -> int:
     """Bytes that can still be had on ``device``."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else get_free_host_memory()
 
 
-def free_host_memory() -> int:
+def get_free_host_memory() -> int:
     """Bytes that this machine, or the container it is, can still give."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -26,19 +26,19 @@ def free_host_memory() -> int:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        stats = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or one without a limit
         return free
-    cached = sum(int(told.get(name, 0)) for name in ("active_file", "inactive_file"))  # files read, let go of at need
+    cached = sum(int(stats.get(name, 0)) for name in ("active_file", "inactive_file"))  # files read, let go of at need
     return min(free, limit - used + cached)
 
 
-def own_cores() -> int:
+def count_process_cores() -> int:
     """Cores for this process: those it may run on, shared with the other processes of the run on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def return_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Give the system back what this process has freed.
 
     The C library keeps it for later: after an evaluation of large tensors as much as a training itself takes, more
@@ -59,10 +59,10 @@ def pick_precision(precision: str, device: torch.device) -> str:
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
     # Intel's vector instructions gain nothing, only its tiles do: a step in bf16 takes 1.2 times as long without them
-    return "bf16" if tiles or (vectors and _made_by_amd()) else "fp32"
+    return "bf16" if tiles or (vectors and _is_amd_cpu()) else "fp32"
 
 
-def _made_by_amd() -> bool:
+def _is_amd_cpu() -> bool:
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -21,29 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relicctl.core.picked import picked_products
+from relicctl.core.picked import gather_dot
 
 # With more logits than this (V x L x N x M) the pairs (v, l) are taken one by one, and computed again for the
 # backward pass, so that only one pair's logits are in memory at a time.
-LOGITS_AT_ONCE = 2**24
+MAX_LOGITS = 2**24
 # Where the batch holds so many times the candidates, only their logits are computed, from vectors that are fetched
 # one by one; below, the matrix of all logits is the faster way to them (measured on a CPU: equal at about 45).
-FETCH_FROM = 64
-PAIRS_IN_TURN = ("cpu",)  # where fetched vectors must fit the caches; elsewhere few launches count
+GATHER_MIN_RATIO = 64
+PAIRWISE_DEVICES = ("cpu",)  # where fetched vectors must fit the caches; elsewhere few launches count
 # Floyd's algorithm takes n^2 comparisons a row, a random order sorts M keys: the former up to n^2 = 64 M.
-FLOYD_UP_TO = 64
+FLOYD_MAX_RATIO = 64
 
 
 class Gather(Protocol):
     """What the loss needs of the other processes of a group."""
 
-    def online(self, mine_VND: Tensor) -> Tensor:
+    def gather_online(self, mine_VND: Tensor) -> Tensor:
         """[V, N, D] here -> [V, M, D] of all processes; the gradient of a row is summed over processes."""
 
-    def target(self, mine_LND: Tensor) -> Tensor:
+    def gather_target(self, mine_LND: Tensor) -> Tensor:
         """[L, N, D] here -> [L, M, D] of all processes, without gradient."""
 
-    def rows(self, local: int) -> tuple[int, int]:
+    def get_offset_and_total(self, local: int) -> tuple[int, int]:
         """Our first row among all rows, and M, when ``local`` = N rows are here."""
 
 
@@ -84,37 +84,42 @@ def relicv2_loss(
         raise ValueError(f"unknown invariance {invariance!r}: transposed or swapped")
 
     with torch.autocast(online.device.type, enabled=False):
-        z_VND = to_unit_length(online) / temperature  # one online factor in each logit
-        t_LND = to_unit_length(target.detach())
-        z_VMD, t_LMD = (gather.online(z_VND), gather.target(t_LND)) if gather else (z_VND, t_LND)
-        first, total = gather.rows(rows) if gather else (0, rows)
-        candidates = _candidates(negatives, views, large, first, rows, total, generator, online.device)
+        z_VND = l2_normalize(online) / temperature  # one online factor in each logit
+        t_LND = l2_normalize(target.detach())
+        z_VMD, t_LMD = (gather.gather_online(z_VND), gather.gather_target(t_LND)) if gather else (z_VND, t_LND)
+        first, total = gather.get_offset_and_total(rows) if gather else (0, rows)
+        candidates = _build_candidates(negatives, views, large, first, rows, total, generator, online.device)
 
-        fetch = candidates is not None and FETCH_FROM * candidates.shape[-1] <= total
+        gather_only = candidates is not None and GATHER_MIN_RATIO * candidates.shape[-1] <= total
 
-        def terms(v: slice, l: slice) -> Tensor:
-            picked = None if candidates is None else candidates[v, l]
-            wanted, turned = (picked, picked.transpose(0, 1)) if fetch and picked is not None else (None, None)
-            forward = _logits(z_VND[v], t_LMD[l], wanted)
+        def compute_terms(v: slice, l: slice) -> Tensor:
+            indices = None if candidates is None else candidates[v, l]
+            forward_indices, reverse_indices = (
+                (indices, indices.transpose(0, 1)) if gather_only and indices is not None else (None, None)
+            )
+            forward = _compute_logits(z_VND[v], t_LMD[l], forward_indices)
             if invariance == "swapped" and v.stop <= large:
-                reverse = _logits(z_VND[l], t_LMD[v], turned).transpose(0, 1)
-            elif gather is None and not fetch:
+                reverse = _compute_logits(z_VND[l], t_LMD[v], reverse_indices).transpose(0, 1)
+            elif gather is None and not gather_only:
                 reverse = forward.transpose(2, 3)
             else:
-                reverse = _logits(t_LND[l], z_VMD[v], turned).transpose(0, 1)
-            if picked is not None and not fetch:
-                forward, reverse = forward.gather(-1, picked), reverse.gather(-1, picked)
-            return _sum_terms(forward, reverse, first if picked is None else None)
+                reverse = _compute_logits(t_LND[l], z_VMD[v], reverse_indices).transpose(0, 1)
+            if indices is not None and not gather_only:
+                forward, reverse = forward.gather(-1, indices), reverse.gather(-1, indices)
+            return _sum_terms(forward, reverse, first if indices is None else None)
 
         pairs = [(slice(v, v + 1), slice(l, l + 1)) for v in range(views) for l in range(large)]
-        if not fetch and views * large * rows * total > LOGITS_AT_ONCE:
-            sums = [checkpoint(terms, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-        elif fetch and online.device.type in PAIRS_IN_TURN:
-            sums = [terms(*pair) for pair in pairs]
+        if not gather_only and views * large * rows * total > MAX_LOGITS:
+            sums = [checkpoint(compute_terms, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        elif gather_only and online.device.type in PAIRWISE_DEVICES:
+            sums = [compute_terms(*pair) for pair in pairs]
         elif invariance == "swapped" and large < views:
-            sums = [terms(slice(0, large), slice(0, large)), terms(slice(large, views), slice(0, large))]
+            sums = [
+                compute_terms(slice(0, large), slice(0, large)),
+                compute_terms(slice(large, views), slice(0, large)),
+            ]
         else:
-            sums = [terms(slice(0, views), slice(0, large))]
+            sums = [compute_terms(slice(0, views), slice(0, large))]
         nll, kl, entropy = (torch.stack(sums).sum(0) / (views * large * rows)).unbind()
     return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
 
@@ -139,19 +144,19 @@ def sample_negatives(
     if isinstance(rows, int):
         rows = torch.arange(rows, device=generator.device if generator else None)
 
-    def uniform(*shape: int) -> Tensor:
+    def draw_random(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=rows.device, dtype=torch.float64)
 
     others = total - 1
-    if n * n <= FLOYD_UP_TO * total:
-        chosen = _floyd(uniform(views, large, total, n)[:, :, rows], others)
+    if n * n <= FLOYD_MAX_RATIO * total:
+        chosen = _sample_floyd(draw_random(views, large, total, n)[:, :, rows], others)
     else:  # the first n of a random order, pair by pair since the keys are many
-        orders = [uniform(total, others)[rows].argsort(-1)[:, :n] for _ in range(views * large)]
+        orders = [draw_random(total, others)[rows].argsort(-1)[:, :n] for _ in range(views * large)]
         chosen = torch.stack(orders).unflatten(0, (views, large))
     return chosen + (chosen >= rows[:, None])  # counted among the others: step over oneself
 
 
-def _floyd(u: Tensor, population: int) -> Tensor:
+def _sample_floyd(u: Tensor, population: int) -> Tensor:
     """Uniform u [..., n] -> [..., n] distinct integers below ``population``.
 
     Floyd's algorithm (Bentley and Floyd, CACM 1987): the k-th pick is uniform from 0 to ``top``, which grows
@@ -166,7 +171,7 @@ def _floyd(u: Tensor, population: int) -> Tensor:
     return picks
 
 
-def _candidates(
+def _build_candidates(
     negatives: int | Literal["all"] | Tensor,
     views: int,
     large: int,
@@ -185,25 +190,25 @@ def _candidates(
         if negatives.shape[:-1] != (views, large, rows):
             raise ValueError(f"negatives {tuple(negatives.shape)}: expected ({views}, {large}, {rows}, n)")
         chosen = negatives
-        own = torch.arange(first, first + rows, device=chosen.device)
+        self_rows = torch.arange(first, first + rows, device=chosen.device)
     elif 1 <= negatives == total - 1:
         return None
     else:
-        own = torch.arange(first, first + rows, device=generator.device if generator else device)
-        chosen = sample_negatives(views, large, own, total, negatives, generator)
-    with_own = torch.cat([own[:, None].expand(views, large, rows, 1), chosen], dim=-1)
-    return with_own.to(device, non_blocking=True)
+        self_rows = torch.arange(first, first + rows, device=generator.device if generator else device)
+        chosen = sample_negatives(views, large, self_rows, total, negatives, generator)
+    with_self = torch.cat([self_rows[:, None].expand(views, large, rows, 1), chosen], dim=-1)
+    return with_self.to(device, non_blocking=True)
 
 
-def to_unit_length(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """``x`` / its length along the last dimension, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def _logits(anchors: Tensor, others: Tensor, wanted: Tensor | None) -> Tensor:
+def _compute_logits(anchors: Tensor, others: Tensor, indices: Tensor | None) -> Tensor:
     """[a, N, D], [b, M, D] -> [a, b, N, M], a view of one matrix product; or, ``wanted`` [a, b, N, K], only those."""
-    if wanted is not None:
-        return picked_products(anchors, others, wanted)
+    if indices is not None:
+        return gather_dot(anchors, others, indices)
     return torch.einsum("and,bmd->abnm", anchors, others)
 
 
@@ -213,7 +218,7 @@ def _sum_terms(forward: Tensor, reverse: Tensor, first: int | None) -> Tensor:
     The image itself is the first candidate; where all are (``first`` is our first row), it is on the diagonal.
     """
     log_p, log_r = F.log_softmax(forward, -1), F.log_softmax(reverse, -1)
-    log_p_own = log_p[..., 0] if first is None else log_p.diagonal(offset=first, dim1=-2, dim2=-1)
+    log_p_self = log_p[..., 0] if first is None else log_p.diagonal(offset=first, dim1=-2, dim2=-1)
     p = log_p.exp()
     p_log_p = (p * log_p).detach()  # only the entropy is detached, p below is not
-    return torch.stack([-log_p_own.sum(), (p_log_p - p * log_r).sum(), -p_log_p.sum()])
+    return torch.stack([-log_p_self.sum(), (p_log_p - p * log_r).sum(), -p_log_p.sum()])

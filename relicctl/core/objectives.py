@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relicctl.core.loss import LOGITS_AT_ONCE, Gather, to_unit_length
+from relicctl.core.loss import MAX_LOGITS, Gather, l2_normalize
 
 
 def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
     if views < 2:
         raise ValueError("byol needs at least two views")
     with torch.autocast(online.device.type, enabled=False):
-        cosines = torch.einsum("vnd,lnd->vln", to_unit_length(online), to_unit_length(target.detach()))
+        cosines = torch.einsum("vnd,lnd->vln", l2_normalize(online), l2_normalize(target.detach()))
         different = cosines.sum() - cosines.diagonal().sum()
         return {"loss": 2 - 2 * different / ((views - 1) * large * images)}
 
@@ -42,23 +42,23 @@ def simclr_loss(online: Tensor, *, temperature: float, gather: Gather | None = N
     if views < 2:
         raise ValueError("simclr needs at least two views")
     with torch.autocast(online.device.type, enabled=False):
-        z_VND = to_unit_length(online)
-        z_VMD = gather.online(z_VND) if gather else z_VND
-        first, total = gather.rows(images) if gather else (0, images)
-        own = torch.arange(first, first + images, device=online.device)
-        is_own = own[:, None] == torch.arange(total, device=online.device)
+        z_VND = l2_normalize(online)
+        z_VMD = gather.gather_online(z_VND) if gather else z_VND
+        first, total = gather.get_offset_and_total(images) if gather else (0, images)
+        self_rows = torch.arange(first, first + images, device=online.device)
+        is_self = self_rows[:, None] == torch.arange(total, device=online.device)
 
-        def terms(v: int) -> Tensor:
+        def compute_terms(v: int) -> Tensor:
             logits = torch.einsum("nd,vmd->vnm", z_VND[v], z_VMD) / temperature
-            negatives = logits.masked_fill(is_own, -torch.inf).logsumexp((0, 2))
+            negatives = logits.masked_fill(is_self, -torch.inf).logsumexp((0, 2))
             positives = logits.diagonal(offset=first, dim1=1, dim2=2)  # [V, N]
             terms_VN = F.softplus(negatives - positives)  # = -log(e^positive / (e^positive + e^negatives))
             return terms_VN.sum() - terms_VN[v].sum()
 
-        if views * views * images * total > LOGITS_AT_ONCE:
-            sums = [checkpoint(terms, v, use_reentrant=False, preserve_rng_state=False) for v in range(views)]
+        if views * views * images * total > MAX_LOGITS:
+            sums = [checkpoint(compute_terms, v, use_reentrant=False, preserve_rng_state=False) for v in range(views)]
         else:
-            sums = [terms(v) for v in range(views)]
+            sums = [compute_terms(v) for v in range(views)]
         return {"loss": torch.stack(sums).sum() / (views * (views - 1) * images)}
 
 

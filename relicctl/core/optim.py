@@ -49,10 +49,10 @@ class LARS(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(params, group)
+                self._update_group(params, group)
         return loss
 
-    def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
         updates: list[Tensor] = [p.grad for p in params if p.grad is not None]
         if group["weight_decay"]:
             updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))
@@ -71,17 +71,19 @@ class LARS(Optimizer):
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def build_param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
     """Two groups: weights; and biases and BatchNorm (one-dimensional), spared from decay and adaptation.
 
     Parameters that need no gradient are left out, and so is a group without parameters.
     """
     params = [p for _, p in named_parameters if p.requires_grad]
     weights = [p for p in params if p.ndim > 1]
-    spared = [p for p in params if p.ndim <= 1]
+    no_decay = [p for p in params if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": weight_decay, "adapt": True},
-        {"params": spared, "weight_decay": 0.0, "adapt": False},
+        {"params": no_decay, "weight_decay": 0.0, "adapt": False},
     ]
     return [group for group in groups if group["params"]]
 
@@ -98,7 +100,7 @@ def build_optimizer(
     The rate of step k is set by the loop: ``for group in optimizer.param_groups: group["lr"] = ...``.
     ValueError for another name.
     """
-    groups = parameter_groups(named_parameters, weight_decay)
+    groups = build_param_groups(named_parameters, weight_decay)
     if name == "lars":
         return LARS(groups, lr, momentum=momentum)
     if name == "sgd":

@@ -23,80 +23,84 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkResult:
     """What was made: tensors on the host, and words, anything that JSON can hold."""
 
     tensors: tuple[Tensor, ...] = ()
-    words: Any = None
+    meta: Any = None
 
 
-def own(world: World, units: Sequence[T]) -> Sequence[T]:
+def shard(world: World, units: Sequence[T]) -> Sequence[T]:
     """Those of all ``units`` of work that this process makes pieces of."""
     return units[world.rank :: world.size]
 
 
-def in_turn(world: World, count: int, made: Iterable[Piece], take: Callable[[Piece], None]) -> None:
+def gather_in_order(
+    world: World, count: int, results: Iterable[WorkResult], consume: Callable[[WorkResult], None]
+) -> None:
     """``made`` are this process's own of ``count`` pieces; the main process passes all of them to ``take``.
 
     On return all have been taken. Where one process fails, all end: that one with its error, the others with its exit
     code. A signal to one of several is answered by all, after the piece under way: KeyboardInterrupt or Terminated.
     """
-    pieces = iter(made)
+    iterator = iter(results)
     if world.size == 1:
-        for piece in pieces:
-            take(piece)
+        for result in iterator:
+            consume(result)
         return
     failure: BaseException | None = None
     try:
         with StopSignals() as signals:
             for first in range(0, count, world.size):
-                piece = Piece()
+                result = WorkResult()
                 if failure is None and first + world.rank < count:
-                    piece, failure = _tried(partial(next, pieces), piece)
-                shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in piece.tensors]
-                told = world.tell([_code(failure, signals), piece.words, shapes])
-                codes = [code for code, _, _ in told]
+                    result, failure = _catch_failure(partial(next, iterator), result)
+                shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in result.tensors]
+                gathered = world.all_gather_object([_get_exit_code(failure, signals), result.meta, shapes])
+                codes = [code for code, _, _ in gathered]
                 if any(codes):
                     break
-                brought = _brought(world, piece, [(words, shapes) for _, words, shapes in told[: count - first]])
-                _, failure = _tried(partial(_take_all, take, brought), None)  # told at the next turn
+                received = _gather_results(
+                    world, result, [(words, shapes) for _, words, shapes in gathered[: count - first]]
+                )
+                _, failure = _catch_failure(partial(_consume_all, consume, received), None)  # told at the next turn
             else:
-                codes = world.tell(_code(failure, signals))
+                codes = world.all_gather_object(_get_exit_code(failure, signals))
         if failure is not None:
             raise failure
-        _end_as_another(world, max(codes))
+        _raise_remote_exit(world, max(codes))
     finally:
         failure = None  # its traceback holds this frame, which holds the workers
 
 
-def _brought(world: World, mine: Piece, told: list[tuple[Any, Any]]) -> list[Piece]:
+def _gather_results(world: World, local: WorkResult, headers: list[tuple[Any, Any]]) -> list[WorkResult]:
     """On the main process, what every process made in this turn, by its words and the shapes of its tensors."""
     if not world.is_main:
-        for tensor in mine.tensors:
-            dist.send(tensor.contiguous(), 0, world.talk)
+        for tensor in local.tensors:
+            dist.send(tensor.contiguous(), 0, world.cpu_group)
         return []
-    pieces = [mine]
-    for rank, (words, shapes) in enumerate(told[1:], 1):
+    results = [local]
+    for rank, (meta, shapes) in enumerate(headers[1:], 1):
         tensors = tuple(torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in shapes)
         for tensor in tensors:
-            dist.recv(tensor, rank, world.talk)
-        pieces.append(Piece(tensors, words))
-    return pieces
+            dist.recv(tensor, rank, world.cpu_group)
+        results.append(WorkResult(tensors, meta))
+    return results
 
 
-def _take_all(take: Callable[[Piece], None], pieces: list[Piece]) -> None:
-    for piece in pieces:
-        take(piece)
+def _consume_all(consume: Callable[[WorkResult], None], results: list[WorkResult]) -> None:
+    for result in results:
+        consume(result)
 
 
-def _tried(make: Callable[[], Any], otherwise: Any) -> tuple[Any, BaseException | None]:
+def _catch_failure(function: Callable[[], Any], default: Any) -> tuple[Any, BaseException | None]:
     try:
-        return make(), None
+        return function(), None
     except (Exception, KeyboardInterrupt, Terminated) as failure:
-        return otherwise, failure
+        return default, failure
 
 
-def _code(failure: BaseException | None, signals: StopSignals) -> int:
+def _get_exit_code(failure: BaseException | None, signals: StopSignals) -> int:
     """The exit code of a process that must end; 0 if it need not."""
     if isinstance(failure, KeyboardInterrupt):
         return 130
@@ -105,15 +109,15 @@ def _code(failure: BaseException | None, signals: StopSignals) -> int:
     return 128 + signals.received if signals.received else 0
 
 
-def _end_as_another(world: World, code: int) -> None:
+def _raise_remote_exit(world: World, code: int) -> None:
     """Raises what ends this process where one has ended with ``code``; the main one's failure is the run's."""
     if code == 130:
         raise KeyboardInterrupt
     if code == 143:
         raise Terminated
     if code and world.is_main:
-        elsewhere = RunFailed("Another process of this run failed.", "Do what it says itself; what was made is kept.")
-        elsewhere.code = code
-        raise elsewhere
+        failure = RunFailed("Another process of this run failed.", "Do what it says itself; what was made is kept.")
+        failure.code = code
+        raise failure
     if code:
         raise SystemExit(code)

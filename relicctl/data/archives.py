@@ -19,25 +19,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from relicctl.data.images import BadImage
-from relicctl.data.source_names import image_name
+from relicctl.data.images import BadImageError
+from relicctl.data.source_names import normalize_image_name
 from relicctl.errors import DataError
 
 MAX_FILE_BYTES = 256 << 20  # no photo's file is larger; a member that claims more is never read
 NO_CRC = -1
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, OverflowError, struct.error)
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, OverflowError, struct.error)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: ends with the lengths of its name and extra field
-_OPEN_FILES = 64  # archives held open at once: a thousand shards must not use up the descriptors
+_MAX_OPEN_FILES = 64  # archives held open at once: a thousand shards must not use up the descriptors
 
 
 class Member(NamedTuple):
     """Where a file lies: offset and length as stored, length unpacked, zip's method, CRC-32 or NO_CRC."""
 
     offset: int
-    stored: int
+    compressed_size: int
     size: int
     method: int = _STORED
     crc: int = NO_CRC
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 class Container(Protocol):
     """A place that holds image files."""
 
-    def index(self) -> Iterator[tuple[str, Member]]:
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
         """Every image by its safe name, relative and with ``/``. Raises DataError."""
 
     def read(self, name: bytes, member: Member) -> bytes:
@@ -59,12 +59,12 @@ class Folder:
 
     path: str
 
-    def index(self) -> Iterator[tuple[str, Member]]:
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
         yield from self._walk("", frozenset())
 
     def _walk(self, below: str, enclosing: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Member]]:
         folder = os.path.join(self.path, below)
-        with refusing(folder):
+        with convert_os_errors(folder):
             here = os.stat(folder)
             identity = here.st_dev, here.st_ino
             if identity in enclosing:
@@ -75,13 +75,13 @@ class Folder:
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith("."):
                 continue
-            if _leads_on(entry):
+            if _is_directory(entry):
                 yield from self._walk(name, enclosing | {identity})
-            elif usable := image_name(name):
-                yield from self._file(usable, entry)
+            elif usable := normalize_image_name(name):
+                yield from self._iter_file(usable, entry)
 
     @staticmethod
-    def _file(name: str, entry: os.DirEntry) -> Iterator[tuple[str, Member]]:
+    def _iter_file(name: str, entry: os.DirEntry) -> Iterator[tuple[str, Member]]:
         try:
             found = entry.stat()
         except OSError:  # a link to nowhere: reading it says so
@@ -91,17 +91,17 @@ class Folder:
                 yield name, Member(0, found.st_size, found.st_size)
 
     def read(self, name: bytes, member: Member) -> bytes:
-        _limit(member)
+        _check_size(member)
         try:
             with open(os.path.join(os.fsencode(self.path), name), "rb") as file:
                 return file.read()
         except OSError as error:
-            self._must_be_there()
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            self._check_exists()
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
 
-    def _must_be_there(self) -> None:
+    def _check_exists(self) -> None:
         """A disk that was unplugged or unmounted is no heap of bad images."""
-        with refusing(self.path):
+        with convert_os_errors(self.path):
             if not any(os.scandir(self.path)):
                 raise DataError(f"{self.path} has become empty.", "Check the path and the disk.")
 
@@ -114,73 +114,73 @@ class Archive:
     version: tuple[int, int]
 
     def read(self, name: bytes, member: Member) -> bytes:
-        _limit(member)
-        data = self._bytes(self._start(member), member.stored)
+        _check_size(member)
+        data = self._read_bytes(self._find_start(member), member.compressed_size)
         if member.method == _DEFLATED:
             data = _inflate(data, member.size)
         elif member.method != _STORED:
-            raise BadImage("encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}")
+            raise BadImageError("encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}")
         if len(data) != member.size:
-            raise BadImage(f"the archive ends after {len(data)} of {member.size} bytes")
+            raise BadImageError(f"the archive ends after {len(data)} of {member.size} bytes")
         if member.crc not in (NO_CRC, zlib.crc32(data)):
-            raise BadImage("its checksum differs: the archive is damaged")
+            raise BadImageError("its checksum differs: the archive is damaged")
         return data
 
-    def _start(self, member: Member) -> int:
+    def _find_start(self, member: Member) -> int:
         """Where the member's data begin."""
         return member.offset
 
-    def _bytes(self, offset: int, length: int) -> bytes:
-        file = _open_file(self.path, self.version, os.getpid())  # held until the read is done
+    def _read_bytes(self, offset: int, length: int) -> bytes:
+        file = _get_file_handle(self.path, self.version, os.getpid())  # held until the read is done
         try:
             return os.pread(file.descriptor, length, offset)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
 
 
 class Tar(Archive):
     """An uncompressed .tar."""
 
-    def index(self) -> Iterator[tuple[str, Member]]:
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
         try:
-            with refusing(self.path), tarfile.open(self.path, "r:") as tar:
+            with convert_os_errors(self.path), tarfile.open(self.path, "r:") as tar:
                 before = -1
                 while (found := tar.next()) and tar.offset > before:
                     before = tar.offset  # a header whose size leads backwards would be read for ever
                     tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
-                    name = image_name(found.name)
+                    name = normalize_image_name(found.name)
                     if name and found.isreg() and not found.issparse():
-                        yield name, _clamped(found.offset_data, found.size, found.size)
-                self._must_end_at(tar.offset)
-        except _BROKEN as error:
-            raise _damaged(self.path) from error
+                        yield name, _make_member(found.offset_data, found.size, found.size)
+                self._check_end(tar.offset)
+        except _ARCHIVE_ERRORS as error:
+            raise _make_damaged_error(self.path) from error
 
-    def _must_end_at(self, offset: int) -> None:
+    def _check_end(self, offset: int) -> None:
         """tarfile takes a damaged header for the end; the true end is a block of zeros or the file's."""
-        if offset < 0 or offset > self.version[0] or any(self._bytes(offset, tarfile.BLOCKSIZE)):
-            raise _damaged(self.path)
+        if offset < 0 or offset > self.version[0] or any(self._read_bytes(offset, tarfile.BLOCKSIZE)):
+            raise _make_damaged_error(self.path)
 
 
 class Zip(Archive):
     """A .zip whose members are stored or deflated."""
 
-    def index(self) -> Iterator[tuple[str, Member]]:
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
         try:
-            with refusing(self.path), zipfile.ZipFile(self.path) as archive:
+            with convert_os_errors(self.path), zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
-        except _BROKEN as error:
-            raise _damaged(self.path) from error
+        except _ARCHIVE_ERRORS as error:
+            raise _make_damaged_error(self.path) from error
         for found in members:
-            name = image_name(found.filename)
+            name = normalize_image_name(found.filename)
             if name and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
                 method = _ENCRYPTED if found.flag_bits & 1 else found.compress_type
                 place = found.header_offset, found.compress_size, found.file_size
-                yield name, _clamped(*place, method, found.CRC)
+                yield name, _make_member(*place, method, found.CRC)
 
-    def _start(self, member: Member) -> int:
-        header = self._bytes(member.offset, _LOCAL_HEADER.size)
+    def _find_start(self, member: Member) -> int:
+        header = self._read_bytes(member.offset, _LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-            raise BadImage("its entry in the archive is damaged")
+            raise BadImageError("its entry in the archive is damaged")
         return member.offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
 
 
@@ -188,13 +188,13 @@ def open_container(path: str) -> Container:
     """The folder or archive at ``path``, told by content. Raises DataError for anything else."""
     if os.path.isdir(path):
         return Folder(path)
-    with refusing(path):
+    with convert_os_errors(path):
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path} is neither a folder nor a file.", "Give a folder, a .zip or a .tar.")
         with open(path, "rb") as file:
             head = file.read(tarfile.BLOCKSIZE)
-    for magic, name in _COMPRESSED.items():
+    for magic, name in _COMPRESSION_MAGIC.items():
         if head.startswith(magic):
             raise DataError(
                 f"{path} is compressed with {name}, so the images in it cannot be read in place.",
@@ -205,7 +205,7 @@ def open_container(path: str) -> Container:
 
 
 @contextmanager
-def refusing(path: str) -> Iterator[None]:
+def convert_os_errors(path: str) -> Iterator[None]:
     """Turn the system's refusal to read ``path`` into a DataError."""
     try:
         yield
@@ -217,7 +217,7 @@ def refusing(path: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
 
 
-class _OpenFile:
+class _FileHandle:
     """A file descriptor that closes when the last thread using it lets go."""
 
     def __init__(self, descriptor: int) -> None:
@@ -227,33 +227,35 @@ class _OpenFile:
         os.close(self.descriptor)
 
 
-@lru_cache(maxsize=_OPEN_FILES)
-def _open_file(path: str, version: tuple[int, int], process: int) -> _OpenFile:
+@lru_cache(maxsize=_MAX_OPEN_FILES)
+def _get_file_handle(path: str, version: tuple[int, int], process: int) -> _FileHandle:
     """One descriptor per process: a forked or spawned worker opens its own. Raises DataError."""
-    with refusing(path):
-        file = _OpenFile(os.open(path, os.O_RDONLY))
+    with convert_os_errors(path):
+        file = _FileHandle(os.open(path, os.O_RDONLY))
         found = os.fstat(file.descriptor)
     if (found.st_size, found.st_mtime_ns) != version:
         raise DataError(f"{path} has changed since it was indexed.", "Start again when it is complete.")
     return file
 
 
-def _leads_on(entry: os.DirEntry) -> bool:
+def _is_directory(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # links in a circle
         return False
 
 
-def _clamped(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
+def _make_member(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
     """A Member whose numbers fit 64 bits whatever the archive claims; reading refuses what is too large."""
     offset, stored, size = (min(max(value, -1), 1 << 62) for value in (offset, stored, size))
     return Member(offset, stored, size, method, crc)
 
 
-def _limit(member: Member) -> None:
-    if not 0 <= max(member.stored, member.size) <= MAX_FILE_BYTES:
-        raise BadImage(f"claims {max(member.stored, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed")
+def _check_size(member: Member) -> None:
+    if not 0 <= max(member.compressed_size, member.size) <= MAX_FILE_BYTES:
+        raise BadImageError(
+            f"claims {max(member.compressed_size, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed"
+        )
 
 
 def _inflate(data: bytes, size: int) -> bytes:
@@ -262,13 +264,13 @@ def _inflate(data: bytes, size: int) -> bytes:
     try:
         unpacked = stream.decompress(data, size + 1)
     except zlib.error as error:
-        raise BadImage(f"cannot be unpacked: {error}") from error
+        raise BadImageError(f"cannot be unpacked: {error}") from error
     if len(unpacked) != size or not stream.eof:
-        raise BadImage(f"does not unpack to the {size} bytes it claims")
+        raise BadImageError(f"does not unpack to the {size} bytes it claims")
     return unpacked
 
 
-def _damaged(path: str) -> DataError:
+def _make_damaged_error(path: str) -> DataError:
     return DataError(
         f"{path} is no zip or tar archive, or a damaged one.",
         "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again.",

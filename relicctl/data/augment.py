@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relicctl.core.counted import Stream, counted_uniform
-from relicctl.data.resample import gaussian_bands
+from relicctl.core.counted import Stream, draw_uniform
+from relicctl.data.resample import make_gaussian_matrices
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
-STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
-SIGMA = (0.1, 2.0)  # of the blur, in pixels
-TINY = 1e-20  # keeps a division by a grey pixel's chroma finite
+BLUR_SIGMA_RANGE = (0.1, 2.0)  # of the blur, in pixels
+EPS = 1e-20  # keeps a division by a grey pixel's chroma finite
 
 
 @dataclass(frozen=True)
-class Photometric:
+class AugmentConfig:
     """Probabilities and strengths; the pairs are for the sets T and T', which the views take in turn."""
 
     flip: float = 0.5
@@ -43,10 +43,10 @@ class Photometric:
 
 
 @dataclass(frozen=True)
-class Photometry:
+class AugmentParams:
     """What was drawn for every image: arrays ``[V, B]``; ``draw[:2]`` is what views 0 and 1 got.
 
-    ``order``, ``[V, B, 4]``, holds the jitter's operations in turn, numbered as in ``JITTER``.
+    ``order``, ``[V, B, 4]``, holds the jitter's operations in turn, numbered as in ``JITTER_OPS``.
     """
 
     flip: np.ndarray  # bool
@@ -61,38 +61,41 @@ class Photometry:
     sigma: np.ndarray  # pixels
     solarize: np.ndarray  # bool
 
-    def __getitem__(self, key: Any) -> Photometry:
-        return Photometry(**{field.name: getattr(self, field.name)[key] for field in fields(self)})
+    def __getitem__(self, key: Any) -> AugmentParams:
+        return AugmentParams(**{field.name: getattr(self, field.name)[key] for field in fields(self)})
 
 
-def draw_photometry(spec: Photometric, seed: int, step: int, rows: np.ndarray, views: int) -> Photometry:
+def draw_augment_params(config: AugmentConfig, seed: int, step: int, rows: np.ndarray, views: int) -> AugmentParams:
     """The draws of a step for ``rows`` (``[B]``, positions in the global batch) and views 0 .. ``views - 1``.
 
     A draw depends on (seed, step, row, view) alone. Even views use set T, odd ones T'.
     """
     view = np.arange(views)[:, None]
-    u = np.moveaxis(counted_uniform(seed, Stream.PHOTOMETRY, step, np.asarray(rows), view, n=14), -1, 0)
+    u = np.moveaxis(draw_uniform(seed, Stream.PHOTOMETRY, step, np.asarray(rows), view, n=14), -1, 0)
 
-    def between(low: float, high: float, uniform: np.ndarray) -> np.ndarray:
+    def scale_to_range(low: float, high: float, uniform: np.ndarray) -> np.ndarray:
         return low + (high - low) * uniform
 
-    return Photometry(
-        flip=u[0] < spec.flip,
-        jitter=u[1] < spec.jitter,
+    return AugmentParams(
+        flip=u[0] < config.flip,
+        jitter=u[1] < config.jitter,
         order=np.argsort(np.moveaxis(u[2:6], 0, -1), axis=-1),
-        brightness=between(-spec.brightness, spec.brightness, u[6]),
-        contrast=between(1 - spec.contrast, 1 + spec.contrast, u[7]),
-        saturation=between(1 - spec.saturation, 1 + spec.saturation, u[8]),
-        hue=between(-spec.hue, spec.hue, u[9]),
-        grayscale=u[10] < spec.grayscale,
-        blur=u[11] < np.asarray(spec.blur)[view % 2],
-        sigma=between(*SIGMA, u[12]),
-        solarize=u[13] < np.asarray(spec.solarize)[view % 2],
+        brightness=scale_to_range(-config.brightness, config.brightness, u[6]),
+        contrast=scale_to_range(1 - config.contrast, 1 + config.contrast, u[7]),
+        saturation=scale_to_range(1 - config.saturation, 1 + config.saturation, u[8]),
+        hue=scale_to_range(-config.hue, config.hue, u[9]),
+        grayscale=u[10] < config.grayscale,
+        blur=u[11] < np.asarray(config.blur)[view % 2],
+        sigma=scale_to_range(*BLUR_SIGMA_RANGE, u[12]),
+        solarize=u[13] < np.asarray(config.solarize)[view % 2],
     )
 
 
-def apply_photometry(
-    images: Tensor, draw: Photometry, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+def apply_augmentations(
+    images: Tensor,
+    params: AugmentParams,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> Tensor:
     """float32 ``[V, B, 3, H, W]``, normalised: the images as drawn, on the images' device.
 
@@ -102,18 +105,18 @@ def apply_photometry(
     if images.shape[2] != 3:
         images = images.movedim(-1, 2)
     with torch.autocast(images.device.type, enabled=False):
-        kernels = _kernels(images)
-        return (kernels.apply if kernels else _apply)(images, draw, mean, std)
+        kernels = _get_kernels(images)
+        return (kernels.apply if kernels else _apply_torch)(images, params, mean, std)
 
 
-def _kernels(images: Tensor) -> ModuleType | None:
+def _get_kernels(images: Tensor) -> ModuleType | None:
     """The same as kernels of their own, where there are such for the images' device."""
-    kernels = working_kernels(images.device)
-    return kernels if kernels is not None and kernels.fits(images) else None
+    kernels = load_triton_kernels(images.device)
+    return kernels if kernels is not None and kernels.is_supported(images) else None
 
 
 @cache
-def working_kernels(device: torch.device) -> ModuleType | None:
+def load_triton_kernels(device: torch.device) -> ModuleType | None:
     """The module ``augment_kernels`` on a CUDA device where Triton works: it may be missing, or want a C compiler.
 
     Tried once: what does not work here for whatever reason is left to the plain operations.
@@ -124,30 +127,32 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         from relicctl.data import augment_kernels
 
         images = torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8, device=device)
-        augment_kernels.apply(images, draw_photometry(Photometric(), 0, 0, np.arange(1), 1), MEAN, STD)
+        augment_kernels.apply(
+            images, draw_augment_params(AugmentConfig(), 0, 0, np.arange(1), 1), IMAGENET_MEAN, IMAGENET_STD
+        )
     except Exception:
         return None
     return augment_kernels
 
 
-def _apply(images: Tensor, draw: Photometry, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     x = _to_planes(images)
     flat = x.view(-1, *x.shape[2:])  # the same memory, one image after the other
     device = x.device
 
-    groups = _jitter_groups(draw)
-    chosen = [np.flatnonzero(gate) for gate in (draw.flip, draw.grayscale, draw.blur, draw.solarize)]
-    flip, grayscale, blur, solarize, *jittered = _send(chosen + [rows for _, rows in groups], device)
-    strengths = np.stack([draw.brightness, draw.contrast, draw.saturation, draw.hue, draw.sigma])
-    (table,) = _send([strengths.reshape(5, -1).astype(np.float32)], device)
+    groups = _group_jitter(params)
+    chosen = [np.flatnonzero(gate) for gate in (params.flip, params.grayscale, params.blur, params.solarize)]
+    flip, grayscale, blur, solarize, *jittered = _copy_to_device(chosen + [rows for _, rows in groups], device)
+    strengths = np.stack([params.brightness, params.contrast, params.saturation, params.hue, params.sigma])
+    (table,) = _copy_to_device([strengths.reshape(5, -1).astype(np.float32)], device)
 
-    _rewrite(flat, flip, torch.flip, (-1,))
+    _apply_to_rows(flat, flip, torch.flip, (-1,))
     for (order, _), rows in zip(groups, jittered, strict=True):
         strength = table.index_select(1, rows)[..., None, None, None]
-        _rewrite(flat, rows, _jitter, order, strength)
-    _rewrite(flat, grayscale, _grayscale)
-    _rewrite(flat, blur, _blur, table[4].index_select(0, blur))
-    _rewrite(flat, solarize, _solarize)
+        _apply_to_rows(flat, rows, _apply_jitter, order, strength)
+    _apply_to_rows(flat, grayscale, _to_grayscale)
+    _apply_to_rows(flat, blur, _apply_blur, table[4].index_select(0, blur))
+    _apply_to_rows(flat, solarize, _solarize)
 
     flat.clamp_(0.0, 1.0)
     for plane, centre, scale in zip(flat.unbind(1), mean, std, strict=True):
@@ -162,14 +167,14 @@ def _to_planes(images: Tensor) -> Tensor:
     return images.to(torch.float32).contiguous()
 
 
-def _jitter_groups(draw: Photometry) -> list[tuple[list[int], np.ndarray]]:
+def _group_jitter(params: AugmentParams) -> list[tuple[list[int], np.ndarray]]:
     """The images that jitter, grouped by the order of their operations: pairs (order, flat indices)."""
-    rows = np.flatnonzero(draw.jitter)
-    orders, group = np.unique(draw.order.reshape(-1, 4)[rows], axis=0, return_inverse=True)
+    rows = np.flatnonzero(params.jitter)
+    orders, group = np.unique(params.order.reshape(-1, 4)[rows], axis=0, return_inverse=True)
     return [(order.tolist(), rows[group.ravel() == k]) for k, order in enumerate(orders)]
 
 
-def _send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+def _copy_to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays as tensors on the device, in one copy that the host does not wait for."""
     joined = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
@@ -177,44 +182,44 @@ def _send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     return list(joined.to(device, non_blocking=True).split([len(array) for array in arrays]))
 
 
-def _rewrite(flat: Tensor, rows: Tensor, operation: Callable[..., Tensor], *arguments: Any) -> None:
+def _apply_to_rows(flat: Tensor, rows: Tensor, operation: Callable[..., Tensor], *arguments: Any) -> None:
     """Replaces the images at ``rows`` by what the operation makes of them."""
     if len(rows):
         flat.index_copy_(0, rows, operation(flat.index_select(0, rows), *arguments))
 
 
-def _jitter(x: Tensor, order: list[int], strength: Tensor) -> Tensor:
+def _apply_jitter(x: Tensor, order: list[int], strength: Tensor) -> Tensor:
     for operation in order:
-        x = JITTER[operation](x, strength[operation])
+        x = JITTER_OPS[operation](x, strength[operation])
     return x
 
 
-def _brightness(x: Tensor, added: Tensor) -> Tensor:
+def _adjust_brightness(x: Tensor, added: Tensor) -> Tensor:
     return x.add_(added).clamp_(0.0, 1.0)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = x.mean(dim=(-2, -1), keepdim=True)
     return x.sub_(mean).mul_(factor).add_(mean).clamp_(0.0, 1.0)
 
 
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     """HSV's S times the factor, at most 1: with V and hue fixed every channel moves to V - (V - x) S'/S."""
-    value, least = _extremes(x)
-    largest = value / value.sub(least).clamp_min_(TINY)  # 1/S; a grey pixel keeps its colour whatever stands here
+    value, least = _compute_max_min(x)
+    largest = value / value.sub(least).clamp_min_(EPS)  # 1/S; a grey pixel keeps its colour whatever stands here
     return torch.lerp(value, x, largest.minimum(factor))
 
 
-def _hue(x: Tensor, turns: Tensor) -> Tensor:
+def _adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     """HSV's H turned, S and V kept: exact, without a round trip.
 
     H runs round a hexagon of perimeter 6, on which every channel is a clipped triangle wave between least and
     value. Measured from cyan, the way is 2 + (r + least - g - b) / chroma, to the side that b - g tells.
     """
     red, green, blue = x.split(1, dim=1)
-    value, least = _extremes(x)
+    value, least = _compute_max_min(x)
     chroma = value - least
-    way = (red + least).sub_(green).sub_(blue).div_(chroma.clamp_min(TINY)).add_(2.0)
+    way = (red + least).sub_(green).sub_(blue).div_(chroma.clamp_min(EPS)).add_(2.0)
     way.copysign_(blue - green).add_(6.0 * turns)
     way.sub_((way * (1.0 / 6.0)).round_(), alpha=6.0)  # once round is no way at all
     below, above = least - chroma, value + chroma
@@ -224,29 +229,29 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     return x
 
 
-def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_max_min(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest and least channel of every pixel, ``[n, 1, H, W]`` each."""
     red, green, blue = x.split(1, dim=1)
     return red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
 
 
-JITTER = (_brightness, _contrast, _saturation, _hue)
+JITTER_OPS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _adjust_hue)
 
 
-def _grayscale(x: Tensor) -> Tensor:
+def _to_grayscale(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).expand_as(x)
 
 
-def _blur(x: Tensor, sigmas: Tensor) -> Tensor:
+def _apply_blur(x: Tensor, sigmas: Tensor) -> Tensor:
     n, channels, height, width = x.shape
-    across = gaussian_bands(sigmas, width, blur_radius(width))
-    down = across if height == width else gaussian_bands(sigmas, height, blur_radius(height))
+    across = make_gaussian_matrices(sigmas, width, compute_blur_radius(width))
+    down = across if height == width else make_gaussian_matrices(sigmas, height, compute_blur_radius(height))
     rows = torch.bmm(x.view(n, channels * height, width), across).view(x.shape)
     return torch.matmul(down[:, None], rows)
 
 
-def blur_radius(pixels: int) -> int:
+def compute_blur_radius(pixels: int) -> int:
     """Taps on either side of the middle one: 23 taps in all at 224 px, 9 at 96, 3 at 32."""
     return int(pixels / 10 / 2)
 

@@ -13,52 +13,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from relicctl.data.augment import LUMA, TINY, Photometry, _blur, _rewrite, _send
+from relicctl.data.augment import EPS, LUMA, AugmentParams, _apply_blur, _apply_to_rows, _copy_to_device
 
 BLOCK = 1024  # pixels of an image to a program
 # An image's row of the table: gates, the place of contrast in the jitter, four strengths, the jitter's order
 FLIP, JITTER, GRAYSCALE, SOLARIZE, CONTRAST_TURN = (tl.constexpr(column) for column in range(5))
 STRENGTH, ORDER, COLUMNS = tl.constexpr(5), tl.constexpr(9), tl.constexpr(13)
 LUMA_R, LUMA_G, LUMA_B = (tl.constexpr(weight) for weight in LUMA)
-TINIEST = tl.constexpr(TINY)
+KERNEL_EPS = tl.constexpr(EPS)
 
 
-def fits(images: Tensor) -> bool:
+def is_supported(images: Tensor) -> bool:
     """Whether the kernels can read ``[V, B, 3, H, W]``: the pixels of an image, and the images, evenly spaced."""
     view, image, _, row, pixel = images.stride()
     return view == images.shape[1] * image and row == images.shape[-1] * pixel
 
 
-def apply(images: Tensor, draw: Photometry, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """float32 ``[V, B, 3, H, W]``: ``augment.apply_photometry`` of ``images``, uint8 or float, of that shape."""
+def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """float32 ``[V, B, 3, H, W]``: ``augment.apply_augmentations`` of ``images``, uint8 or float, of that shape."""
     (height, width), count = images.shape[-2:], images.shape[0] * images.shape[1]
-    pixels, blurred = height * width, np.flatnonzero(draw.blur)
-    draws, sigmas = _send([_table(draw).ravel(), draw.sigma.ravel()[blurred].astype(np.float32)], images.device)
-    (blurred_here,) = _send([blurred], images.device)
+    pixels, blurred = height * width, np.flatnonzero(params.blur)
+    draws, sigmas = _copy_to_device(
+        [_build_param_table(params).ravel(), params.sigma.ravel()[blurred].astype(np.float32)], images.device
+    )
+    (blurred_here,) = _copy_to_device([blurred], images.device)
 
     out = torch.empty(images.shape, device=images.device)
     means = torch.empty(count, 3, device=images.device)
     _, image, channel, _, pixel = images.stride()
     source = images, image, channel, pixel, 1 / 255 if images.dtype == torch.uint8 else 1.0
     blocks = triton.cdiv(pixels, BLOCK)
-    _means[(count,)](*source, draws, means, pixels, BLOCK)
-    _jitter[(count, blocks)](*source, draws, means, out, pixels, width, BLOCK)
-    _rewrite(out.view(count, 3, height, width), blurred_here, _blur, sigmas)
-    _finish[(3 * count, blocks)](out, draws, *mean, *std, pixels, BLOCK)
+    _compute_means_kernel[(count,)](*source, draws, means, pixels, BLOCK)
+    _jitter_kernel[(count, blocks)](*source, draws, means, out, pixels, width, BLOCK)
+    _apply_to_rows(out.view(count, 3, height, width), blurred_here, _apply_blur, sigmas)
+    _normalize_kernel[(3 * count, blocks)](out, draws, *mean, *std, pixels, BLOCK)
     return out
 
 
-def _table(draw: Photometry) -> np.ndarray:
+def _build_param_table(params: AugmentParams) -> np.ndarray:
     """float32 ``[V, B, COLUMNS]``."""
     columns = [
-        draw.flip, draw.jitter, draw.grayscale, draw.solarize, (draw.order == 1).argmax(-1),
-        draw.brightness, draw.contrast, draw.saturation, draw.hue, *np.moveaxis(draw.order, -1, 0),
+        params.flip, params.jitter, params.grayscale, params.solarize, (params.order == 1).argmax(-1),
+        params.brightness, params.contrast, params.saturation, params.hue, *np.moveaxis(params.order, -1, 0),
     ]  # fmt: skip
     return np.stack(columns, -1).astype(np.float32)
 
 
 @triton.jit
-def _means(images, image, channel, pixel, scale, draws, means, pixels, block: tl.constexpr):
+def _compute_means_kernel(images, image, channel, pixel, scale, draws, means, pixels, block: tl.constexpr):
     """The mean of each channel just before contrast, of one image a program."""
     n = tl.program_id(0)
     row = draws + n * COLUMNS
@@ -71,9 +73,9 @@ def _means(images, image, channel, pixel, scale, draws, means, pixels, block: tl
         for first in range(0, pixels, block):
             p = first + tl.arange(0, block)
             there = p < pixels
-            r, g, b = _load(start + p * pixel, channel, scale, there)
+            r, g, b = _load_rgb(start + p * pixel, channel, scale, there)
             for turn in range(0, before):
-                r, g, b = _operation(r, g, b, row, turn, 0.0, 0.0, 0.0)
+                r, g, b = _apply_operation(r, g, b, row, turn, 0.0, 0.0, 0.0)
             red += tl.where(there, r, 0.0)
             green += tl.where(there, g, 0.0)
             blue += tl.where(there, b, 0.0)
@@ -83,7 +85,7 @@ def _means(images, image, channel, pixel, scale, draws, means, pixels, block: tl
 
 
 @triton.jit
-def _jitter(images, image, channel, pixel, scale, draws, means, out, pixels, width, block: tl.constexpr):
+def _jitter_kernel(images, image, channel, pixel, scale, draws, means, out, pixels, width, block: tl.constexpr):
     n = tl.program_id(0)
     row = draws + n * COLUMNS
     p = tl.program_id(1) * block + tl.arange(0, block)
@@ -91,13 +93,13 @@ def _jitter(images, image, channel, pixel, scale, draws, means, out, pixels, wid
     source = p
     if tl.load(row + FLIP) > 0:
         source = p + width - 1 - 2 * (p % width)
-    r, g, b = _load(images + n.to(tl.int64) * image + source * pixel, channel, scale, there)
+    r, g, b = _load_rgb(images + n.to(tl.int64) * image + source * pixel, channel, scale, there)
     if tl.load(row + JITTER) > 0:
         mean_r = tl.load(means + 3 * n)
         mean_g = tl.load(means + 3 * n + 1)
         mean_b = tl.load(means + 3 * n + 2)
         for turn in range(0, 4):
-            r, g, b = _operation(r, g, b, row, turn, mean_r, mean_g, mean_b)
+            r, g, b = _apply_operation(r, g, b, row, turn, mean_r, mean_g, mean_b)
     if tl.load(row + GRAYSCALE) > 0:
         grey = r * LUMA_R + g * LUMA_G + b * LUMA_B
         r = grey
@@ -110,7 +112,7 @@ def _jitter(images, image, channel, pixel, scale, draws, means, out, pixels, wid
 
 
 @triton.jit
-def _finish(images, draws, mean_r, mean_g, mean_b, std_r, std_g, std_b, pixels, block: tl.constexpr):
+def _normalize_kernel(images, draws, mean_r, mean_g, mean_b, std_r, std_g, std_b, pixels, block: tl.constexpr):
     plane = tl.program_id(0)
     colour = plane % 3
     p = tl.program_id(1) * block + tl.arange(0, block)
@@ -125,7 +127,7 @@ def _finish(images, draws, mean_r, mean_g, mean_b, std_r, std_g, std_b, pixels, 
 
 
 @triton.jit
-def _load(at, channel, scale, there):
+def _load_rgb(at, channel, scale, there):
     r = tl.load(at, mask=there, other=0).to(tl.float32) * scale
     g = tl.load(at + channel, mask=there, other=0).to(tl.float32) * scale
     b = tl.load(at + 2 * channel, mask=there, other=0).to(tl.float32) * scale
@@ -133,7 +135,7 @@ def _load(at, channel, scale, there):
 
 
 @triton.jit
-def _operation(r, g, b, row, turn, mean_r, mean_g, mean_b):
+def _apply_operation(r, g, b, row, turn, mean_r, mean_g, mean_b):
     """The jitter's operation whose turn it is."""
     operation = tl.load(row + ORDER + turn).to(tl.int32)
     strength = tl.load(row + STRENGTH + operation)
@@ -149,7 +151,7 @@ def _operation(r, g, b, row, turn, mean_r, mean_g, mean_b):
         value = tl.maximum(tl.maximum(r, g), b)
         least = tl.minimum(tl.minimum(r, g), b)
         chroma = value - least
-        part = tl.maximum(chroma, TINIEST)
+        part = tl.maximum(chroma, KERNEL_EPS)
         if operation == 2:
             weight = tl.minimum(value / part, strength)
             r = value + weight * (r - value)
@@ -159,14 +161,14 @@ def _operation(r, g, b, row, turn, mean_r, mean_g, mean_b):
             way = tl.abs((r + least - g - b) / part + 2.0)
             way = tl.where(b < g, -way, way) + 6.0 * strength
             way = way - 6.0 * tl.floor(way / 6.0 + 0.5)
-            r = least - chroma + chroma * _between_1_and_2(way)
-            g = value + chroma - chroma * _between_1_and_2(way + 1.0)
-            b = value + chroma - chroma * _between_1_and_2(way - 1.0)
+            r = least - chroma + chroma * _clamp_1_to_2(way)
+            g = value + chroma - chroma * _clamp_1_to_2(way + 1.0)
+            b = value + chroma - chroma * _clamp_1_to_2(way - 1.0)
     return r, g, b
 
 
 @triton.jit
-def _between_1_and_2(way):
+def _clamp_1_to_2(way):
     return tl.minimum(tl.maximum(tl.abs(way), 1.0), 2.0)
 
 

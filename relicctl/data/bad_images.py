@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from relicctl.data.images import BadImage
+from relicctl.data.images import BadImageError
 from relicctl.errors import DataError
 
-TRIES = 1000  # samples looked at for one that can be decoded
+MAX_SKIPPED = 1000  # samples looked at for one that can be decoded
 
 
-class Images(Protocol):
+class ImageSource(Protocol):
     """What images are loaded from: a Source, or images that were decoded before."""
 
     def __len__(self) -> int: ...
@@ -45,35 +45,35 @@ class BadImages:
             )
 
 
-def decodes(source: Images, index: int) -> bool:
+def is_decodable(source: ImageSource, index: int) -> bool:
     try:
         source.load(index)
-    except BadImage:
+    except BadImageError:
         return False
     return True
 
 
-def load_or_next(source: Images, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
+def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
     """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
-    passed: list[tuple[int, str]] = []
-    for candidate in range(index, index + min(len(source), TRIES)):
+    skipped: list[tuple[int, str]] = []
+    for candidate in range(index, index + min(len(source), MAX_SKIPPED)):
         candidate %= len(source)
         try:
-            return source.load(candidate), candidate, passed
-        except BadImage as bad:
-            passed.append((candidate, bad.reason))
-    raise Undecodable(passed)
+            return source.load(candidate), candidate, skipped
+        except BadImageError as bad:
+            skipped.append((candidate, bad.reason))
+    raise UndecodableError(skipped)
 
 
-class Undecodable(DataError):
+class UndecodableError(DataError):
     """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
 
-    def __init__(self, passed: list[tuple[int, str]]) -> None:
+    def __init__(self, skipped: list[tuple[int, str]]) -> None:
         super().__init__(
-            f"{len(passed)} images in a row cannot be decoded, the first because: {passed[0][1]}.",
+            f"{len(skipped)} images in a row cannot be decoded, the first because: {skipped[0][1]}.",
             "Check that the files are images.",
         )
-        self.passed = passed
+        self.skipped = skipped
 
     def __reduce__(self):
-        return type(self), (self.passed,)
+        return type(self), (self.skipped,)

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relicctl.core.counted import Stream, counted_uniform
-from relicctl.data.resample import bicubic_matrices
+from relicctl.core.counted import Stream, draw_uniform
+from relicctl.data.resample import make_bicubic_matrices
 
-TRIES = 10  # draws before the centred fallback, as in torchvision's RandomResizedCrop
+CROP_TRIES = 10  # draws before the centred fallback, as in torchvision's RandomResizedCrop
 
 
-def crop_boxes(
+def draw_crop_boxes(
     seed: int,
     epoch: int,
     indices: np.ndarray,
@@ -40,30 +40,30 @@ def crop_boxes(
     """
     views = np.arange(first_view, first_view + count)
     indices = np.asarray(indices)[:, None]
-    u = counted_uniform(seed, Stream.GEOMETRY, epoch, indices, views, n=2 * TRIES + 2)
+    u = draw_uniform(seed, Stream.GEOMETRY, epoch, indices, views, n=2 * CROP_TRIES + 2)
     height, width = (np.asarray(side, dtype=np.int64)[:, None] for side in (heights, widths))
 
-    pixels = (height * width)[..., None] * (area[0] + (area[1] - area[0]) * u[..., :TRIES])
+    pixels = (height * width)[..., None] * (area[0] + (area[1] - area[0]) * u[..., :CROP_TRIES])
     log_low, log_high = np.log(aspect)
-    ratio = np.exp(log_low + (log_high - log_low) * u[..., TRIES : 2 * TRIES])
+    ratio = np.exp(log_low + (log_high - log_low) * u[..., CROP_TRIES : 2 * CROP_TRIES])
     tried_w, tried_h = (np.rint(np.sqrt(side)).astype(np.int64) for side in (pixels * ratio, pixels / ratio))
     fits = (tried_w > 0) & (tried_w <= width[..., None]) & (tried_h > 0) & (tried_h <= height[..., None])
     first = fits.argmax(-1)[..., None]
     found = fits.any(-1)
 
     shape = np.clip(width / height, *aspect)
-    w = np.where(found, _pick(tried_w, first), np.clip(np.rint(height * shape), 1, width))
-    h = np.where(found, _pick(tried_h, first), np.clip(np.rint(width / shape), 1, height))
+    w = np.where(found, _gather_draws(tried_w, first), np.clip(np.rint(height * shape), 1, width))
+    h = np.where(found, _gather_draws(tried_h, first), np.clip(np.rint(width / shape), 1, height))
     left = np.where(found, np.floor(u[..., -2] * (width - w + 1)), (width - w) // 2)
     top = np.where(found, np.floor(u[..., -1] * (height - h + 1)), (height - h) // 2)
     return np.stack([left, top, w, h], axis=-1).astype(np.int32)
 
 
-def _pick(values: np.ndarray, position: np.ndarray) -> np.ndarray:
+def _gather_draws(values: np.ndarray, position: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, position, axis=-1)[..., 0]
 
 
-def eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
+def make_eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
     """int32 ``[4]``: the centred square whose side is ``crop_ratio`` of the shorter side.
 
     Resizing it to s pixels equals resizing the short side to ``s / crop_ratio``, then cutting out the centre.
@@ -72,15 +72,15 @@ def eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
     return np.array([(width - side) // 2, (height - side) // 2, side, side], dtype=np.int32)
 
 
-Edit = Callable[[np.ndarray, int, int], None]  # changes a crop's pixels in place; told its left and top
+CropEdit = Callable[[np.ndarray, int, int], None]  # changes a crop's pixels in place; told its left and top
 
 
-def host_crops(
+def crop_on_host(
     image: np.ndarray,
     boxes: np.ndarray,
     size: int,
     out: np.ndarray | None = None,
-    edits: Sequence[Edit | None] | None = None,
+    edits: Sequence[CropEdit | None] | None = None,
 ) -> np.ndarray:
     """uint8 ``[V, size, size, 3]``, in ``out`` if given: the boxes ``[V, 4]`` of one image, uint8 ``[H, W, 3]``.
 
@@ -102,12 +102,12 @@ def host_crops(
     return out
 
 
-def device_crops(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Tensor:
+def crop_on_device(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Tensor:
     """float32 ``[V, B, 3, size, size]`` in [0, 1]: boxes ``[B, V, 4]`` of uint8 images ``[B, 3, H, W]``.
 
     Two batched matrix products a view, on the images' device, in float32 whatever the autocast. Clipping
     between them is what every uint8 resize does, and a sharp edge shows it; nothing is rounded, which keeps
-    within 1.5 grey levels of those. On a CPU ``host_crops`` is the faster way above some 64 pixels.
+    within 1.5 grey levels of those. On a CPU ``crop_on_host`` is the faster way above some 64 pixels.
     """
     batch, channels, height, width = images.shape
     left, top, w, h = torch.as_tensor(boxes).to(images.device, non_blocking=True).unbind(-1)
@@ -115,8 +115,8 @@ def device_crops(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Tenso
     with torch.autocast(images.device.type, enabled=False):
         lines = images.float().div_(255.0).reshape(batch, channels * height, width)
         for view, crop in enumerate(crops):
-            across = bicubic_matrices(left[:, view], w[:, view], width, size)
-            down = bicubic_matrices(top[:, view], h[:, view], height, size)
+            across = make_bicubic_matrices(left[:, view], w[:, view], width, size)
+            down = make_bicubic_matrices(top[:, view], h[:, view], height, size)
             rows = torch.bmm(lines, across.mT).clamp_(0.0, 1.0).view(batch, channels, height, size)
             torch.matmul(down[:, None], rows, out=crop)
     return crops.clamp_(0.0, 1.0)

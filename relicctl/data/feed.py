@@ -22,24 +22,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from relicctl.core.distributed import World
-from relicctl.core.hardware import free_host_memory
-from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
-from relicctl.data.bad_images import BadImages, Images, Undecodable, load_or_next
-from relicctl.data.crops import crop_boxes, device_crops, host_crops
-from relicctl.data.images import BadImage
-from relicctl.data.masking import Cutout, Masking, ResidentMasks
+from relicctl.core.hardware import get_free_host_memory
+from relicctl.data.augment import AugmentConfig, apply_augmentations, draw_augment_params
+from relicctl.data.bad_images import BadImages, ImageSource, UndecodableError, load_or_next
+from relicctl.data.crops import crop_on_device, crop_on_host, draw_crop_boxes
+from relicctl.data.images import BadImageError
+from relicctl.data.masking import BackgroundFill, BackgroundRemoval, DeviceMasks
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import Source
-from relicctl.data.workers import working
+from relicctl.data.sources import ImageDataset
+from relicctl.data.workers import run_workers
 from relicctl.errors import RelicError, UsageError
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
-DECODED_AT_ONCE = 8  # images a worker holds decoded: boxes are drawn for so many, and large photos still fit
+IMAGES_PER_DECODE = 8  # images a worker holds decoded: boxes are drawn for so many, and large photos still fit
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class ViewSize:
+class CropSpec:
     """``count`` square crops of ``size`` pixels that cover a share of the image within ``area``."""
 
     count: int
@@ -48,16 +48,16 @@ class ViewSize:
 
 
 @dataclass(frozen=True)
-class ViewPlan:
+class ViewSpec:
     """All views of an image: the large ones first, then the small ones if there are any."""
 
-    sizes: tuple[ViewSize, ...]
+    crops: tuple[CropSpec, ...]
     aspect: tuple[float, float]
-    photometric: Photometric
+    augment: AugmentConfig
 
     @property
     def count(self) -> int:
-        return sum(size.count for size in self.sizes)
+        return sum(size.count for size in self.crops)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Batch:
     labels: torch.Tensor | None
 
 
-class Feed:
+class ViewLoader:
     """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half.
 
     Images of several sizes cannot be kept on the device: then they are kept in memory, or with ``strict_cache``
@@ -77,9 +77,9 @@ class Feed:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageDataset,
         sampler: Sampler,
-        plan: ViewPlan,
+        plan: ViewSpec,
         *,
         seed: int,
         device: torch.device,
@@ -88,56 +88,56 @@ class Feed:
         strict_cache: bool = False,
         workers: int,
         bad: BadImages,
-        masking: Masking | None = None,
+        masking: BackgroundRemoval | None = None,
     ) -> None:
-        self.waited = 0.0
-        self._source: Images = source if masking is None else masking.masks.pictures(source)
-        self._keys = source.key
+        self.data_wait_seconds = 0.0
+        self._source: ImageSource = source if masking is None else masking.masks.get_image_source(source)
+        self._get_name = source.get_name
         self._sampler, self._plan = sampler, plan
         self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
-        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._upload_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._masking = masking
-        self._resident_masks: ResidentMasks | None = None
-        self._first, self._last = world.rows(sampler.batch_size)
+        self._device_masks: DeviceMasks | None = None
+        self._first, self._last = world.get_local_rows(sampler.batch_size)
         self._labels = source.labels
-        self._resident: torch.Tensor | None = None
+        self._device_images: torch.Tensor | None = None
         if cache != "none":
-            self._decode_all(cache, strict_cache)
+            self._cache_images(cache, strict_cache)
 
-    def from_step(self, step: int, stop: int) -> Iterator[Batch]:
+    def iter_from_step(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``step`` to ``stop - 1``."""
-        crops = self._crop_on_device if self._resident is not None else self._crop_on_host
+        crops = self._crop_on_device if self._device_images is not None else self._crop_on_host
         rows = np.arange(self._first, self._last)
         for number, (views, samples) in zip(range(step, stop), crops(step, stop), strict=True):
-            draw = draw_photometry(self._plan.photometric, self._seed, number, rows, self._plan.count)
+            draw = draw_augment_params(self._plan.augment, self._seed, number, rows, self._plan.count)
             first, finished = 0, []
-            for size, view in zip(self._plan.sizes, views, strict=True):
-                finished.append(apply_photometry(view, draw[first : first + size.count]))
+            for size, view in zip(self._plan.crops, views, strict=True):
+                finished.append(apply_augmentations(view, draw[first : first + size.count]))
                 first += size.count
-            yield Batch(finished, self._labels_of(samples))
+            yield Batch(finished, self._gather_labels(samples))
 
-    def _labels_of(self, samples: np.ndarray) -> torch.Tensor | None:
+    def _gather_labels(self, samples: np.ndarray) -> torch.Tensor | None:
         if self._labels is None:
             return None
         return torch.from_numpy(self._labels[samples]).to(self._device, non_blocking=True)
 
     # Decoded once, cropped on the device
 
-    def _decode_all(self, cache: str, strict: bool) -> None:
+    def _cache_images(self, cache: str, strict: bool) -> None:
         """Decode every image once: into one tensor on the device, or into host memory (``memory``)."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
             loaded = list(pool.map(lambda i: load_or_next(self._source, i), range(len(self._source))))
-        for _, _, passed in loaded:
-            self._note(passed)
+        for _, _, skipped in loaded:
+            self._record_skipped(skipped)
         images, indices = [image for image, _, _ in loaded], [index for _, index, _ in loaded]
         if self._labels is not None:
             self._labels = self._labels[indices]
         if self._masking is not None:
-            self._masking = replace(self._masking, masks=self._masking.masks.kept(images, indices))
+            self._masking = replace(self._masking, masks=self._masking.masks.select(images, indices))
             images = [np.ascontiguousarray(image[..., :3]) for image in images]
         one_size = len({image.shape for image in images}) == 1
         if cache == "memory" or not (one_size or strict):
-            self._source = Decoded(images)
+            self._source = CachedImages(images)
         elif not one_size:
             raise UsageError(
                 "data.cache is device, but the images differ in size.",
@@ -147,24 +147,26 @@ class Feed:
             planes = torch.empty(len(images), 3, *images[0].shape[:2], dtype=torch.uint8)
             for row, image in zip(planes, images, strict=True):
                 row.copy_(torch.from_numpy(image).permute(2, 0, 1))
-            self._resident = planes.to(self._device)
+            self._device_images = planes.to(self._device)
             if self._masking is not None:
-                self._resident_masks = ResidentMasks(self._masking, images, self._device)
+                self._device_masks = DeviceMasks(self._masking, images, self._device)
 
     def _crop_on_device(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
-        assert self._resident is not None
-        height, width = self._resident.shape[2:]
+        assert self._device_images is not None
+        height, width = self._device_images.shape[2:]
         for number in range(step, stop):
-            samples = self._sampler.batch(number)[self._first : self._last]
+            samples = self._sampler.get_batch_indices(number)[self._first : self._last]
             picked = torch.from_numpy(samples).to(self._device, non_blocking=True)
-            images = self._resident[picked]
-            boxes = _boxes(
-                self._plan, self._seed, self._sampler.epoch(number), samples,
+            images = self._device_images[picked]
+            boxes = _draw_view_boxes(
+                self._plan, self._seed, self._sampler.get_epoch(number), samples,
                 np.full(len(samples), height), np.full(len(samples), width),
             )  # fmt: skip
-            views = [device_crops(images, b, s.size) for b, s in zip(boxes, self._plan.sizes, strict=True)]
-            if self._resident_masks is not None:
-                self._resident_masks.cut(views[0], images, boxes[0], self._seed, self._sampler.epoch(number), samples)
+            views = [crop_on_device(images, b, s.size) for b, s in zip(boxes, self._plan.crops, strict=True)]
+            if self._device_masks is not None:
+                self._device_masks.crop_masked_views(
+                    views[0], images, boxes[0], self._seed, self._sampler.get_epoch(number), samples
+                )
             yield views, samples
 
     # Decoded for every batch by workers
@@ -174,98 +176,98 @@ class Feed:
             (row, min(row + ROWS_PER_CHUNK, self._last)) for row in range(self._first, self._last, ROWS_PER_CHUNK)
         ]
         loader = DataLoader(
-            _Chunks(self._source, self._sampler, self._plan, self._seed, self._masking),
+            _ChunkDataset(self._source, self._sampler, self._plan, self._seed, self._masking),
             batch_size=None,
-            sampler=_Units(step, stop, chunks),
+            sampler=_ChunkSampler(step, stop, chunks),
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=_init_worker,
             prefetch_factor=4 if self._workers else None,
         )
         rows = self._last - self._first
-        with working(loader) as items:
+        with run_workers(loader) as items:
             for _ in range(step, stop):
-                with self._uploading():
+                with self._open_upload_stream():
                     views = [
                         torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
-                        for s in self._plan.sizes
+                        for s in self._plan.crops
                     ]
                 samples = np.empty(rows, dtype=np.int64)
                 for first, last in chunks:
-                    asked = time.perf_counter()
-                    made = next(items)
-                    self.waited += time.perf_counter() - asked
-                    if isinstance(made, Undecodable):
-                        self._note(made.passed)
-                    if isinstance(made, RelicError):
-                        raise made
-                    crops, used, passed = made
-                    self._note(passed)
+                    start_time = time.perf_counter()
+                    item = next(items)
+                    self.data_wait_seconds += time.perf_counter() - start_time
+                    if isinstance(item, UndecodableError):
+                        self._record_skipped(item.skipped)
+                    if isinstance(item, RelicError):
+                        raise item
+                    crops, used, skipped = item
+                    self._record_skipped(skipped)
                     here = slice(first - self._first, last - self._first)
                     samples[here] = used
-                    with self._uploading():
+                    with self._open_upload_stream():
                         for view, crop in zip(views, crops, strict=True):
                             view[:, here].copy_(crop, non_blocking=True)
-                self._uploaded(views)
+                self._wait_for_uploads(views)
                 yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
 
-    def _uploading(self) -> AbstractContextManager[Any]:
+    def _open_upload_stream(self) -> AbstractContextManager[Any]:
         """Copies go to a GPU on a stream of their own: the host is ahead of it, so they overlap the step before."""
-        return nullcontext() if self._uploads is None else torch.cuda.stream(self._uploads)
+        return nullcontext() if self._upload_stream is None else torch.cuda.stream(self._upload_stream)
 
-    def _uploaded(self, views: list[torch.Tensor]) -> None:
+    def _wait_for_uploads(self, views: list[torch.Tensor]) -> None:
         """The step waits, on the device, for what was copied; the memory is not used again before it is done."""
-        if self._uploads is not None:
+        if self._upload_stream is not None:
             step = torch.cuda.current_stream(self._device)
-            step.wait_stream(self._uploads)
+            step.wait_stream(self._upload_stream)
             for view in views:
                 view.record_stream(step)
 
-    def _note(self, passed: list[tuple[int, str]]) -> None:
-        for index, reason in passed:
-            self._bad.add(self._keys(index), reason)
+    def _record_skipped(self, skipped: list[tuple[int, str]]) -> None:
+        for index, reason in skipped:
+            self._bad.add(self._get_name(index), reason)
 
 
-Crops = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size, samples used, samples passed over
+CropChunk = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size, samples used, samples passed over
 
 
-class _Chunks(Dataset):
+class _ChunkDataset(Dataset):
     """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
 
     def __init__(
-        self, source: Images, sampler: Sampler, plan: ViewPlan, seed: int, masking: Masking | None = None
+        self, source: ImageSource, sampler: Sampler, plan: ViewSpec, seed: int, masking: BackgroundRemoval | None = None
     ) -> None:
         self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
         self._masking = masking
 
-    def __getitem__(self, unit: tuple[int, int, int]) -> Crops | RelicError:
+    def __getitem__(self, unit: tuple[int, int, int]) -> CropChunk | RelicError:
         try:
-            return self._make(*unit)
+            return self._make_crops(*unit)
         except RelicError as error:
             return error  # raised in the training process: torch would wrap it up, with a traceback, on the way
 
-    def _make(self, step: int, first: int, last: int) -> Crops:
-        samples = self._sampler.batch(step)[first:last]
-        crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.sizes]
-        used, passed, epoch = np.empty_like(samples), [], self._sampler.epoch(step)
-        masking, cutouts = self._masking, None
+    def _make_crops(self, step: int, first: int, last: int) -> CropChunk:
+        samples = self._sampler.get_batch_indices(step)[first:last]
+        crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.crops]
+        used, all_skipped, epoch = np.empty_like(samples), [], self._sampler.get_epoch(step)
+        masking, fills = self._masking, None
         if masking is not None:
-            drawn = masking.draw(self._seed, epoch, samples, self._plan.sizes[0].count)
-        for start in range(0, len(samples), DECODED_AT_ONCE):
-            rows = slice(start, start + DECODED_AT_ONCE)
+            drawn = masking.draw_masked_views(self._seed, epoch, samples, self._plan.crops[0].count)
+        for start in range(0, len(samples), IMAGES_PER_DECODE):
+            rows = slice(start, start + IMAGES_PER_DECODE)
             loaded = [load_or_next(self._source, int(sample)) for sample in samples[rows]]
             used[rows] = [index for _, index, _ in loaded]
-            passed += [bad for _, _, skipped in loaded for bad in skipped]
+            all_skipped += [bad for _, _, skipped in loaded for bad in skipped]
             images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
             if masking is not None:
-                cutouts = masking.cutouts(drawn[rows], self._seed, epoch, samples[rows], used[rows], images)
+                fills = masking.build_fills(drawn[rows], self._seed, epoch, samples[rows], used[rows], images)
                 images = [image[..., :3] for image in images]
-            crop_views(images, self._plan, self._seed, epoch, samples[rows], out, cutouts)
-        return [torch.from_numpy(crop) for crop in crops], used, passed
+            crop_views(images, self._plan, self._seed, epoch, samples[rows], out, fills)
+        return [torch.from_numpy(crop) for crop in crops], used, all_skipped
 
 
 @dataclass(frozen=True)
-class _Units:
+class _ChunkSampler:
     """The order in which workers' units are wanted."""
 
     step: int
@@ -279,7 +281,7 @@ class _Units:
         return (self.stop - self.step) * len(self.chunks)
 
 
-class Decoded:
+class CachedImages:
     """Images of different sizes that were decoded before, in the memory that workers share with their parent."""
 
     def __init__(self, images: list[np.ndarray]) -> None:
@@ -292,14 +294,14 @@ class Decoded:
         return self._images[index]
 
 
-def _boxes(
-    plan: ViewPlan, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
+def _draw_view_boxes(
+    plan: ViewSpec, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> list[np.ndarray]:
     """int32 ``[B, count, 4]`` per size."""
     first, boxes = 0, []
-    for size in plan.sizes:
+    for size in plan.crops:
         boxes.append(
-            crop_boxes(
+            draw_crop_boxes(
                 seed, epoch, samples, heights, widths,
                 first_view=first, count=size.count, area=size.area, aspect=plan.aspect,
             )
@@ -310,12 +312,12 @@ def _boxes(
 
 def crop_views(
     images: list[np.ndarray],
-    plan: ViewPlan,
+    plan: ViewSpec,
     seed: int,
     epoch: int,
     samples: np.ndarray,
     out: list[np.ndarray],
-    cutouts: list[list[Cutout | None]] | None = None,
+    fills: list[list[BackgroundFill | None]] | None = None,
 ) -> None:
     """All views of decoded images, uint8 ``[H, W, 3]``, into ``out``: per size uint8 ``[count, B, size, size, 3]``.
 
@@ -323,21 +325,21 @@ def crop_views(
     ``cutouts``: per image what removes the background of each large view.
     """
     heights, widths = np.array([image.shape[:2] for image in images]).T
-    places = _boxes(plan, seed, epoch, samples, heights, widths)
-    for number, (size, boxes, views) in enumerate(zip(plan.sizes, places, out, strict=True)):
+    view_boxes = _draw_view_boxes(plan, seed, epoch, samples, heights, widths)
+    for number, (size, boxes, views) in enumerate(zip(plan.crops, view_boxes, out, strict=True)):
         for row, image in enumerate(images):
-            edits = cutouts[row] if cutouts is not None and number == 0 else None
-            host_crops(image, boxes[row], size.size, views[:, row], edits)
+            edits = fills[row] if fills is not None and number == 0 else None
+            crop_on_host(image, boxes[row], size.size, views[:, row], edits)
 
 
-def _quiet_worker(_: int) -> None:
+def _init_worker(_: int) -> None:
     """Signals are the training process's business: a worker goes on until it is told there is no more to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def choose_cache(cache: str, source: Source, device: torch.device, masked: bool = False) -> str:
+def resolve_cache(cache: str, source: ImageDataset, device: torch.device, masked: bool = False) -> str:
     """Settle ``auto``: ``device`` or ``memory`` where the decoded images take at most a quarter of what is free.
 
     With ``masked`` their masks, one bit a pixel, count too. The device crops images of one size; a CPU does so only
@@ -349,12 +351,12 @@ def choose_cache(cache: str, source: Source, device: torch.device, masked: bool 
     for index in range(0, len(source), max(1, len(source) // 64)):
         try:
             images.append(source.load(index))
-        except BadImage:
+        except BadImageError:
             continue
     if not images:
         return "none"
     need = len(source) * sum(image.nbytes for image in images) / len(images) * (25 / 24 if masked else 1)
-    if need > min(free_host_memory() / 4, 8 * GIB):
+    if need > min(get_free_host_memory() / 4, 8 * GIB):
         return "none"
     if len({image.shape for image in images}) > 1:
         return "memory"

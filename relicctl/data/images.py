@@ -19,13 +19,13 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is taken for a decompression bomb
 
 _EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+_ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,7 +36,7 @@ _UPRIGHT = {
 }
 
 
-class BadImage(Exception):
+class BadImageError(Exception):
     """One sample cannot be read or decoded, for ``reason``; the run can go on without it."""
 
     def __init__(self, reason: str) -> None:
@@ -61,22 +61,22 @@ def decode_rgba(data: bytes) -> np.ndarray:
 
 def _decode(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
-        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
-            raise BadImage(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
+            raise BadImageError(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
+        turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
         image = convert(image)
         return np.array(image if turn is None else image.transpose(turn))
-    except BadImage:
+    except BadImageError:
         raise
     except UnidentifiedImageError:
-        raise BadImage("no image in a known format") from None
+        raise BadImageError("no image in a known format") from None
     except Exception as error:  # on damaged files Pillow's plugins raise almost anything
-        raise BadImage(f"{error}" or type(error).__name__) from error
+        raise BadImageError(f"{error}" or type(error).__name__) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
@@ -92,7 +92,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return canvas.convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         sixteen_bits = image.mode != "F" and (image.mode != "I" or image.format == "PNG")
-        grey = _to_8_bits(np.asarray(image), white=65535 if sixteen_bits else None)
+        grey = _to_uint8(np.asarray(image), white=65535 if sixteen_bits else None)
         image = Image.fromarray(grey)
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -105,7 +105,7 @@ def _to_rgba(image: Image.Image) -> Image.Image:
     return shown
 
 
-def _to_8_bits(values: np.ndarray, white: int | None) -> np.ndarray:
+def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
     """Scale ``[H, W]`` linearly so that ``white`` becomes 255.
 
     Files of 32-bit integers or floats do not say what white is: it is taken to be the smallest of 1 (floats

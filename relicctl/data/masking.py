@@ -19,25 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relicctl.core.counted import Stream, counted_seed, counted_uniform
-from relicctl.data.augment import MEAN
-from relicctl.data.bad_images import Images
-from relicctl.data.crops import device_crops
+from relicctl.core.counted import Stream, derive_seed, draw_uniform
+from relicctl.data.augment import IMAGENET_MEAN
+from relicctl.data.bad_images import ImageSource
+from relicctl.data.crops import crop_on_device
 from relicctl.data.images import decode_rgba
 from relicctl.data.masks import MaskBank
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 
-Fill = Literal["mean", "gray", "noise"]
-FILLS = {"mean": np.rint(255 * np.array(MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
+FillMode = Literal["mean", "gray", "noise"]
+FILL_COLORS = {"mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
 PIXEL = np.dtype("V3")  # three bytes as one
-OPAQUE = 128  # alpha from which on a pixel is foreground
-NOISE = 1  # keeps the noise's numbers apart from the draws'
+ALPHA_THRESHOLD = 128  # alpha from which on a pixel is foreground
+NOISE_KEY = 1  # keeps the noise's numbers apart from the draws'
 
 
-class Masks(Protocol):
+class MaskSource(Protocol):
     """Where foregrounds come from."""
 
-    def pictures(self, source: Source) -> Images:
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
         """What the images are loaded from, with all that ``read`` wants of them."""
         ...
 
@@ -48,7 +48,7 @@ class Masks(Protocol):
         """
         ...
 
-    def kept(self, images: list[np.ndarray], indices: Sequence[int]) -> Masks:
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> MaskSource:
         """Masks of images that stay decoded: place i is sample ``indices[i]``, which was loaded as ``images[i]``."""
         ...
 
@@ -59,18 +59,18 @@ class BankMasks:
     def __init__(self, bank: MaskBank, rows: np.ndarray, limits: tuple[float, float]) -> None:
         self.bank, self.rows, self.limits = bank, rows, limits
 
-    def pictures(self, source: Source) -> Images:
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
         return source
 
-    def usable(self) -> np.ndarray:
+    def is_usable(self) -> np.ndarray:
         """bool ``[N]``: whose foreground lies within the limits."""
-        return _within(self.bank.foreground(self.rows), self.limits)
+        return _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         row = int(self.rows[index])
-        return self.bank.mask(row) if _within(self.bank.foreground(row), self.limits) else None
+        return self.bank.load_mask(row) if _is_within(self.bank.get_foreground_ratio(row), self.limits) else None
 
-    def kept(self, images: list[np.ndarray], indices: Sequence[int]) -> BankMasks:
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> BankMasks:
         return BankMasks(self.bank, self.rows[np.asarray(indices)], self.limits)
 
 
@@ -80,16 +80,16 @@ class AlphaMasks:
     def __init__(self, limits: tuple[float, float]) -> None:
         self.limits = limits
 
-    def pictures(self, source: Source) -> Images:
-        return _WithAlpha(source)
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        return _AlphaImages(source)
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         if image.shape[2] < 4:
             return None
-        mask = image[..., 3] >= OPAQUE
-        return mask if _within(mask.mean(), self.limits) else None
+        mask = image[..., 3] >= ALPHA_THRESHOLD
+        return mask if _is_within(mask.mean(), self.limits) else None
 
-    def kept(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
         return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
 
 
@@ -100,7 +100,7 @@ class PackedMasks:
         self._shapes = [None if mask is None else mask.shape for mask in masks]
         self._bits = [None if mask is None else np.packbits(mask) for mask in masks]
 
-    def pictures(self, source: Source) -> Images:
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
         return source
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
@@ -109,14 +109,14 @@ class PackedMasks:
             return None
         return np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
 
-    def kept(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
         return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
 
 
-class _WithAlpha:
+class _AlphaImages:
     """A source's images, uint8 ``[H, W, 4]`` where there is an alpha channel, else ``[H, W, 3]``."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ImageDataset) -> None:
         self._source = source
 
     def __len__(self) -> int:
@@ -127,24 +127,24 @@ class _WithAlpha:
         return decode_rgba(data) if isinstance(data, bytes) else data
 
 
-def _within(share: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+def _is_within(share: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return (limits[0] <= share) & (share <= limits[1])
 
 
 @dataclass(frozen=True)
-class Masking:
+class BackgroundRemoval:
     """Background removal of a run: where masks come from, how often, and what the background becomes."""
 
-    masks: Masks
+    masks: MaskSource
     probability: float
-    fill: Fill
+    fill: FillMode
 
-    def draw(self, seed: int, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
+    def draw_masked_views(self, seed: int, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
         """bool ``[B, views]``: which large views of ``samples``, ``[B]``, want the image without its background."""
-        wanted = counted_uniform(seed, Stream.MASK, epoch, samples[:, None], np.arange(views), n=1)
+        wanted = draw_uniform(seed, Stream.MASK, epoch, samples[:, None], np.arange(views), n=1)
         return wanted[..., 0] < self.probability
 
-    def cutouts(
+    def build_fills(
         self,
         drawn: np.ndarray,
         seed: int,
@@ -152,33 +152,35 @@ class Masking:
         samples: np.ndarray,
         used: np.ndarray,
         images: list[np.ndarray],
-    ) -> list[list[Cutout | None]]:
+    ) -> list[list[BackgroundFill | None]]:
         """Per image and large view, what removes its background, or None.
 
         ``drawn``: bool ``[B, views]``, of ``draw``; ``samples``, ``[B]``: for whom; ``used``, ``[B]``: the samples
         that were loaded in their places as ``images``.
         """
-        found: list[list[Cutout | None]] = [[None] * drawn.shape[1] for _ in images]
+        found: list[list[BackgroundFill | None]] = [[None] * drawn.shape[1] for _ in images]
         rows, views = np.nonzero(drawn)
         masks = {row: self.masks.read(int(used[row]), images[row]) for row in set(rows.tolist())}
         for row, view in zip(rows.tolist(), views.tolist(), strict=True):
             mask = masks[row]
             if mask is not None:
                 height, width = images[row].shape[:2]
-                fill = self.filling(seed, epoch, int(samples[row]), view, height, width)
-                found[row][view] = Cutout(mask, height, width, fill)
+                fill = self.make_fill_values(seed, epoch, int(samples[row]), view, height, width)
+                found[row][view] = BackgroundFill(mask, height, width, fill)
         return found
 
-    def filling(self, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> np.ndarray:
+    def make_fill_values(self, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> np.ndarray:
         """What the background becomes: uint8 ``[3]``, or noise of the view's own, ``[height, width, 3]``."""
         if self.fill != "noise":
-            return FILLS[self.fill]
+            return FILL_COLORS[self.fill]
         count = 3 * height * width
-        words = np.random.PCG64(counted_seed(seed, Stream.MASK, epoch, sample, view, NOISE)).random_raw(-(-count // 8))
+        words = np.random.PCG64(derive_seed(seed, Stream.MASK, epoch, sample, view, NOISE_KEY)).random_raw(
+            -(-count // 8)
+        )
         return words.astype("<u8").view(np.uint8)[:count].reshape(height, width, 3)
 
 
-class Cutout:
+class BackgroundFill:
     """Fills the background in any crop of an image of ``height`` x ``width`` pixels.
 
     The mask's few rows are stretched across the crop before they are copied to its lines, and numpy fills runs of
@@ -191,8 +193,8 @@ class Cutout:
     def __call__(self, crop: np.ndarray, left: int, top: int) -> None:
         """``crop``: uint8 ``[h, w, 3]``, contiguous, the pixels from (top, left) on; filled in place."""
         h, w = crop.shape[:2]
-        rows = _nearest(self._height, self._mask.shape[0])[top : top + h]
-        columns = _nearest(self._width, self._mask.shape[1])[left : left + w]
+        rows = _compute_nearest_indices(self._height, self._mask.shape[0])[top : top + h]
+        columns = _compute_nearest_indices(self._width, self._mask.shape[1])[left : left + w]
         background = (~self._mask[rows[0] : rows[-1] + 1])[:, columns].take(rows - rows[0], axis=0)
         if self._fill.ndim == 1:
             fill = np.frombuffer(self._fill.tobytes() * w, PIXEL)
@@ -201,22 +203,22 @@ class Cutout:
         np.copyto(crop.view(PIXEL)[..., 0], fill, where=background)
 
 
-def scaled(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """bool ``[height, width]``: the mask at the size of its image."""
-    rows, columns = _nearest(height, mask.shape[0]), _nearest(width, mask.shape[1])
+    rows, columns = _compute_nearest_indices(height, mask.shape[0]), _compute_nearest_indices(width, mask.shape[1])
     return mask[rows][:, columns]
 
 
 @lru_cache(maxsize=256)
-def _nearest(pixels: int, side: int) -> np.ndarray:
+def _compute_nearest_indices(pixels: int, side: int) -> np.ndarray:
     """int64 ``[pixels]``: of ``side`` mask pixels, the one under the centre of each image pixel."""
     return (2 * np.arange(pixels) + 1) * side // (2 * pixels)
 
 
-class ResidentMasks:
+class DeviceMasks:
     """Masks of images of one size, packed at that size on the images' device: 1/24 of the images' memory."""
 
-    def __init__(self, masking: Masking, images: list[np.ndarray], device: torch.device) -> None:
+    def __init__(self, masking: BackgroundRemoval, images: list[np.ndarray], device: torch.device) -> None:
         self._masking = masking
         self._height, self._width = images[0].shape[:2]
         self._usable = np.zeros(len(images), dtype=bool)
@@ -224,32 +226,34 @@ class ResidentMasks:
         for place, image in enumerate(images):
             mask = masking.masks.read(place, image)
             if mask is not None:
-                packed[place] = np.packbits(scaled(mask, self._height, self._width))
+                packed[place] = np.packbits(resize_mask(mask, self._height, self._width))
                 self._usable[place] = True
         self._packed = torch.from_numpy(packed).to(device)
         self._shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
-    def cut(self, views: Tensor, images: Tensor, boxes: np.ndarray, seed: int, epoch: int, samples: np.ndarray) -> None:
+    def crop_masked_views(
+        self, views: Tensor, images: Tensor, boxes: np.ndarray, seed: int, epoch: int, samples: np.ndarray
+    ) -> None:
         """Cut those large views anew that drew a mask: float32 ``[V, B, 3, size, size]``, contiguous, in place.
 
         ``images``: uint8 ``[B, 3, H, W]``, those of ``samples``, ``[B]``; ``boxes``: ``[B, V, 4]``.
         """
         count, batch = views.shape[:2]
-        drawn = self._masking.draw(seed, epoch, samples, count) & self._usable[samples][:, None]
+        drawn = self._masking.draw_masked_views(seed, epoch, samples, count) & self._usable[samples][:, None]
         rows, chosen = np.nonzero(drawn)
         if not len(rows):
             return
         fills = [
-            self._masking.filling(seed, epoch, sample, view, self._height, self._width)
+            self._masking.make_fill_values(seed, epoch, sample, view, self._height, self._width)
             for sample, view in zip(samples[rows].tolist(), chosen.tolist(), strict=True)
         ]
         wanted = torch.from_numpy(np.stack([rows, samples[rows], chosen * batch + rows]))
         row, sample, place = wanted.to(images.device, non_blocking=True)
-        pictures = self._remove(images[row], sample, fills[0] if fills[0].ndim == 1 else np.stack(fills))
-        cut = device_crops(pictures, boxes[rows, chosen][:, None], views.shape[-1])
-        views.view(-1, *views.shape[2:]).index_copy_(0, place, cut[0])
+        filled = self._remove_background(images[row], sample, fills[0] if fills[0].ndim == 1 else np.stack(fills))
+        crops = crop_on_device(filled, boxes[rows, chosen][:, None], views.shape[-1])
+        views.view(-1, *views.shape[2:]).index_copy_(0, place, crops[0])
 
-    def _remove(self, images: Tensor, samples: Tensor, fill: np.ndarray) -> Tensor:
+    def _remove_background(self, images: Tensor, samples: Tensor, fill: np.ndarray) -> Tensor:
         """uint8 ``[K, 3, H, W]``: images of ``samples``, int64 ``[K]``, their backgrounds filled.
 
         ``fill``: uint8 ``[3]``, or ``[K, H, W, 3]``.

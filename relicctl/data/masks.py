@@ -25,19 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError, RunFailed
 
-SIDE = 128
+MASK_SIDE = 128
 FILE_NAME = "masks.bank"  # in the folder of the run that made it
-SET_ASIDE = "masks-{}.bank"  # beside it: of the data whose fingerprint begins so
+OTHER_DATA_FILE_NAME = "masks-{}.bank"  # beside it: of the data whose fingerprint begins so
 MAGIC, VERSION = b"relicMSK", 1
 HEADER = PAGE = 4096  # a mask of 2048 bytes never lies on two pages
 NAME_BYTES = 16
 UNWRITTEN = 0xFFFF
 FLUSH_EVERY = 256  # masks on the disk before their areas say that they are there
-CHUNK = 1 << 20
-_PREFIX = len(MAGIC) + 12
+CHUNK_BYTES = 1 << 20
+_PREFIX_BYTES = len(MAGIC) + 12
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MaskBank:
         self._masks = content[layout.masks : layout.end].reshape(self.count, layout.mask_bytes)
 
     @classmethod
-    def create(cls, path: Path, source: Source, *, made_by: str, side: int = SIDE) -> MaskBankWriter:
+    def create(cls, path: Path, source: ImageDataset, *, made_by: str, side: int = MASK_SIDE) -> MaskBankWriter:
         """A bank for all samples of ``source``, or the unfinished one at ``path`` of the same data and maker."""
         return MaskBankWriter(path, source, made_by, side)
 
@@ -96,25 +96,25 @@ class MaskBank:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise _not_there(path)
+            raise _make_not_found_error(path)
         try:
-            header = _read_header(path)
+            header = _read_bank_header(path)
             content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
         except OSError as reason:
             raise DataError(f"{path} cannot be read ({reason.strerror}).", "Check the file.") from None
         if "sha256" not in header:
-            raise _unfinished(path)
+            raise _make_unfinished_error(path)
         layout = _Layout(int(header["count"]), int(header["side"]))
         if len(content) != layout.end:
-            raise _broken(path, f"is cut short or too long ({len(content):,} bytes, not {layout.end:,})")
+            raise _make_corrupt_error(path, f"is cut short or too long ({len(content):,} bytes, not {layout.end:,})")
         if zlib.crc32(content[HEADER : layout.masks].data) != header.get("tables_crc"):
-            raise _broken(path, "is damaged: the checksum of its tables does not match")
+            raise _make_corrupt_error(path, "is damaged: the checksum of its tables does not match")
         if layout.side % 8 or content[layout.rows : layout.areas].view("<u4").max() >= layout.count:
-            raise _broken(path, "speaks of masks that it cannot have")
+            raise _make_corrupt_error(path, "speaks of masks that it cannot have")
         return cls(path, header, content)
 
     @classmethod
-    def open_for(cls, path: Path, source: Source) -> tuple[MaskBank, np.ndarray]:
+    def open_for(cls, path: Path, source: ImageDataset) -> tuple[MaskBank, np.ndarray]:
         """The bank at ``path`` and the rows of ``source`` in it; of a run's folder also one that was set aside.
 
         Raises DataError as ``open`` and ``rows`` do.
@@ -122,38 +122,38 @@ class MaskBank:
         path = Path(path)
         bank = cls.open(path)
         try:
-            return bank, bank.rows(source)
+            return bank, bank.find_rows(source)
         except DataError:
-            for aside in sorted(path.glob(SET_ASIDE.format("*"))) if path.is_dir() else []:
+            for other_path in sorted(path.glob(OTHER_DATA_FILE_NAME.format("*"))) if path.is_dir() else []:
                 with suppress(DataError):
-                    other = cls.open(aside)
-                    return other, other.rows(source)
+                    other = cls.open(other_path)
+                    return other, other.find_rows(source)
             raise
 
     def __reduce__(self) -> Any:
-        return _reopened, (self.path, self.identity)
+        return _reopen_bank, (self.path, self.identity)
 
-    def rows(self, source: Source) -> np.ndarray:
+    def find_rows(self, source: ImageDataset) -> np.ndarray:
         """int64 ``[len(source)]``: the row of every sample, found by name. Raises DataError if some have none."""
-        if len(source) == self.count and source.fingerprint() == self.fingerprint:
+        if len(source) == self.count and source.compute_fingerprint() == self.fingerprint:
             return np.arange(self.count)
-        hashes = _hashes(source)
+        hashes = _hash_names(source)
         at = np.searchsorted(self._names, hashes).clip(max=self.count - 1)
         missing = np.flatnonzero(self._names[at] != hashes)
         if len(missing):
             raise DataError(
                 f"The mask bank {self.path} has no mask for {len(missing):,} of the {len(source):,} images, such as "
-                f"{source.key(int(missing[0]))}. Names are those below --data, as when the bank was made.",
+                f"{source.get_name(int(missing[0]))}. Names are those below --data, as when the bank was made.",
                 f"Name the images as then, or make masks for these: relicctl train-bgmask --resume "
                 f"{shlex.quote(str(self.path.parent))} --masks-for {shlex.quote(source.spec)}",
             )
         return self._rows[at].astype(np.int64)
 
-    def mask(self, row: int) -> np.ndarray:
+    def load_mask(self, row: int) -> np.ndarray:
         """bool ``[side, side]``: the foreground, squashed to a square."""
         return np.unpackbits(self._masks[row]).view(bool).reshape(self.side, self.side)
 
-    def foreground(self, row: int | np.ndarray) -> Any:
+    def get_foreground_ratio(self, row: int | np.ndarray) -> Any:
         """The foreground's share of one row's image, or of several, ``[K]``."""
         return self._areas[row] / self.side**2
 
@@ -164,24 +164,24 @@ class MaskBankWriter:
     The file bears its name only when it is complete. Raises RunFailed where it cannot be written.
     """
 
-    def __init__(self, path: Path, source: Source, made_by: str, side: int) -> None:
+    def __init__(self, path: Path, source: ImageDataset, made_by: str, side: int) -> None:
         if side % 8:
             raise ValueError(f"masks of {side} pixels are no whole bytes")
-        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._path, self._partial_path = path, path.with_name(path.name + ".part")
         self._layout = _Layout(len(source), side)
-        self._facts = {
-            "side": side, "count": len(source), "fingerprint": source.fingerprint(), "made_by": made_by[:1000],
+        self._header = {
+            "side": side, "count": len(source), "fingerprint": source.compute_fingerprint(), "made_by": made_by[:1000],
         }  # fmt: skip
         self._areas = np.full(len(source), UNWRITTEN, dtype="<u2")
         self._flushed = self._areas.copy()
         self._pending = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666)
-            if not self._take_up():
-                self._start(source)
+            self._file = os.open(self._partial_path, os.O_RDWR | os.O_CREAT, 0o666)
+            if not self._resume():
+                self._create_file(source)
         except OSError as reason:
-            raise self._failed(reason) from None
+            raise self._make_write_error(reason) from None
 
     def __enter__(self) -> MaskBankWriter:
         return self
@@ -189,7 +189,7 @@ class MaskBankWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, index: int, mask: np.ndarray) -> None:
+    def write_mask(self, index: int, mask: np.ndarray) -> None:
         """Write the mask of sample ``index``: bool ``[side, side]``."""
         side = self._layout.side
         if mask.shape != (side, side) or mask.dtype != bool:
@@ -201,9 +201,9 @@ class MaskBankWriter:
             if self._pending >= FLUSH_EVERY:
                 self._flush()
         except OSError as reason:
-            raise self._failed(reason) from None
+            raise self._make_write_error(reason) from None
 
-    def missing(self) -> np.ndarray:
+    def find_missing(self) -> np.ndarray:
         """int64 ``[K]``: the samples that have no mask yet."""
         return np.flatnonzero(self._areas == UNWRITTEN)
 
@@ -213,21 +213,21 @@ class MaskBankWriter:
             return
         try:
             self._flush()
-            if len(self.missing()) == 0:
+            if len(self.find_missing()) == 0:
                 self._finish()
         except OSError as reason:
-            raise self._failed(reason) from None
+            raise self._make_write_error(reason) from None
         finally:
             os.close(self._file)
             self._file = -1
 
-    def _take_up(self) -> bool:
+    def _resume(self) -> bool:
         """Go on with what an earlier process wrote of the same bank, if it did."""
         try:
-            header = _read_header(self._part)
+            header = _read_bank_header(self._partial_path)
         except DataError:
             return False
-        if any(header.get(name) != value for name, value in self._facts.items()):
+        if any(header.get(name) != value for name, value in self._header.items()):
             return False
         areas = os.pread(self._file, 2 * self._layout.count, self._layout.areas)
         if len(areas) != 2 * self._layout.count:
@@ -236,9 +236,9 @@ class MaskBankWriter:
         self._flushed = self._areas.copy()
         return True
 
-    def _start(self, source: Source) -> None:
+    def _create_file(self, source: ImageDataset) -> None:
         """An empty bank of full length; the header comes last, so that a file with one has all its tables."""
-        names = _hashes(source)
+        names = _hash_names(source)
         rows = np.argsort(names, kind="stable")
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self._layout.end)
@@ -246,7 +246,7 @@ class MaskBankWriter:
         self._write(rows.astype("<u4").tobytes(), self._layout.rows)
         self._write(self._areas.tobytes(), self._layout.areas)
         os.fsync(self._file)
-        self._write(_header_bytes(self._facts), 0)
+        self._write(_encode_header(self._header), 0)
 
     def _flush(self) -> None:
         """The masks first, so that no area speaks of a mask that a power cut took."""
@@ -262,14 +262,14 @@ class MaskBankWriter:
         crc, sha, at = 0, hashlib.sha256(), HEADER
         while at < self._layout.end:
             border = self._layout.masks if at < self._layout.masks else self._layout.end
-            content = os.pread(self._file, min(CHUNK, border - at), at)
+            content = os.pread(self._file, min(CHUNK_BYTES, border - at), at)
             sha.update(content)
             if at < self._layout.masks:
                 crc = zlib.crc32(content, crc)
             at += len(content)
-        self._write(_header_bytes({**self._facts, "tables_crc": crc, "sha256": sha.hexdigest()}), 0)
+        self._write(_encode_header({**self._header, "tables_crc": crc, "sha256": sha.hexdigest()}), 0)
         os.fsync(self._file)
-        os.replace(self._part, self._path)
+        os.replace(self._partial_path, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -281,69 +281,69 @@ class MaskBankWriter:
             written = os.pwrite(self._file, content, at)
             content, at = content[written:], at + written
 
-    def _failed(self, reason: OSError) -> RunFailed:
+    def _make_write_error(self, reason: OSError) -> RunFailed:
         return RunFailed(
             f"The mask bank {self._path} could not be written ({reason.strerror or reason}).",
             "Make room or choose another place, then go on with --resume: masks written before are kept.",
         )
 
 
-def _hashes(source: Source) -> np.ndarray:
+def _hash_names(source: ImageDataset) -> np.ndarray:
     """bytes ``[N]`` of 16: of every sample's name, in the source's own order."""
-    realm = source.realm.encode() + b"\0"
+    realm = source.namespace.encode() + b"\0"
     digests = (
-        hashlib.blake2b(realm + source.key(index).encode(), digest_size=NAME_BYTES).digest()
+        hashlib.blake2b(realm + source.get_name(index).encode(), digest_size=NAME_BYTES).digest()
         for index in range(len(source))
     )
     return np.frombuffer(b"".join(digests), f"S{NAME_BYTES}")
 
 
-def _header_bytes(header: dict[str, Any]) -> bytes:
+def _encode_header(header: dict[str, Any]) -> bytes:
     text = json.dumps(header).encode()
     numbers = np.array([VERSION, len(text), zlib.crc32(text)], "<u4")
     return (MAGIC + numbers.tobytes() + text).ljust(HEADER, b"\0")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_bank_header(path: Path) -> dict[str, Any]:
     with open(path, "rb") as handle:
         start = handle.read(HEADER)
     if not start.startswith(MAGIC):
         raise DataError(f"{path} is no mask bank.", "Give a run of train-bgmask, or the masks.bank that it made.")
     if len(start) < HEADER:
-        raise _broken(path, f"is cut short ({len(start)} bytes)")
-    version, length, crc = np.frombuffer(start[len(MAGIC) : _PREFIX], "<u4").tolist()
+        raise _make_corrupt_error(path, f"is cut short ({len(start)} bytes)")
+    version, length, crc = np.frombuffer(start[len(MAGIC) : _PREFIX_BYTES], "<u4").tolist()
     if version > VERSION:
         raise DataError(f"{path} was written by a newer relicctl (version {version}).", "Update relicctl to read it.")
-    text = start[_PREFIX : _PREFIX + length]
+    text = start[_PREFIX_BYTES : _PREFIX_BYTES + length]
     if version < 1 or zlib.crc32(text) != crc:
-        raise _broken(path, "is damaged: the checksum of its header does not match")
+        raise _make_corrupt_error(path, "is damaged: the checksum of its header does not match")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or not all(type(header.get(n)) is int and header[n] > 0 for n in ("count", "side")):
-        raise _broken(path, "has a header without the number and size of its masks")
+        raise _make_corrupt_error(path, "has a header without the number and size of its masks")
     return header
 
 
-def _reopened(path: Path, identity: str) -> MaskBank:
+def _reopen_bank(path: Path, identity: str) -> MaskBank:
     bank = MaskBank.open(path)
     if bank.identity != identity:
         raise DataError(f"The mask bank {path} was replaced while it was in use.", "Start again.")
     return bank
 
 
-def _not_there(path: Path) -> DataError:
+def _make_not_found_error(path: Path) -> DataError:
     if path.with_name(path.name + ".part").is_file():
-        return _unfinished(path)
+        return _make_unfinished_error(path)
     if path.parent.is_dir() and path.name == FILE_NAME:
         return DataError(f"{path.parent} holds no {FILE_NAME}.", "Give a run of train-bgmask, or its masks.bank.")
     return DataError(f"There is no mask bank {path}.", "Give a run of train-bgmask, or the masks.bank that it made.")
 
 
-def _unfinished(path: Path) -> DataError:
+def _make_unfinished_error(path: Path) -> DataError:
     return DataError(f"The mask bank {path} is not finished.", "Let relicctl train-bgmask --resume RUN finish it.")
 
 
-def _broken(path: Path, how: str) -> DataError:
+def _make_corrupt_error(path: Path, how: str) -> DataError:
     return DataError(f"The mask bank {path} {how}.", "Make it again with relicctl train-bgmask, or copy it again.")

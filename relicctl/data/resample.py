@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bicubic_matrices(starts: Tensor, lengths: Tensor, pixels: int, size: int) -> Tensor:
+def make_bicubic_matrices(starts: Tensor, lengths: Tensor, pixels: int, size: int) -> Tensor:
     """float32 ``[K, size, pixels]``: row y of matrix k makes output pixel y from a line of ``pixels`` pixels.
 
     The interval of ``lengths[k]`` pixels from ``starts[k]`` on becomes ``size`` pixels; nothing outside it is
@@ -21,11 +21,11 @@ def bicubic_matrices(starts: Tensor, lengths: Tensor, pixels: int, size: int) ->
     centre = start + target * scale
     distance = ((pixel - centre[..., None]) / scale.clamp_min(1.0)[..., None]).abs_()
     inside = (pixel > start) & (pixel < start + length)
-    weights = _keys(distance).mul_(inside[:, None])
+    weights = _compute_keys_kernel(distance).mul_(inside[:, None])
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def _keys(distance: Tensor) -> Tensor:
+def _compute_keys_kernel(distance: Tensor) -> Tensor:
     """Keys' kernel (1981), a = -0.5, without branches: q²(q-1)/2 + p²(1-2p); q = (2-t)⁺, p = (1-t)⁺."""
     q = (2.0 - distance).clamp_min_(0.0)
     p = (1.0 - distance).clamp_min_(0.0)
@@ -33,7 +33,7 @@ def _keys(distance: Tensor) -> Tensor:
     return outer.add_(p.square().mul_(p.mul_(-2.0).add_(1.0)))
 
 
-def gaussian_bands(sigmas: Tensor, pixels: int, radius: int) -> Tensor:
+def make_gaussian_matrices(sigmas: Tensor, pixels: int, radius: int) -> Tensor:
     """float32 ``[K, pixels, pixels]``: symmetric band matrices of Gaussians with ``2 radius + 1`` taps.
 
     ``sigmas`` is ``[K]`` in pixels. The taps sum to one and what lies beyond the border counts as zero.

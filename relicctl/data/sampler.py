@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relicctl.core.counted import Stream, counted_uniform
+from relicctl.core.counted import Stream, draw_uniform
 from relicctl.errors import UsageError
 
 
@@ -28,21 +28,21 @@ class Sampler:
             )
         self.seed, self.size, self.batch_size = seed, size, batch_size
         self.steps_per_epoch = size // batch_size
-        self._latest: tuple[int, np.ndarray] | None = None
+        self._cached_permutation: tuple[int, np.ndarray] | None = None
 
-    def epoch(self, step: int) -> int:
+    def get_epoch(self, step: int) -> int:
         """The epoch, counted from 0, that step (counted from 0) belongs to."""
         return step // self.steps_per_epoch
 
-    def batch(self, step: int) -> np.ndarray:
+    def get_batch_indices(self, step: int) -> np.ndarray:
         """int64 ``[batch_size]``: the sample indices of the global batch of ``step``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size]
+        return self._get_permutation(epoch)[start : start + self.batch_size]
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _get_permutation(self, epoch: int) -> np.ndarray:
         """int64 ``[size]``: sorting counted keys permutes alike on every numpy version and platform."""
-        if self._latest is None or self._latest[0] != epoch:
-            keys = counted_uniform(self.seed, Stream.ORDER, epoch, np.arange(self.size), n=1)[:, 0]
-            self._latest = epoch, np.argsort(keys, kind="stable")
-        return self._latest[1]
+        if self._cached_permutation is None or self._cached_permutation[0] != epoch:
+            keys = draw_uniform(self.seed, Stream.ORDER, epoch, np.arange(self.size), n=1)[:, 0]
+            self._cached_permutation = epoch, np.argsort(keys, kind="stable")
+        return self._cached_permutation[1]

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from relicctl.core.counted import Stream, counted_uniform
-from relicctl.data.shapes_drawing import CLASSES, DRAWS, paint
-from relicctl.data.sources import Source
+from relicctl.core.counted import Stream, draw_uniform
+from relicctl.data.shapes_drawing import CLASSES, NUM_UNIFORMS, render_image
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError
 
 VERSION = 1  # raise it when any picture changes: the fingerprint holds it
-PICTURE, BEHIND = 0, 1  # what an image's numbers are drawn for
+IMAGE_DRAWS, BACKGROUND_DRAWS = 0, 1  # what an image's numbers are drawn for
 BACKGROUNDS = ("random", "matched", "swapped")
 
 
@@ -52,13 +52,13 @@ class ShapesSpec:
             try:
                 values[key] = type(defaults[key])(text)
             except ValueError:
-                raise _refusal(key, text) from None
+                raise _make_setting_error(key, text) from None
         parsed = cls(**values)
         parsed._check()
         return parsed
 
     def _check(self) -> None:
-        lawful = {
+        valid = {
             "size": 16 <= self.size <= 512,
             "train": 1 <= self.train <= 10_000_000,
             "val": 1 <= self.val <= 10_000_000,
@@ -66,12 +66,12 @@ class ShapesSpec:
             "correlation": 0 <= self.correlation <= 1,
             "backgrounds": self.backgrounds in BACKGROUNDS,
         }
-        for key, fine in lawful.items():
-            if not fine:
-                raise _refusal(key, getattr(self, key))
+        for key, is_valid in valid.items():
+            if not is_valid:
+                raise _make_setting_error(key, getattr(self, key))
 
 
-def _refusal(key: str, value: object) -> DataError:
+def _make_setting_error(key: str, value: object) -> DataError:
     allowed = {
         "size": "a whole number of pixels from 16 to 512",
         "train": "a number of images from 1 to 10,000,000",
@@ -83,7 +83,7 @@ def _refusal(key: str, value: object) -> DataError:
     return DataError(f"The demo data cannot have {key}={value}.", f"Give {key} {allowed[key]}.")
 
 
-class ShapesSource(Source):
+class ShapesDataset(ImageDataset):
     """Images ``rows``, int64 ``[N]``, of one split. ``behind``, int64 ``[N]``: the texture behind each."""
 
     classes = CLASSES
@@ -91,12 +91,12 @@ class ShapesSource(Source):
 
     def __init__(self, spec: str, settings: ShapesSpec, split: Literal["train", "val"], rows: np.ndarray) -> None:
         self.spec, self.settings, self.split, self.rows = spec, settings, split, rows
-        self.realm = f"shapes {VERSION} {settings.seed}"  # objects depend on no more, beside their names
+        self.namespace = f"shapes {VERSION} {settings.seed}"  # objects depend on no more, beside their names
         self.labels = rows % len(CLASSES)
-        self.behind = self._backgrounds()
+        self.background_ids = self._draw_backgrounds()
 
     @classmethod
-    def from_spec(cls, spec: str, split: Literal["train", "val"]) -> ShapesSource:
+    def from_spec(cls, spec: str, split: Literal["train", "val"]) -> ShapesDataset:
         """Open ``shapes[:key=value,...]``; see ShapesSpec for the keys. Raises DataError."""
         settings = ShapesSpec.parse(spec)
         return cls(spec, settings, split, np.arange(settings.train if split == "train" else settings.val))
@@ -104,32 +104,32 @@ class ShapesSource(Source):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return f"{self.split}/{CLASSES[self.labels[index]]}/{self.rows[index]:05d}"
 
     def read(self, index: int) -> np.ndarray:
-        return self._paint(index)[0]
+        return self._render(index)[0]
 
-    def mask(self, index: int) -> np.ndarray:
+    def load_mask(self, index: int) -> np.ndarray:
         """Where the object is: bool ``[H, W]``."""
-        return self._paint(index)[1]
+        return self._render(index)[1]
 
-    def select(self, indices: Iterable[int] | np.ndarray) -> ShapesSource:
+    def select(self, indices: Iterable[int] | np.ndarray) -> ShapesDataset:
         rows = self.rows[np.fromiter(indices, dtype=np.int64)]
-        return ShapesSource(self.spec, self.settings, self.split, rows)
+        return ShapesDataset(self.spec, self.settings, self.split, rows)
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """SHA-256 (hex) over all that the pictures depend on."""
         digest = hashlib.sha256(f"{VERSION} {self.settings} {self.split}".encode())
         digest.update(self.rows.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _paint(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        uniforms = self._uniforms(self.rows[index], PICTURE, n=DRAWS)
-        return paint(uniforms, int(self.labels[index]), int(self.behind[index]), self.settings.size)
+    def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        uniforms = self._draw_uniforms(self.rows[index], IMAGE_DRAWS, n=NUM_UNIFORMS)
+        return render_image(uniforms, int(self.labels[index]), int(self.background_ids[index]), self.settings.size)
 
-    def _backgrounds(self) -> np.ndarray:
-        which, other = self._uniforms(self.rows, BEHIND, n=2).T
+    def _draw_backgrounds(self) -> np.ndarray:
+        which, other = self._draw_uniforms(self.rows, BACKGROUND_DRAWS, n=2).T
         kinds = len(CLASSES)
         wrong = (self.labels + 1 + (other * (kinds - 1)).astype(np.int64)) % kinds
         if self.split == "train":
@@ -137,6 +137,6 @@ class ShapesSource(Source):
         choices = {"random": (other * kinds).astype(np.int64), "matched": self.labels, "swapped": wrong}
         return choices[self.settings.backgrounds]
 
-    def _uniforms(self, rows: np.ndarray, purpose: int, n: int) -> np.ndarray:
+    def _draw_uniforms(self, rows: np.ndarray, purpose: int, n: int) -> np.ndarray:
         split = 0 if self.split == "train" else 1
-        return counted_uniform(self.settings.seed, Stream.SHAPES, split, rows, purpose, n=n)
+        return draw_uniform(self.settings.seed, Stream.SHAPES, split, rows, purpose, n=n)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from relicctl.data.images import EXTENSIONS
+from relicctl.data.images import IMAGE_EXTENSIONS
 from relicctl.errors import DataError
 
 MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
@@ -45,7 +45,7 @@ class PackedNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def raw(self, index: int) -> bytes:
+    def get_raw_name(self, index: int) -> bytes:
         """The name as the file system or archive spells it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -53,16 +53,16 @@ class PackedNames(Sequence[str]):
 
     def __getitem__(self, index):
         """The name as text that can always be printed."""
-        return self.raw(index).decode("utf-8", "backslashreplace")
+        return self.get_raw_name(index).decode("utf-8", "backslashreplace")
 
 
-def image_name(name: str) -> str | None:
+def normalize_image_name(name: str) -> str | None:
     """The normalised relative name of an image in an archive or folder; None for what is not to be used.
 
     Names that lead out of their root (absolute, drive letter, ``..``), hidden files, and other kinds of files
     are not used.
     """
-    if not name.lower().endswith(EXTENSIONS) or name.startswith("/") or name[1:3] in (":/", ":\\"):
+    if not name.lower().endswith(IMAGE_EXTENSIONS) or name.startswith("/") or name[1:3] in (":/", ":\\"):
         return None
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):  # ".." among them
@@ -70,7 +70,7 @@ def image_name(name: str) -> str | None:
     return "/".join(parts)
 
 
-def classes_of(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.ndarray | None]:
+def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.ndarray | None]:
     """The sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
 
     The class is the first folder level. Folders that enclose everything come off before: ``photos/cat/1.jpg``
@@ -102,13 +102,13 @@ def expand_braces(text: str) -> list[str]:
     Raises DataError beyond MAX_SHARDS names.
     """
     pieces = _BRACES.split(text)  # literal, inside, literal, inside, ..., literal
-    choices = [_alternatives(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    choices = [_expand_brace(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     if math.prod(map(len, choices)) > MAX_SHARDS:
         raise DataError(f"{text} stands for more than {MAX_SHARDS} names.", "Check the numbers in the braces.")
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def _alternatives(inside: str) -> Sequence[str]:
+def _expand_brace(inside: str) -> Sequence[str]:
     if bounds := _RANGE.fullmatch(inside):
         first, last = int(bounds[1]), int(bounds[2])
         padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())

@@ -9,11 +9,11 @@ from contextlib import redirect_stdout
 from torchvision import datasets
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from relicctl.data.source_torchvision import DEFAULT_ROOT, not_there
+from relicctl.data.source_torchvision import DEFAULT_ROOT, make_unavailable_error
 from relicctl.errors import DataError
 
 
-def voc_folder(spec: str, download: bool) -> str | None:
+def find_voc_folder(spec: str, download: bool) -> str | None:
     """The year's folder with JPEGImages, Annotations and ImageSets; None for what is not torchvision's VOCDetection.
 
     Raises DataError when no year is told, or its lists (of 2007 also the one of its test images) are not there.
@@ -37,5 +37,5 @@ def voc_folder(spec: str, download: bool) -> str | None:
             with redirect_stdout(sys.stderr):
                 datasets.VOCDetection(root, year=year, image_set=part, download=download)
         except (RuntimeError, OSError) as error:
-            raise not_there(name, root, True, download, error) from error
+            raise make_unavailable_error(name, root, True, download, error) from error
     return folder

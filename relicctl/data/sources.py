@@ -1,6 +1,6 @@
 """Data sets behind one face: an index gives a name, the file's bytes or pixels, and perhaps a label.
 
-``open_source`` understands
+``open_dataset`` understands
 
     photos/                         a folder tree; a .zip or a plain .tar
     shards/{000..012}.tar           several of them as one: a range or a comma list in braces
@@ -21,24 +21,24 @@ from typing import Literal
 
 import numpy as np
 
-from relicctl.data.archives import Container, Folder, Member, open_container, refusing
-from relicctl.data.images import EXTENSIONS, decode_rgb
-from relicctl.data.source_names import PackedNames, classes_of, expand_braces
+from relicctl.data.archives import Container, Folder, Member, convert_os_errors, open_container
+from relicctl.data.images import IMAGE_EXTENSIONS, decode_rgb
+from relicctl.data.source_names import PackedNames, expand_braces, infer_classes
 from relicctl.errors import DataError
 
-Split = Literal["train", "val"]
+DatasetSplit = Literal["train", "val"]
 
 
-class Source(ABC):
+class ImageDataset(ABC):
     """An indexed set of images. Cheap to fork and to pickle; safe to read from many threads.
 
     ``spec``: what the user named. ``classes``: sorted names, ``()`` if unlabelled. ``labels``: int64 ``[N]``
-    that index ``classes``, or None. ``realm``: what tells its names from equal names of other pictures; none for
+    that index ``classes``, or None. ``namespace``: what tells its names from equal names of other pictures; none for
     files, whose names are their own.
     """
 
     spec: str
-    realm: str = ""
+    namespace: str = ""
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
 
@@ -46,7 +46,7 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         """The sample's name: unique, printable, and the same wherever the data are mounted."""
 
     @abstractmethod
@@ -62,45 +62,45 @@ class Source(ABC):
         data = self.read(index)
         return decode_rgb(data) if isinstance(data, bytes) else data
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Source:
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
         """The samples at ``indices``, int ``[K]``, in that order, with the same classes."""
-        return Selection(self, np.asarray(indices, dtype=np.int64))
+        return Subset(self, np.asarray(indices, dtype=np.int64))
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """SHA-256 (hex) over the samples' names, sizes and classes in their order; contents are not read."""
         names = ("", *self.classes)
         labels = np.zeros(len(self), dtype=np.int64) if self.labels is None else self.labels + 1
         digest = hashlib.sha256()
         for index, label in enumerate(labels.tolist()):
-            digest.update(f"{self.key(index)}\0{self.size(index)}\0{names[label]}\n".encode())
+            digest.update(f"{self.get_name(index)}\0{self.size(index)}\0{names[label]}\n".encode())
         return digest.hexdigest()
 
 
-class Selection(Source):
+class Subset(ImageDataset):
     """Some samples of ``source``, those at ``rows``: int64 ``[K]``."""
 
-    def __init__(self, source: Source, rows: np.ndarray) -> None:
-        self.source, self.rows = source, rows
-        self.spec, self.realm, self.classes = source.spec, source.realm, source.classes
+    def __init__(self, source: ImageDataset, rows: np.ndarray) -> None:
+        self.dataset, self.indices = source, rows
+        self.spec, self.namespace, self.classes = source.spec, source.namespace, source.classes
         self.labels = None if source.labels is None else source.labels[rows]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
-    def key(self, index: int) -> str:
-        return self.source.key(int(self.rows[index]))
+    def get_name(self, index: int) -> str:
+        return self.dataset.get_name(int(self.indices[index]))
 
     def read(self, index: int) -> bytes | np.ndarray:
-        return self.source.read(int(self.rows[index]))
+        return self.dataset.read(int(self.indices[index]))
 
     def size(self, index: int) -> int:
-        return self.source.size(int(self.rows[index]))
+        return self.dataset.size(int(self.indices[index]))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Source:
-        return Selection(self.source, self.rows[np.asarray(indices, dtype=np.int64)])
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
+        return Subset(self.dataset, self.indices[np.asarray(indices, dtype=np.int64)])
 
 
-class FileSource(Source):
+class FileDataset(ImageDataset):
     """Image files in folders and archives.
 
     ``members``: int64 ``[N, 6]``, the number of the container and the Member's fields. ``prefixes``: what
@@ -119,33 +119,33 @@ class FileSource(Source):
     ) -> None:
         self.spec, self.classes, self.labels = spec, classes, labels
         self._containers, self._names, self._members = containers, names, members
-        self._own_name = [len(PackedNames([prefix]).raw(0)) for prefix in prefixes]
+        self._prefix_lengths = [len(PackedNames([prefix]).get_raw_name(0)) for prefix in prefixes]
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return self._names[index]
 
     def read(self, index: int) -> bytes:
-        name = self._names.raw(index)
+        name = self._names.get_raw_name(index)
         place, *fields = self._members[index].tolist()
-        return self._containers[place].read(name[self._own_name[place] :], Member(*fields))
+        return self._containers[place].read(name[self._prefix_lengths[place] :], Member(*fields))
 
     def size(self, index: int) -> int:
         return int(self._members[index, 1 + Member._fields.index("size")])
 
 
-def open_source(spec: str, *, split: Split = "train", download: bool = False) -> Source:
+def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = False) -> ImageDataset:
     """Open what ``spec`` names (see the module). ``split`` speaks to torchvision and the demo data.
 
     Raises DataError, with what to do about it, for anything that cannot be used.
     """
     kind, _, _ = spec.partition(":")
     if kind == "shapes":
-        from relicctl.data.shapes import ShapesSource  # it is a Source itself
+        from relicctl.data.shapes import ShapesDataset  # it is a Source itself
 
-        return ShapesSource.from_spec(spec, split)
+        return ShapesDataset.from_spec(spec, split)
     if kind == "torchvision":
         from relicctl.data.source_torchvision import open_torchvision  # imports torch
 
@@ -153,30 +153,30 @@ def open_source(spec: str, *, split: Split = "train", download: bool = False) ->
     return _open_files(spec)
 
 
-def _open_files(spec: str) -> FileSource:
+def _open_files(spec: str) -> FileDataset:
     texts = [spec] if os.path.lexists(spec) else expand_braces(spec)
-    places = list(dict.fromkeys(map(_path_and_folder, texts)))
-    prefixes = _prefixes(places)
+    places = list(dict.fromkeys(map(_parse_path, texts)))
+    prefixes = _make_prefixes(places)
     containers: list[Container] = []
     found: dict[str, tuple[str, int, Member]] = {}  # by key; of two members with one name the later counts
     for number, (path, folder) in enumerate(places):
-        container, entries = _index(path, folder)
+        container, entries = _index_container(path, folder)
         containers.append(container)
         found.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
     keys = sorted(found)  # the same order for the same files, however they are packed
-    classes, labels = classes_of([found[key][0] for key in keys], spec)
+    classes, labels = infer_classes([found[key][0] for key in keys], spec)
     members = np.array([(found[key][1], *found[key][2]) for key in keys], dtype=np.int64)
-    return FileSource(spec, containers, prefixes, PackedNames(keys), members, classes, labels)
+    return FileDataset(spec, containers, prefixes, PackedNames(keys), members, classes, labels)
 
 
-def _path_and_folder(text: str) -> tuple[str, str]:
+def _parse_path(text: str) -> tuple[str, str]:
     path, folder = text, ""
     if "#" in text and not os.path.lexists(text):
         path, _, folder = text.rpartition("#")
     return os.path.expanduser(path), folder.strip("/")
 
 
-def _prefixes(places: list[tuple[str, str]]) -> list[str]:
+def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
     """What tells several places apart, without the path that they share; nothing for a single one."""
     if len(places) == 1:
         return [""]
@@ -185,39 +185,39 @@ def _prefixes(places: list[tuple[str, str]]) -> list[str]:
     return [os.path.relpath(path, shared).replace(os.sep, "/") + "/" for path in full]
 
 
-def _index(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
+def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
     """The images at ``path``, or those in its ``folder``, named from there. Raises DataError if none is."""
     if not os.path.exists(path):
-        raise _missing(path)
+        raise _make_missing_path_error(path)
     container = open_container(path)
     if folder and isinstance(container, Folder):
         inner = os.path.join(path, folder)
         if not os.path.isdir(inner):
-            raise _no_folder(path, folder, _folders_in(path))
+            raise _make_missing_folder_error(path, folder, _list_folders(path))
         container = Folder(inner)
-    entries = list(container.index())
+    entries = list(container.iter_images())
     if folder and not isinstance(container, Folder):
         start = folder + "/"
         inside = [(name[len(start) :], member) for name, member in entries if name.startswith(start)]
         if entries and not inside:
             folders = {str(parent) for name, _ in entries for parent in PurePosixPath(name).parents}
-            raise _no_folder(path, folder, sorted(folders - {"."}))
+            raise _make_missing_folder_error(path, folder, sorted(folders - {"."}))
         entries = inside
     if not entries:
         empty = isinstance(container, Folder) and not os.listdir(container.path)
         raise DataError(
             f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}.",
-            f"Give a folder, .zip or .tar with files that end in {', '.join(EXTENSIONS)}.",
+            f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.",
         )
     return container, entries
 
 
-def _folders_in(path: str) -> list[str]:
-    with refusing(path), os.scandir(path) as listing:
+def _list_folders(path: str) -> list[str]:
+    with convert_os_errors(path), os.scandir(path) as listing:
         return sorted(entry.name for entry in listing if os.path.isdir(entry.path))
 
 
-def _missing(path: str) -> DataError:
+def _make_missing_path_error(path: str) -> DataError:
     folder, name = os.path.split(path.rstrip("/"))
     try:
         near = difflib.get_close_matches(name, os.listdir(folder or "."))
@@ -229,7 +229,7 @@ def _missing(path: str) -> DataError:
     )
 
 
-def _no_folder(path: str, folder: str, folders: list[str]) -> DataError:
+def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:
     near = difflib.get_close_matches(folder, folders) or folders[:5]
     return DataError(
         f"{path} has no folder {folder}.",

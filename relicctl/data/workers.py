@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 
 @contextmanager
-def working(loader: DataLoader) -> Iterator[Iterator[Any]]:
+def run_workers(loader: DataLoader) -> Iterator[Iterator[Any]]:
     """The items of ``loader``, whose workers are sent home at the end of the block.
 
     Left to themselves they go when their iterator is collected. An exception may keep it until the process ends, which

@@ -6,34 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from relicctl.console import sentences
+from relicctl.console import describe_error
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """``found`` is one sentence; ``fix`` is what to do about a ``warn`` or a ``fail``, else empty."""
 
     state: Literal["ok", "warn", "fail"]
-    found: str
+    message: str
     fix: str = ""
 
 
-def ok(found: str) -> Finding:
-    return Finding("ok", found)
+def ok(message: str) -> CheckResult:
+    return CheckResult("ok", message)
 
 
-def warn(found: str, fix: str) -> Finding:
-    return Finding("warn", found, fix)
+def warn(message: str, fix: str) -> CheckResult:
+    return CheckResult("warn", message, fix)
 
 
-def fail(found: str, fix: str) -> Finding:
-    return Finding("fail", found, fix)
+def fail(message: str, fix: str) -> CheckResult:
+    return CheckResult("fail", message, fix)
 
 
-def find(check: Callable[[], Finding]) -> Finding:
+def run_check(check: Callable[[], CheckResult]) -> CheckResult:
     """What ``check`` finds; an error in it is a failure with the error's own sentences."""
     try:
         return check()
     except Exception as error:
-        what, fix, _ = sentences(error)
+        what, fix, _ = describe_error(error)
         return fail(what, fix)

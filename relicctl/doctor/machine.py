@@ -13,46 +13,46 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from relicctl.config.schema import Config
-from relicctl.core.hardware import free_memory, pick_precision
+from relicctl.config.schema import PretrainConfig
+from relicctl.core.hardware import get_free_memory, pick_precision
 from relicctl.data.feed import ROWS_PER_CHUNK
-from relicctl.doctor.check import Finding, fail, ok, warn
-from relicctl.memory import count, in_units, optimizer_states, step_memory
-from relicctl.pretraining import build_networks, settle_precision
+from relicctl.doctor.check import CheckResult, fail, ok, warn
+from relicctl.memory import count_elements, count_optimizer_states, estimate_step_memory, format_bytes
+from relicctl.pretraining import build_networks, resolve_precision
 
-PREFETCHED = 4  # units that each data worker holds ready, as torch's DataLoader is told
-BF16_ERROR = 0.05  # largest error of bf16, as a share of the result's size: eight bits, summed over hundreds
-FEW_FILES = 1024
-OLDEST = {"torch": (2, 11), "torchvision": (0, 26)}
+NUM_PREFETCHED = 4  # units that each data worker holds ready, as torch's DataLoader is told
+MAX_BF16_ERROR = 0.05  # largest error of bf16, as a share of the result's size: eight bits, summed over hundreds
+MIN_OPEN_FILES = 1024
+MIN_VERSIONS = {"torch": (2, 11), "torchvision": (0, 26)}
 
 
-def python() -> Finding:
+def check_python() -> CheckResult:
     return ok(f"{platform.python_version()} on {platform.system()} {platform.release()}")
 
 
-def versions() -> Finding:
+def check_versions() -> CheckResult:
     import torchvision  # imported here, so that one that does not fit this torch is a finding
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     found = f"torch {torch.__version__} ({built}), torchvision {torchvision.__version__}"
     have = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    old = [name for name, least in OLDEST.items() if _two_numbers(have[name]) < least]
+    old = [name for name, least in MIN_VERSIONS.items() if _parse_major_minor(have[name]) < least]
     if old:
-        least = ".".join(map(str, OLDEST[old[0]]))
+        least = ".".join(map(str, MIN_VERSIONS[old[0]]))
         return fail(f"{found}: {old[0]} is too old.", f"pip install '{old[0]}>={least}'.")
     return ok(found)
 
 
-def _two_numbers(version: str) -> tuple[int, int]:
+def _parse_major_minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
-def cuda(wanted: str) -> Finding:
+def check_cuda(wanted: str) -> CheckResult:
     """The devices and the driver; ``wanted`` is the config's runtime.device."""
-    driver = _driver()
+    driver = _read_driver_version()
     if torch.cuda.is_available():
-        return _devices(driver)
+        return _check_gpus(driver)
     if torch.version.cuda is None and driver:
         found = f"there is a GPU (driver {driver}), but this torch is built for CPUs only."
         fix = "Install torch with CUDA, as pytorch.org tells, to use it."
@@ -66,45 +66,48 @@ def cuda(wanted: str) -> Finding:
     return warn(found, fix) if fix else ok(found)
 
 
-def _devices(driver: str) -> Finding:
-    told, busy = [], []
+def _check_gpus(driver: str) -> CheckResult:
+    names, busy = [], []
     for number in range(torch.cuda.device_count()):
         square = torch.ones(64, 64, device=f"cuda:{number}")
         if (square @ square).sum().item() != 64.0**3:
             return fail(f"GPU {number} computes a wrong product.", "Leave it out by CUDA_VISIBLE_DEVICES.")
         free, total = torch.cuda.mem_get_info(number)
-        told.append(f"{torch.cuda.get_device_name(number)} ({in_units(free)} of {in_units(total)} free)")
+        names.append(f"{torch.cuda.get_device_name(number)} ({format_bytes(free)} of {format_bytes(total)} free)")
         if free < 0.8 * total:
             busy.append(number)
-    found = f"{', '.join(told)}; driver {driver or 'unknown'}"
+    found = f"{', '.join(names)}; driver {driver or 'unknown'}"
     if busy:
         return warn(f"{found}: others use GPU {busy[0]}.", "Choose free ones by CUDA_VISIBLE_DEVICES.")
     return ok(found)
 
 
-def _driver() -> str:
+def _read_driver_version() -> str:
     """The NVIDIA driver's version; empty where there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.split("\n")[0].strip() if told.returncode == 0 else ""
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
 
 
-def memory(config: Config, device: torch.device, wanted: bool = True) -> Finding:
+def check_preset_memory(config: PretrainConfig, device: torch.device, wanted: bool = True) -> CheckResult:
     """Does a step of the preset fit, by the estimate of ``--dry-run``? No trouble where no preset was ``wanted``."""
     with torch.device("meta"):
         networks = build_networks(config, classes=1000)
-    need, free = sum(step_memory(config, networks, settle_precision(config, device)).values()), free_memory(device)
-    found = f"a step of {'this preset' if wanted else 'the defaults'} takes about {in_units(need)} in one process"
-    found = f"{found}, {in_units(free)} are free"
+    need, free = (
+        sum(estimate_step_memory(config, networks, resolve_precision(config, device)).values()),
+        get_free_memory(device),
+    )
+    found = f"a step of {'this preset' if wanted else 'the defaults'} takes about {format_bytes(need)} in one process"
+    found = f"{found}, {format_bytes(free)} are free"
     if need <= free or not wanted:
         return ok(found)
     return warn(f"{found}.", "Take more processes, lower optim.batch_size, or set optim.microbatch.")
 
 
-def nccl() -> Finding:
+def check_nccl() -> CheckResult:
     if not torch.cuda.is_available():
         return ok("not needed without GPUs")
     if not dist.is_nccl_available():
@@ -112,19 +115,19 @@ def nccl() -> Finding:
     return ok(".".join(map(str, torch.cuda.nccl.version())))
 
 
-def bf16(device: torch.device, precision: str) -> Finding:
+def check_bf16(device: torch.device, precision: str) -> CheckResult:
     """Is a convolution with its gradients in bf16 near the one in fp32? ``precision`` is the config's."""
-    error = bf16_error(device)
+    error = measure_bf16_error(device)
     chosen = pick_precision(precision, device)
     found = f"largest error {error:.1%}; runtime.precision {precision} is {chosen} here"
-    if error <= BF16_ERROR:
+    if error <= MAX_BF16_ERROR:
         return ok(found)
     if chosen == "bf16":
         return fail(f"{found}, and bf16 computes wrongly.", "--set runtime.precision=fp32.")
     return warn(f"{found}; bf16 computes wrongly.", "Leave runtime.precision at fp32.")
 
 
-def bf16_error(device: torch.device) -> float:
+def measure_bf16_error(device: torch.device) -> float:
     """Largest difference of outputs and gradients from fp32's, as a share of their root mean square.
 
     A NaN counts as infinite.
@@ -144,9 +147,9 @@ def bf16_error(device: torch.device) -> float:
     return float(torch.stack(errors).nan_to_num(nan=torch.inf).max())
 
 
-def cores() -> Finding:
+def check_cores() -> CheckResult:
     """Cores that this process may use, against those that are there, torch's threads and the load."""
-    there, usable = os.cpu_count() or 1, usable_cores()
+    there, usable = os.cpu_count() or 1, count_usable_cores()
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     found = f"{usable:g} of {there} cores usable, {threads} threads of torch, load {load:.1f}"
     if threads > max(1, usable):
@@ -159,7 +162,7 @@ def cores() -> Finding:
     return ok(found)
 
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+def count_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     """Cores by affinity and by the container's quota (``cpu.max``, or version 1's two files)."""
     allowed = float(len(os.sched_getaffinity(0)))
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
@@ -172,10 +175,10 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     return allowed
 
 
-def disk(folder: Path, config: Config) -> Finding:
+def check_disk(folder: Path, config: PretrainConfig) -> CheckResult:
     """Room for the checkpoints of ``config`` under ``folder``."""
-    free, need = shutil.disk_usage(folder).free, checkpoint_bytes(config)
-    found = f"{in_units(free)} free in {folder}; the checkpoints of this preset take {in_units(need)}"
+    free, need = shutil.disk_usage(folder).free, compute_checkpoint_bytes(config)
+    found = f"{format_bytes(free)} free in {folder}; the checkpoints of this preset take {format_bytes(need)}"
     if free < need:
         return fail(f"{found}.", "Make room, choose another --out, or lower checkpoint.keep.")
     if free < 3 * need:
@@ -183,36 +186,36 @@ def disk(folder: Path, config: Config) -> Finding:
     return ok(found)
 
 
-def checkpoint_bytes(config: Config) -> int:
+def compute_checkpoint_bytes(config: PretrainConfig) -> int:
     """Of all that are kept, and of the one being written beside them."""
     with torch.device("meta"):
         networks = build_networks(config, 1000)
-    trained = count(networks.online.parameters())
-    target = count(networks.target.parameters()) if networks.target is not None else 0
-    return 4 * (trained * (1 + optimizer_states(config)) + target) * (config.checkpoint.keep + 1)
+    trained = count_elements(networks.online.parameters())
+    target = count_elements(networks.target.parameters()) if networks.target is not None else 0
+    return 4 * (trained * (1 + count_optimizer_states(config)) + target) * (config.checkpoint.keep + 1)
 
 
-def shared_memory(config: Config, workers: int, shm: Path = Path("/dev/shm")) -> Finding:
+def check_shared_memory(config: PretrainConfig, workers: int, shm: Path = Path("/dev/shm")) -> CheckResult:
     """Room for what data workers hand over."""
     if not shm.is_dir():
         return warn(f"there is no {shm}.", "Use --workers 0 if data workers fail.")
-    free, need = shutil.disk_usage(shm).free, handed_over_bytes(config, workers)
-    found = f"{in_units(free)} free in {shm}; {workers} workers hand over {in_units(need)} at most"
+    free, need = shutil.disk_usage(shm).free, compute_prefetch_bytes(config, workers)
+    found = f"{format_bytes(free)} free in {shm}; {workers} workers hand over {format_bytes(need)} at most"
     if free < need:
         fix = f"Give the container more (docker run --shm-size={max(1, 2 * need >> 30)}g), or lower --workers."
         return fail(f"{found}.", fix)
     return ok(found)
 
 
-def handed_over_bytes(config: Config, workers: int) -> int:
+def compute_prefetch_bytes(config: PretrainConfig, workers: int) -> int:
     """Crops in uint8 that ``workers`` hold ready at most."""
     pixels = sum(view.count * view.size**2 for view in (config.views.large, config.views.small))
-    return workers * PREFETCHED * ROWS_PER_CHUNK * 3 * pixels
+    return workers * NUM_PREFETCHED * ROWS_PER_CHUNK * 3 * pixels
 
 
-def files() -> Finding:
+def check_open_files() -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
+    if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
         return warn(f"{limit} open files at most.", f"ulimit -n {hard if 0 < hard < 65536 else 65536}.")
     return ok(f"{limit} open files at most" if limit != "no limit" else "no limit")

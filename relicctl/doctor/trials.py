@@ -17,47 +17,47 @@ import numpy as np
 import torch
 from PIL import Image
 
-from relicctl.benchmark.host import IMAGES, host_figures
-from relicctl.commands.pretrain import view_plan
-from relicctl.config.resolve import resolve
-from relicctl.config.schema import Config
+from relicctl.benchmark.host import IMAGES_PER_REPEAT, measure_data_loading
+from relicctl.commands.pretrain import build_view_plan
+from relicctl.config.resolve import resolve_config
+from relicctl.config.schema import PretrainConfig
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World
-from relicctl.data.bad_images import BadImages, decodes
-from relicctl.data.feed import Feed
+from relicctl.data.bad_images import BadImages, is_decodable
+from relicctl.data.feed import ViewLoader
 from relicctl.data.images import decode_rgb
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import Source
-from relicctl.doctor.check import Finding, fail, ok, warn
-from relicctl.pretraining import Pretraining, settle_precision
+from relicctl.data.sources import ImageDataset
+from relicctl.doctor.check import CheckResult, fail, ok, warn
+from relicctl.pretraining import PretrainTask, resolve_precision
 from relicctl.runs import RunFolder
 
-DECODED: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
-SLOW_HOST = 50.0  # images a second of a core, below which smaller copies of the images pay
-SLOW_DISK = 0.02  # seconds of waiting for an image
+TESTED_FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
+MIN_IMAGES_PER_S = 50.0  # images a second of a core, below which smaller copies of the images pay
+MAX_DISK_WAIT_SECONDS = 0.02  # seconds of waiting for an image
 
-ONE_BATCH = 16
+OVERFIT_BATCH_SIZE = 16
 OVERFIT_STEPS = 60
 OVERFIT_BOUND = 0.5  # of a blind guess's loss, log(ONE_BATCH)
-OVERFIT = (
+OVERFIT_SETTINGS = (
     "model.arch=resnet18", "model.width=0.125", "model.stem=stride2",
     "model.projector.hidden=64", "model.projector.out=32", "model.predictor.hidden=64", "model.predictor.out=32",
     "views.large.count=2", "views.large.size=32", "views.small.count=1", "views.small.size=20",
     "loss.negatives=all", "loss.beta=1", "target.ema=0.9",
-    f"optim.batch_size={ONE_BATCH}", "optim.name=adamw", "optim.base_lr=0.08", "optim.warmup_epochs=0",
+    f"optim.batch_size={OVERFIT_BATCH_SIZE}", "optim.name=adamw", "optim.base_lr=0.08", "optim.warmup_epochs=0",
     "optim.epochs=1", "data.cache=none",
 )  # fmt: skip
 
-PAIR_SECONDS = 90
-WRITTEN = 4 * 2**20  # numbers in the checkpoint that is tried: 16 MiB
+PROCESSES_TIMEOUT = 90
+CHECKPOINT_ELEMENTS = 4 * 2**20  # numbers in the checkpoint that is tried: 16 MiB
 
 
-def decoders() -> Finding:
+def check_decoders() -> CheckResult:
     """A picture in every format that photos come in, and back."""
     ramp = np.linspace(0, 255, 32, dtype=np.uint8)
     picture = np.stack([np.tile(ramp, (32, 1)), np.tile(ramp[:, None], (1, 32)), np.full((32, 32), 128, np.uint8)], -1)
     wrong = []
-    for name, settings in DECODED.items():
+    for name, settings in TESTED_FORMATS.items():
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, name, **settings)
         error = np.abs(decode_rgb(buffer.getvalue()).astype(int) - picture).mean()
@@ -65,33 +65,39 @@ def decoders() -> Finding:
             wrong.append(name)
     if wrong:
         return fail(f"{', '.join(wrong)} is decoded wrongly.", "pip install --force-reinstall pillow.")
-    return ok(f"{', '.join(DECODED)} are read")
+    return ok(f"{', '.join(TESTED_FORMATS)} are read")
 
 
-def loader(source: Source, config: Config, cores: float) -> Finding:
+def check_loader(source: ImageDataset, config: PretrainConfig, cores: float) -> CheckResult:
     """Images a second of one core, by the views of ``config``: read, decoded and cropped."""
-    spread_out = np.linspace(0, len(source) - 1, min(IMAGES, len(source)), dtype=np.int64)
-    before, began = waited(), time.thread_time()
-    good = [index for index in spread_out if decodes(source, int(index))]  # mostly untouched files: no cache helps
-    worked, idle = (time.thread_time() - began) / len(spread_out), (waited() - before) / len(spread_out)
-    if not good:
+    spread_out = np.linspace(0, len(source) - 1, min(IMAGES_PER_REPEAT, len(source)), dtype=np.int64)
+    before, began = measure_blocked_seconds(), time.thread_time()
+    decodable = [
+        index for index in spread_out if is_decodable(source, int(index))
+    ]  # mostly untouched files: no cache helps
+    cpu_seconds, blocked_seconds = (
+        (time.thread_time() - began) / len(spread_out),
+        (measure_blocked_seconds() - before) / len(spread_out),
+    )
+    if not decodable:
         return fail(f"none of {len(spread_out)} images of {source.spec} can be decoded.", "Give --data images.")
-    rate = host_figures(source.select(good), view_plan(config), repeats=3)["all"]["median"]
+    rate = measure_data_loading(source.select(decodable), build_view_plan(config), repeats=3)["all"]["median"]
     found = f"{rate:.4g} images/s of a core ({source.spec}), so about {rate * cores:.4g} with {cores:g} cores"
-    if len(good) < len(spread_out):
-        found = f"{len(spread_out) - len(good)} of {len(spread_out)} images cannot be decoded; {found}"
+    if len(decodable) < len(spread_out):
+        found = f"{len(spread_out) - len(decodable)} of {len(spread_out)} images cannot be decoded; {found}"
         return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
-    if idle > SLOW_DISK and idle > 4 * worked:
+    if blocked_seconds > MAX_DISK_WAIT_SECONDS and blocked_seconds > 4 * cpu_seconds:
         return warn(
-            f"{found}; but a reader waited {1000 * idle:.0f} ms for each: {1 / (idle + worked):.3g} a second.",
+            f"{found}; but a reader waited {1000 * blocked_seconds:.0f} ms for each: "
+            f"{1 / (blocked_seconds + cpu_seconds):.3g} a second.",
             "Copy the data to a local disk, pack them as .tar, or take more --workers.",
         )
-    if rate < SLOW_HOST:
+    if rate < MIN_IMAGES_PER_S:
         return warn(f"{found}.", "If the log's data_wait is high, make smaller copies of the images, or add cores.")
     return ok(found)
 
 
-def waited() -> float:
+def measure_blocked_seconds() -> float:
     """Seconds, from some start, in which this thread neither worked nor stood in line for a core: for a disk, say."""
     in_line = 0.0
     with suppress(OSError, IndexError, ValueError):  # told by Linux alone
@@ -99,33 +105,34 @@ def waited() -> float:
     return time.perf_counter() - time.thread_time() - in_line
 
 
-def overfit(source: Source, device: torch.device) -> Finding:
+def check_overfit(source: ImageDataset, device: torch.device) -> CheckResult:
     """Can ReLICv2 learn one batch by heart? If not, no curve of a long run is to be believed."""
-    losses = overfit_losses(source, device)
-    bound = OVERFIT_BOUND * math.log(ONE_BATCH)
+    losses = run_overfit(source, device)
+    bound = OVERFIT_BOUND * math.log(OVERFIT_BATCH_SIZE)
     found = f"loss of one batch {losses[0]:.3f}, after {len(losses)} steps {losses[-1]:.3f}, bound {bound:.3f}"
     if not losses[-1] < bound:  # a NaN too
         return fail(f"{found}.", "Try --device cpu and --set runtime.precision=fp32; if that helps, mend the driver.")
     return ok(found)
 
 
-def overfit_losses(source: Source, device: torch.device, steps: int = OVERFIT_STEPS) -> list[float]:
+def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT_STEPS) -> list[float]:
     """The loss of every step of the real task on one batch of views, again and again."""
-    config = resolve(sets=OVERFIT, schema=Config).config
-    task = Pretraining(
+    config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
+    task = PretrainTask(
         config, classes=1, steps_per_epoch=steps, total_steps=10 * steps,
-        device=device, precision=settle_precision(config, device),
+        device=device, precision=resolve_precision(config, device),
     )  # fmt: skip
-    feed = Feed(
-        source, Sampler(config.seed, len(source), ONE_BATCH), view_plan(config), seed=config.seed, device=device,
+    feed = ViewLoader(
+        source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config), seed=config.seed,
+        device=device,
         world=World(), cache="none", workers=0, bad=BadImages(len(source), config.data.max_bad),
     )  # fmt: skip
-    batch = next(iter(feed.from_step(0, 1)))
+    batch = next(iter(feed.iter_from_step(0, 1)))
     losses = []
     for step in range(steps):
         for group in task.optimizer.param_groups:
-            group["lr"] = task.learning_rate(step)
-        loss = task.loss(batch, step)["loss"]
+            group["lr"] = task.get_learning_rate(step)
+        loss = task.compute_loss(batch, step)["loss"]
         loss.backward()
         task.optimizer.step()
         task.optimizer.zero_grad(set_to_none=True)
@@ -134,7 +141,7 @@ def overfit_losses(source: Source, device: torch.device, steps: int = OVERFIT_ST
     return losses
 
 
-def processes(device: torch.device) -> Finding:
+def check_processes(device: torch.device) -> CheckResult:
     """Do two processes under torchrun really add up their numbers? One for each GPU, or two of the CPU."""
     on_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
     backend = "nccl" if on_gpus else "gloo"
@@ -144,28 +151,32 @@ def processes(device: torch.device) -> Finding:
     fix = "Check that the host's own name resolves, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to its network."
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PAIR_SECONDS, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROCESSES_TIMEOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
-        return fail(f"two processes under torchrun ({backend}) did not meet within {PAIR_SECONDS} s.", fix)
+        return fail(f"two processes under torchrun ({backend}) did not meet within {PROCESSES_TIMEOUT} s.", fix)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         return fail(f"two processes under torchrun ({backend}) failed: {last}.", fix)
     return ok(f"two processes add up by {backend} ({time.perf_counter() - start:.0f} s with torchrun's start)")
 
 
-def run_folder(parent: Path) -> Finding:
+def check_run_folder(parent: Path) -> CheckResult:
     """Lock, write, flush, rename and read back in a run's folder that is removed again."""
     if not os.access(parent, os.W_OK):
         return fail(f"{parent} cannot be written.", "Choose --out elsewhere.")
-    tensors = {"numbers": torch.arange(WRITTEN, dtype=torch.float32)}
+    tensors = {"numbers": torch.arange(CHECKPOINT_ELEMENTS, dtype=torch.float32)}
     with tempfile.TemporaryDirectory(prefix=".relicctl-doctor-", dir=parent) as folder:
         run = RunFolder.create(Path(folder) / "run", overwrite=False, keep=1)
         try:
             start = time.perf_counter()
             run.save(1, tensors, {})
             seconds = time.perf_counter() - start
-            read, _ = checkpoint.load(checkpoint.listed(run.checkpoints)[-1])
+            read, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(run.checkpoints_dir)[-1])
         finally:
             run.close()
     if not torch.equal(read["numbers"], tensors["numbers"]):

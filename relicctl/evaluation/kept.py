@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relicctl.core.checkpoint import atomically
+from relicctl.core.checkpoint import write_atomically
 from relicctl.core.distributed import World
 from relicctl.errors import DataError, RunFailed
 
 
-def encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
+def compute_encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
     """SHA-256 (hex) over the weights and how images are shown: what decides the features."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {size} {crop_ratio}".encode())
     for attribute in ("arch", "stem", "padding"):
@@ -29,23 +29,23 @@ def encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
     return digest.hexdigest()
 
 
-def kept(
-    path: Path, device: torch.device, make: Callable[[], tuple[Tensor, np.ndarray]], world: World
+def load_or_extract(
+    path: Path, device: torch.device, extract: Callable[[], tuple[Tensor, np.ndarray]], world: World
 ) -> tuple[Tensor, np.ndarray] | None:
     """What ``make`` gives, features ``[N, F]`` and their rows int64 ``[N]``, from ``path`` if it is there and whole.
 
     All processes of ``world`` make them; the main one alone reads, writes and gets them, the others get None.
     Raises DataError for features that are not finite, RunFailed when they cannot be written.
     """
-    found = _read(path, device) if world.is_main else None
-    if not world.lead(lambda: found is not None):
-        made = make()
-        world.lead(lambda: _keep(path, *made))
-        found = made if world.is_main else None
+    found = _load_features(path, device) if world.is_main else None
+    if not world.broadcast_from_main(lambda: found is not None):
+        extracted = extract()
+        world.broadcast_from_main(lambda: _save_features(path, *extracted))
+        found = extracted if world.is_main else None
     return found
 
 
-def _read(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
+def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
     try:
         tensors = load_file(path, device=str(device))
         return tensors["features"], tensors["rows"].cpu().numpy()
@@ -53,7 +53,7 @@ def _read(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
         return None  # not there, or damaged
 
 
-def _keep(path: Path, features: Tensor, rows: np.ndarray) -> None:
+def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
     bad = int((~features.isfinite().all(1)).sum())
     if bad:
         raise DataError(
@@ -62,7 +62,7 @@ def _keep(path: Path, features: Tensor, rows: np.ndarray) -> None:
         )
     tensors = {"features": features.cpu().contiguous(), "rows": torch.from_numpy(rows)}
     try:
-        atomically(path, lambda temporary: save_file(tensors, temporary))
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as reason:
         raise RunFailed(
             f"Features cannot be kept in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",

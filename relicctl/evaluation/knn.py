@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import normalize
 
 TEMPERATURE = 0.07
-SIMILARITIES = 2**27  # held at once
+MAX_SIMILARITIES = 2**27  # held at once
 
 
-def knn_accuracy(
+def compute_knn_accuracy(
     bank_NF: torch.Tensor,
     bank_labels: torch.Tensor,
     queries_MF: torch.Tensor,
@@ -22,14 +22,14 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Share of queries classified rightly, for every k (at most the bank's size)."""
     classes = int(torch.cat([bank_labels, labels]).max()) + 1
-    right = dict.fromkeys(ks, 0)
-    for rows, votes in knn_votes(bank_NF, bank_labels, queries_MF, classes, ks=ks, temperature=temperature):
+    correct = dict.fromkeys(ks, 0)
+    for rows, votes in iter_knn_votes(bank_NF, bank_labels, queries_MF, classes, ks=ks, temperature=temperature):
         for k in ks:
-            right[k] += int((votes[k].argmax(1) == labels[rows]).sum())
-    return {k: count / len(labels) for k, count in right.items()}
+            correct[k] += int((votes[k].argmax(1) == labels[rows]).sum())
+    return {k: count / len(labels) for k, count in correct.items()}
 
 
-def knn_votes(
+def iter_knn_votes(
     bank_NF: torch.Tensor,
     bank_labels: torch.Tensor,
     queries_MF: torch.Tensor,
@@ -44,17 +44,17 @@ def knn_votes(
     class's weight is a mean over neighbours, so that queries can be ranked by it.
     """
     bank = normalize(bank_NF.float(), dim=1)
-    wide = max(len(bank), max(ks) * classes * (bank_labels.ndim - 1))
-    chunk = max(1, min(1024, SIMILARITIES // wide))
+    width = max(len(bank), max(ks) * classes * (bank_labels.ndim - 1))
+    chunk = max(1, min(1024, MAX_SIMILARITIES // width))
     for first in range(0, len(queries_MF), chunk):
         queries = normalize(queries_MF[first : first + chunk].float(), dim=1)
         similarity, nearest = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
         weights = (similarity / temperature).exp()
-        votes = {k: _votes(weights[:, :k], bank_labels[nearest[:, :k]], classes) for k in ks}
+        votes = {k: _compute_votes(weights[:, :k], bank_labels[nearest[:, :k]], classes) for k in ks}
         yield slice(first, first + len(queries)), votes
 
 
-def _votes(weights_QK: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+def _compute_votes(weights_QK: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     if labels.ndim == 2:
         return weights_QK.new_zeros(len(weights_QK), classes).scatter_add_(1, labels, weights_QK)
     shares = weights_QK / weights_QK.sum(1, keepdim=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.core.schedules import learning_rate
-from relicctl.data.feed import Feed
+from relicctl.core.schedules import compute_learning_rate
+from relicctl.data.feed import ViewLoader
 from relicctl.data.sampler import Sampler
 
 
-class Classifiers(nn.Module):
+class LinearClassifierGrid(nn.Module):
     """Features ``[B, F]`` -> logits ``[B, C, R]``. All start at zero; ``rates`` ``[R]`` go into checkpoints too."""
 
     rates: Tensor
@@ -33,14 +33,14 @@ class Classifiers(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return torch.addmm(self.bias, features, self.weight).unflatten(1, (-1, len(self.rates)))
 
-    def linear(self, number: int) -> Linear:
+    def get_classifier(self, number: int) -> LinearClassifier:
         """The classifier of one rate."""
         weight, bias = (p.detach().unflatten(-1, (-1, len(self.rates)))[..., number] for p in (self.weight, self.bias))
-        return Linear(weight.T.contiguous(), bias.contiguous())
+        return LinearClassifier(weight.T.contiguous(), bias.contiguous())
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearClassifier:
     """``weight`` ``[C, F]``, ``bias`` ``[C]``."""
 
     weight: Tensor
@@ -51,24 +51,24 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Standard:
+class StandardScaler:
     """Features brought to mean 0 and deviation 1 over the training images; constant ones stay 0."""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Standard:
+    def from_features(cls, features: Tensor) -> StandardScaler:
         deviation = features.std(0)
         return cls(features.mean(0), torch.where(deviation > 1e-6, deviation, 1.0))
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.deviation
+        return (features - self.mean) / self.std
 
-    def folded(self, linear: Linear) -> Linear:
+    def fold_into(self, linear: LinearClassifier) -> LinearClassifier:
         """The classifier of raw features that equals ``linear`` on standardised ones."""
-        weight = linear.weight / self.deviation
-        return Linear(weight, linear.bias - weight @ self.mean)
+        weight = linear.weight / self.std
+        return LinearClassifier(weight, linear.bias - weight @ self.mean)
 
 
 class LinearTask:
@@ -89,57 +89,57 @@ class LinearTask:
         device: torch.device,
         split: bool = False,
     ) -> None:
-        self.state = Classifiers(features, classes, rates).to(device)
-        self._classifiers: nn.Module = DistributedDataParallel(self.state) if split else self.state
+        self.model = LinearClassifierGrid(features, classes, rates).to(device)
+        self._classifiers: nn.Module = DistributedDataParallel(self.model) if split else self.model
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            self.state.parameters(), 0.0, momentum, nesterov=True, foreach=True
+            self.model.parameters(), 0.0, momentum, nesterov=True, foreach=True
         )
-        self._peak, self._total = max(rates) * batch_size / 256, total_steps
-        self._shares = (self.state.rates / max(rates)).float()
+        self._peak_lr, self._total_steps = max(rates) * batch_size / 256, total_steps
+        self._loss_weights = (self.model.rates / max(rates)).float()
 
-    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+    def compute_loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         """``nll``: mean cross-entropy of the rate that fits the batch best; ``loss``: all, weighted by their rates."""
         features, labels = batch
-        targets = labels[:, None].expand(-1, len(self._shares))
+        targets = labels[:, None].expand(-1, len(self._loss_weights))
         nll_R = cross_entropy(self._classifiers(features), targets, reduction="none").mean(0)
-        return {"loss": self._shares @ nll_R, "nll": nll_R.amin()}
+        return {"loss": self._loss_weights @ nll_R, "nll": nll_R.amin()}
 
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(step, peak=self._peak, warmup_steps=0, total_steps=self._total)
+    def get_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(step, peak=self._peak_lr, warmup_steps=0, total_steps=self._total_steps)
 
     def after_step(self, step: int) -> None:
         pass
 
-    def describe(self, step: int) -> dict[str, float]:
+    def compute_metrics(self, step: int) -> dict[str, float]:
         return {}
 
 
-class FeatureBatches:
+class FeatureLoader:
     """Batches of features ``[N, F]`` that are there already; every process has the whole batch."""
 
-    waited = 0.0
+    data_wait_seconds = 0.0
 
     def __init__(self, features: Tensor, labels: Tensor, sampler: Sampler) -> None:
         self._features, self._labels, self._sampler = features, labels, sampler
 
-    def from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(step, stop):
-            rows = torch.from_numpy(self._sampler.batch(number)).to(self._labels.device)
+            rows = torch.from_numpy(self._sampler.get_batch_indices(number)).to(self._labels.device)
             yield self._features.index_select(0, rows), self._labels[rows]  # five times as fast as indexing
 
 
-class EncodedBatches:
+class EncodedFeatureLoader:
     """The features of a feed's images, made as they come. The encoder is in eval mode, and only looked through."""
 
-    def __init__(self, feed: Feed, encoder: nn.Module, autocast: torch.autocast) -> None:
-        self._feed, self._encoder, self._autocast = feed, encoder, autocast
+    def __init__(self, feed: ViewLoader, encoder: nn.Module, autocast: torch.autocast) -> None:
+        self._loader, self._encoder, self._autocast = feed, encoder, autocast
 
     @property
-    def waited(self) -> float:
-        return self._feed.waited
+    def data_wait_seconds(self) -> float:
+        return self._loader.data_wait_seconds
 
-    def from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._feed.from_step(step, stop):
+    def iter_from_step(self, step: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader.iter_from_step(step, stop):
             assert not any(module.training for module in self._encoder.modules()), "the encoder left eval mode"
             assert batch.labels is not None
             with torch.no_grad(), self._autocast:

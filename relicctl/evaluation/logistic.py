@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-WAVE = 4  # lambdas solved side by side: wider shares more, but starts farther from the optimum
-DONE = 1e-7  # a lambda is done when a Newton step promises no larger share of its objective
-FORCING = 0.1  # a direction is good when its residual has fallen to this
-NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
-SMALLEST = 1e-14  # of the largest eigenvalue: axes below hold the rounding of float32 features
+WAVE_SIZE = 4  # lambdas solved side by side: wider shares more, but starts farther from the optimum
+NEWTON_TOLERANCE = 1e-7  # a lambda is done when a Newton step promises no larger share of its objective
+CG_TOLERANCE = 0.1  # a direction is good when its residual has fallen to this
+NEWTON_STEPS, CG_STEPS, LINE_SEARCH_STEPS = 100, 200, 40
+EIGENVALUE_CUTOFF = 1e-14  # of the largest eigenvalue: axes below hold the rounding of float32 features
 
 
 @dataclass(frozen=True)
-class Solutions:
+class LogisticModels:
     """For R lambdas, in the order given: ``weight`` ``[R, C, F]``, ``bias`` ``[R, C]``, ``objective`` ``[R]``, float64.
 
     ``converged``: bool ``[R]``; False where ``NEWTON_STEPS`` were not enough.
@@ -44,14 +44,14 @@ class Solutions:
     objective: Tensor
     converged: Tensor
 
-    def logits(self, features: Tensor) -> Tensor:
+    def compute_logits(self, features: Tensor) -> Tensor:
         """``[N, F]`` -> ``[R, N, C]``, float64."""
         return features.double() @ self.weight.mT + self.bias[:, None]
 
 
-def solve(
-    features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: Solutions | None = None
-) -> Solutions:
+def fit_logistic_regression(
+    features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: LogisticModels | None = None
+) -> LogisticModels:
     """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or ``[N, C]`` for C sigmoids.
 
     For sigmoids they are bool, or int8 of 1 and -1, and 0 where an image does not count for a class. A class that all
@@ -60,28 +60,30 @@ def solve(
     """
     x = features.double()
     mean = x.mean(0)
-    axes = _principal_axes(x - mean)
-    problem = _Problem((x - mean) @ axes, targets, classes)
+    axes = _compute_principal_axes(x - mean)
+    problem = _LogisticObjective((x - mean) @ axes, targets, classes)
     order = sorted(range(len(lambdas)), key=lambda r: -lambdas[r])
-    strengths = x.new_tensor([lambdas[r] for r in order])
+    sorted_lambdas = x.new_tensor([lambdas[r] for r in order])
     if start is None:
-        found = x.new_zeros(classes, len(order), axes.shape[1] + 1)
+        coefficients = x.new_zeros(classes, len(order), axes.shape[1] + 1)
     else:
         bias = start.bias + start.weight @ mean
-        found = torch.cat([start.weight @ axes, bias[..., None]], 2)[order].transpose(0, 1).contiguous()
+        coefficients = torch.cat([start.weight @ axes, bias[..., None]], 2)[order].transpose(0, 1).contiguous()
     values, converged = x.new_zeros(len(order)), torch.zeros(len(order), dtype=torch.bool, device=x.device)
-    for first in range(0, len(order), WAVE):
-        wave = slice(first, first + WAVE)
+    for first in range(0, len(order), WAVE_SIZE):
+        wave = slice(first, first + WAVE_SIZE)
         if start is None:
-            found[:, wave] = _extrapolated(problem, strengths, found, wave)
-        found[:, wave], values[wave], converged[wave] = _minimise(problem, strengths[wave], found[:, wave])
+            coefficients[:, wave] = _extrapolate_start(problem, sorted_lambdas, coefficients, wave)
+        coefficients[:, wave], values[wave], converged[wave] = _run_newton(
+            problem, sorted_lambdas[wave], coefficients[:, wave]
+        )
     back = torch.tensor(order, device=x.device).argsort()
-    weight = found[:, back, :-1].transpose(0, 1) @ axes.T
-    bias = found[:, back, -1].T - weight @ mean
-    return Solutions(tuple(lambdas), weight, bias, values[back], converged[back])
+    weight = coefficients[:, back, :-1].transpose(0, 1) @ axes.T
+    bias = coefficients[:, back, -1].T - weight @ mean
+    return LogisticModels(tuple(lambdas), weight, bias, values[back], converged[back])
 
 
-class _Problem:
+class _LogisticObjective:
     """The objective on principal axes. Coefficients are ``[C, R, F + 1]``, the intercept last; logits ``[C, R, N]``.
 
     Classes come first: sums over them then run along whole rows.
@@ -93,134 +95,134 @@ class _Problem:
         self._squares = self.x32.square()
         self.softmax = targets.ndim == 1
         truth = one_hot(targets, classes).bool() if self.softmax else targets > 0
-        known = torch.ones_like(truth) if targets.dtype == torch.bool or self.softmax else targets != 0
+        valid = torch.ones_like(truth) if targets.dtype == torch.bool or self.softmax else targets != 0
         if not self.softmax:
-            known &= (truth & known).any(0) & (~truth & known).any(0)
-        self._truth = _by_class(truth & known)
-        self._known = None if bool(known.all()) else _by_class(known)
-        self.penalised = torch.ones_like(self.x[0])
-        self.penalised[-1] = 0
+            valid &= (truth & valid).any(0) & (~truth & valid).any(0)
+        self._truth = _to_class_first(truth & valid)
+        self._valid = None if bool(valid.all()) else _to_class_first(valid)
+        self.penalized = torch.ones_like(self.x[0])
+        self.penalized[-1] = 0
 
-    def logits(self, coefficients: Tensor) -> Tensor:
-        return _product(coefficients, self.x.T)
+    def compute_logits(self, coefficients: Tensor) -> Tensor:
+        return _apply_matrix(coefficients, self.x.T)
 
-    def objective(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+    def compute_objective(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
         """``[R]``."""
-        losses = logits.logsumexp(0) if self.softmax else self._counted(softplus(logits)).sum(0)
-        penalty = (coefficients.square() * self.penalised).sum((0, 2))
+        losses = logits.logsumexp(0) if self.softmax else self._zero_ignored(softplus(logits)).sum(0)
+        penalty = (coefficients.square() * self.penalized).sum((0, 2))
         return (losses - (logits * self._truth).sum(0)).sum(1) + lambdas / 2 * penalty
 
-    def gradient(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
-        errors = self._told(logits) - self._truth
-        return _product(errors, self.x) + lambdas[:, None] * self.penalised * coefficients
+    def compute_gradient(self, coefficients: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+        errors = self._compute_probabilities(logits) - self._truth
+        return _apply_matrix(errors, self.x) + lambdas[:, None] * self.penalized * coefficients
 
-    def direction(self, gradient: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
+    def compute_direction(self, gradient: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
         """About -H^-1 g, by preconditioned conjugate gradients, one run for each lambda side by side."""
-        told = self._told(logits).float()
-        slope = told * (1 - told)
-        ridge = (lambdas[:, None] * self.penalised).float()
-        diagonal = _product(slope, self._squares) + ridge
+        probabilities = self._compute_probabilities(logits).float()
+        slope = probabilities * (1 - probabilities)
+        ridge = (lambdas[:, None] * self.penalized).float()
+        diagonal = _apply_matrix(slope, self._squares) + ridge
         diagonal += 1e-7 * diagonal.amax((0, 2), keepdim=True)  # certain classes have hardly any curvature left
 
-        def hessian(vector: Tensor) -> Tensor:
-            change = _product(vector, self.x32.T)
-            change = told * (change - (told * change).sum(0)) if self.softmax else slope * change
-            return _product(change, self.x32) + ridge * vector
+        def apply_hessian(vector: Tensor) -> Tensor:
+            change = _apply_matrix(vector, self.x32.T)
+            change = probabilities * (change - (probabilities * change).sum(0)) if self.softmax else slope * change
+            return _apply_matrix(change, self.x32) + ridge * vector
 
-        def precondition(vector: Tensor) -> Tensor:
+        def apply_preconditioner(vector: Tensor) -> Tensor:
             scaled = vector / diagonal
             return scaled - scaled.mean(0) if self.softmax else scaled  # one shift of all classes changes nothing
 
         residual = -gradient.float()
-        found = torch.zeros_like(residual)
-        scaled = precondition(residual)
-        search, before = scaled, _dot(residual, scaled)
-        enough = before * FORCING**2
-        for _ in range(GRADIENT_STEPS):
-            curved = hessian(search)
-            length = (before / _dot(search, curved).clamp_min(1e-30))[:, None]
-            found += length * search
+        direction = torch.zeros_like(residual)
+        scaled = apply_preconditioner(residual)
+        search, before = scaled, _compute_dot(residual, scaled)
+        target = before * CG_TOLERANCE**2
+        for _ in range(CG_STEPS):
+            curved = apply_hessian(search)
+            length = (before / _compute_dot(search, curved).clamp_min(1e-30))[:, None]
+            direction += length * search
             residual = residual - length * curved
-            scaled = precondition(residual)
-            now = _dot(residual, scaled)
-            if bool((now <= enough).all()):
+            scaled = apply_preconditioner(residual)
+            now = _compute_dot(residual, scaled)
+            if bool((now <= target).all()):
                 break
             search, before = scaled + (now / before.clamp_min(1e-30))[:, None] * search, now
-        return found.double()
+        return direction.double()
 
-    def _told(self, logits: Tensor) -> Tensor:
+    def _compute_probabilities(self, logits: Tensor) -> Tensor:
         """Shares of the classes; 0 where an image does not count, so that errors and slopes are 0 there too."""
-        return logits.softmax(0) if self.softmax else self._counted(logits.sigmoid())
+        return logits.softmax(0) if self.softmax else self._zero_ignored(logits.sigmoid())
 
-    def _counted(self, values: Tensor) -> Tensor:
-        return values if self._known is None else values * self._known
+    def _zero_ignored(self, values: Tensor) -> Tensor:
+        return values if self._valid is None else values * self._valid
 
 
-def _minimise(problem: _Problem, lambdas: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run_newton(problem: _LogisticObjective, lambdas: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Newton's method from ``start`` ``[C, R, F + 1]``: coefficients, objectives ``[R]``, and which converged."""
-    found, logits = start.clone(), problem.logits(start)
-    values = problem.objective(found, logits, lambdas)
+    coefficients, logits = start.clone(), problem.compute_logits(start)
+    values = problem.compute_objective(coefficients, logits, lambdas)
     active = torch.arange(len(lambdas), device=lambdas.device)
     for _ in range(NEWTON_STEPS):
-        here, there, strength, value = found[:, active], logits[:, active], lambdas[active], values[active]
-        gradient = problem.gradient(here, there, strength)
-        step = problem.direction(gradient, there, strength)
-        slope = _dot(gradient, step)
-        change = problem.logits(step)
+        x, x_logits, active_lambdas, value = coefficients[:, active], logits[:, active], lambdas[active], values[active]
+        gradient = problem.compute_gradient(x, x_logits, active_lambdas)
+        step = problem.compute_direction(gradient, x_logits, active_lambdas)
+        slope = _compute_dot(gradient, step)
+        change = problem.compute_logits(step)
         length = torch.ones_like(slope)[:, None]
-        for _ in range(HALVINGS):
-            after = problem.objective(here + length * step, there + length * change, strength)
+        for _ in range(LINE_SEARCH_STEPS):
+            after = problem.compute_objective(x + length * step, x_logits + length * change, active_lambdas)
             short = after > value + 1e-4 * length[:, 0] * slope + 1e-13 * value
             if not bool(short.any()):
                 break
             length = torch.where(short[:, None], length / 2, length)
-        found[:, active], logits[:, active] = here + length * step, there + length * change
+        coefficients[:, active], logits[:, active] = x + length * step, x_logits + length * change
         values[active] = after
-        active = active[-slope / 2 > DONE * after]
+        active = active[-slope / 2 > NEWTON_TOLERANCE * after]
         if not len(active):
             break
     converged = torch.ones_like(lambdas, dtype=torch.bool)
     converged[active] = False
-    return found, values, converged
+    return coefficients, values, converged
 
 
-def _extrapolated(problem: _Problem, lambdas: Tensor, found: Tensor, wave: slice) -> Tensor:
+def _extrapolate_start(problem: _LogisticObjective, lambdas: Tensor, coefficients: Tensor, wave: slice) -> Tensor:
     """Where a wave starts: on the parabola in log lambda through the last three solutions, or at the last if better."""
     known = slice(max(0, wave.start - 3), wave.start)
     x, at = lambdas[known].log(), lambdas[wave].log()
     if not len(x):
-        return found[:, wave]
-    last = found[:, wave.start - 1, None].expand(-1, len(at), -1)
+        return coefficients[:, wave]
+    last = coefficients[:, wave.start - 1, None].expand(-1, len(at), -1)
     shares = torch.ones(len(at), len(x), dtype=x.dtype, device=x.device)  # Lagrange's
     for i in range(len(x)):
         for j in range(len(x)):
             if i != j:
                 shares[:, i] *= (at - x[j]) / (x[i] - x[j])
-    parabola = torch.einsum("ri,cif->crf", shares, found[:, known])
-    values = [problem.objective(c, problem.logits(c), lambdas[wave]) for c in (parabola, last)]
+    parabola = torch.einsum("ri,cif->crf", shares, coefficients[:, known])
+    values = [problem.compute_objective(c, problem.compute_logits(c), lambdas[wave]) for c in (parabola, last)]
     return torch.where((values[0] < values[1])[:, None], parabola, last)
 
 
-def _principal_axes(centred: Tensor) -> Tensor:
+def _compute_principal_axes(centred: Tensor) -> Tensor:
     """Orthonormal ``[F, r]``: what ``centred`` ``[N, F]`` spans, at most N - 1 axes."""
     if len(centred) < centred.shape[1]:  # through the smaller Gram matrix
         eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
-        keep = eigenvalues > SMALLEST * eigenvalues[-1]
+        keep = eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]
         return torch.linalg.qr(centred.T @ vectors[:, keep])[0]
     eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
-    return vectors[:, eigenvalues > SMALLEST * eigenvalues[-1]]
+    return vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]]
 
 
-def _by_class(matrix: Tensor) -> Tensor:
+def _to_class_first(matrix: Tensor) -> Tensor:
     """``[N, C]`` -> float64 ``[C, 1, N]``."""
     return matrix.double().T[:, None].contiguous()
 
 
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+def _apply_matrix(rows: Tensor, matrix: Tensor) -> Tensor:
     """``[C, R, A]`` times ``[A, B]``, as one matrix product."""
     return (rows.reshape(-1, rows.shape[-1]) @ matrix).view(*rows.shape[:2], -1)
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
+def _compute_dot(one: Tensor, other: Tensor) -> Tensor:
     """``[R]``: inner products of coefficients."""
     return (one * other).sum((0, 2))

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relicctl.config.linear import LinearConfig
+from relicctl.config.linear import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
-from relicctl.evaluation.features import CHUNK, EvalImages, extract
-from relicctl.evaluation.labelled import Labelled
+from relicctl.evaluation.features import IMAGES_PER_CHUNK, EvalImages, extract_features
+from relicctl.evaluation.labelled import LabelledDataset
 from relicctl.runs import RunFolder
 
 
 @dataclass(frozen=True)
-class Seen:
+class ExtractedFeatures:
     """What the encoder makes of labelled images: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data."""
 
     features: Tensor
@@ -27,7 +27,7 @@ class Seen:
     rows: np.ndarray
 
 
-class Look:
+class FeatureExtractor:
     """The encoder, frozen, and how it is shown images. Those that cannot be decoded are left out and noted.
 
     The processes of ``world`` look together: each at its share of the images, and all of them see all.
@@ -36,7 +36,7 @@ class Look:
     def __init__(
         self,
         encoder: Any,
-        config: LinearConfig,
+        config: LinearEvalConfig,
         device: torch.device,
         run: RunFolder,
         console: Console,
@@ -47,23 +47,23 @@ class Look:
         self.crop_ratio = config.eval.crop_ratio or float(encoder.metadata["crop_ratio"])
         self.device, self.world = device, world or World()
         self._console, self._max_bad = console, config.data.max_bad
-        self._run, self._listed = run, run.read_bad_images()
+        self._run, self._recorded = run, run.read_bad_images()
 
-    def bad_images(self, images: Labelled) -> BadImages:
-        return BadImages(len(images.source), self._max_bad, self._list)
+    def collect_bad_images(self, images: LabelledDataset) -> BadImages:
+        return BadImages(len(images.source), self._max_bad, self._record_bad_image)
 
-    def _list(self, name: str, reason: str) -> None:
-        if name not in self._listed:
-            self._listed.add(name)
+    def _record_bad_image(self, name: str, reason: str) -> None:
+        if name not in self._recorded:
+            self._recorded.add(name)
             self._run.add_bad_image(name, reason)
 
-    def __call__(self, images: Labelled) -> Seen:
+    def __call__(self, images: LabelledDataset) -> ExtractedFeatures:
         crops = EvalImages(images.source, self.size, self.crop_ratio)
-        first, last = crops.shares(self.world)[self.world.rank]
-        at_once = CHUNK * self.world.size
-        self._console.note(f"features of {len(crops)} images of {images.source.spec}, {at_once} a step")
-        with self._console.progress(-(-(last - first) // CHUNK)) as bar:
-            features = extract(self.encoder, crops, self.device, self.world, lambda done: bar.update(done, {}))
-        rows = crops.good_rows(self.bad_images(images))
+        first, last = crops.get_rank_ranges(self.world)[self.world.rank]
+        at_once = IMAGES_PER_CHUNK * self.world.size
+        self._console.info(f"features of {len(crops)} images of {images.source.spec}, {at_once} a step")
+        with self._console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
+            features = extract_features(self.encoder, crops, self.device, self.world, lambda done: bar.update(done, {}))
+        rows = crops.get_decodable_rows(self.collect_bad_images(images))
         picked = torch.from_numpy(rows).to(self.device)
-        return Seen(features[picked], torch.from_numpy(images.labels[rows]).to(self.device), rows)
+        return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(self.device), rows)

@@ -14,111 +14,118 @@ from dataclasses import dataclass
 import numpy as np
 
 from relicctl.core.counted import Stream
-from relicctl.data.source_voc import voc_folder
-from relicctl.data.sources import Source, open_source
+from relicctl.data.source_voc import find_voc_folder
+from relicctl.data.sources import ImageDataset, open_dataset
 from relicctl.errors import DataError, RelicError
-from relicctl.evaluation.dense.samples import inside
-from relicctl.evaluation.labelled import Labelled, match
-from relicctl.evaluation.subsets import first_of_each, hold_out_of_each, labelled_rows
-from relicctl.evaluation.tagged import Tagged, match_tagged, open_tagged
+from relicctl.evaluation.dense.samples import join_spec
+from relicctl.evaluation.labelled import LabelledDataset, match_classes
+from relicctl.evaluation.subsets import sample_per_class, select_labelled_rows, split_stratified
+from relicctl.evaluation.tagged import MultiLabelDataset, match_multilabel_classes, open_multilabel
 
-TRAIN, VAL = ("train", "trainval"), ("val", "valid", "validation")
+TRAIN_NAMES, VAL_NAMES = ("train", "trainval"), ("val", "valid", "validation")
 
 
 @dataclass(frozen=True)
-class DataSet:
+class TransferDataset:
     """All images outside the test split are ``known``: the first ``trained`` of them are train, the others val."""
 
     name: str
-    known: Labelled
-    trained: int
-    test: Labelled
+    trainval: LabelledDataset
+    num_train: int
+    test: LabelledDataset
 
 
 @dataclass(frozen=True)
-class Division:
-    """Rows of the known images: ``fit`` are learned from, ``chosen_on`` decide; in the end both are learned from.
+class Split:
+    """Rows of the known images: ``fit`` are learned from, ``val`` decide; in the end both are learned from.
 
     ``validation`` says in words where the latter come from.
     """
 
-    fit: np.ndarray
-    chosen_on: np.ndarray
-    validation: str
+    train: np.ndarray
+    val: np.ndarray
+    val_source: str
 
 
-class Joined(Source):
+class TrainValDataset(ImageDataset):
     """One source after the other; they share their classes."""
 
-    def __init__(self, first: Source, second: Source, labels: np.ndarray | None) -> None:
+    def __init__(self, first: ImageDataset, second: ImageDataset, labels: np.ndarray | None) -> None:
         self._sources, self._first = (first, second), len(first)
         self.spec, self.classes, self.labels = first.spec, first.classes, labels
 
     def __len__(self) -> int:
         return sum(map(len, self._sources))
 
-    def _at(self, index: int) -> tuple[Source, int]:
+    def _locate(self, index: int) -> tuple[ImageDataset, int]:
         return (self._sources[0], index) if index < self._first else (self._sources[1], index - self._first)
 
-    def key(self, index: int) -> str:
-        source, row = self._at(index)
-        return f"{'train' if index < self._first else 'val'}/{source.key(row)}"
+    def get_name(self, index: int) -> str:
+        source, row = self._locate(index)
+        return f"{'train' if index < self._first else 'val'}/{source.get_name(row)}"
 
     def read(self, index: int) -> bytes | np.ndarray:
-        source, row = self._at(index)
+        source, row = self._locate(index)
         return source.read(row)
 
     def size(self, index: int) -> int:
-        source, row = self._at(index)
+        source, row = self._locate(index)
         return source.size(row)
 
 
-def open_data_set(
+def open_transfer_dataset(
     name: str, spec: str, *, download: bool, warn: Callable[[str], None], test: str = "test",
     draw: tuple[int, ...] = (), seed: int = 0,
-) -> DataSet:  # fmt: skip
+) -> TransferDataset:  # fmt: skip
     """``test``: the split to test on. ``draw``: how many images of each class to take where there are no splits.
 
     Raises DataError when there is no train or test split, or they cannot make a classification.
     """
-    found: dict[str, Source | None] = {}
+    found: dict[str, ImageDataset | None] = {}
     if draw:
-        found["train"], found["test"] = drawn(name, open_source(spec, download=download), draw, seed)
+        found["train"], found["test"] = draw_train_test(name, open_dataset(spec, download=download), draw, seed)
     elif spec.partition(":")[0] == "shapes":
-        found = {"train": open_source(spec, split="train"), "test": open_source(spec, split="val")}
+        found = {"train": open_dataset(spec, split="train"), "test": open_dataset(spec, split="val")}
     else:
-        spec = voc_folder(spec, download) or spec
-        train = found["train"] = _split(spec, TRAIN, (), download, required=True)
+        spec = find_voc_folder(spec, download) or spec
+        train = found["train"] = _open_image_split(spec, TRAIN_NAMES, (), download, required=True)
         known_classes = train.classes if train is not None else ()
-        for part, words in (("val", tuple(word for word in VAL if word != test)), ("test", (test,))):
-            found[part] = _split(spec, words, known_classes, download, required=False)
-    train, val, tested = (found.get(part) for part in ("train", "val", "test"))
+        for part, words in (("val", tuple(word for word in VAL_NAMES if word != test)), ("test", (test,))):
+            found[part] = _open_image_split(spec, words, known_classes, download, required=False)
+    train, val, test_source = (found.get(part) for part in ("train", "val", "test"))
     assert train is not None
-    if tested is None:
+    if test_source is None:
         raise DataError(
             f"{name} has no {test} split in {spec}.",
             "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
             f"data.test_split={{{name}: val}} to test on another, or data.draw={{{name}: [30]}} to learn from 30 "
             "images of each class.",
         )
-    known = _labelled(name, "train", train, train.classes, warn)
-    if not isinstance(train, Tagged) and len(known.labels) < len(known.classes):
+    trainval = _match_split_classes(name, "train", train, train.classes, warn)
+    if not isinstance(train, MultiLabelDataset) and len(trainval.labels) < len(trainval.classes):
         raise DataError(
-            f"{name} has {len(known.labels)} images to learn from, fewer than its {len(known.classes)} classes.",
+            f"{name} has {len(trainval.labels)} images to learn from, fewer than its {len(trainval.classes)} classes.",
             "Give at least one image of every class.",
         )
-    asked = _labelled(name, "test", tested, known.classes, warn)
+    test_images = _match_split_classes(name, "test", test_source, trainval.classes, warn)
     if val is None:
-        return DataSet(name, known, len(known.labels), asked)
-    return DataSet(name, _joined(known, _labelled(name, "val", val, known.classes, warn)), len(known.labels), asked)
+        return TransferDataset(name, trainval, len(trainval.labels), test_images)
+    return TransferDataset(
+        name,
+        _concat_labelled(trainval, _match_split_classes(name, "val", val, trainval.classes, warn)),
+        len(trainval.labels),
+        test_images,
+    )
 
 
-def drawn(name: str, source: Source, draw: tuple[int, ...], seed: int) -> tuple[Source, Source]:
+def draw_train_test(
+    name: str, source: ImageDataset, draw: tuple[int, ...], seed: int
+) -> tuple[ImageDataset, ImageDataset]:
     """Images to learn from, the first number of each class, and to test on: the second number, or all others.
 
     Our counted draw: it depends on the seed and the order of the images alone.
     """
-    labels = match(source, source.classes).labels
+    labels = match_classes(source, source.classes).labels
     counts = np.bincount(labels, minlength=len(source.classes))
     if counts.min() < max(sum(draw), draw[0] + 1):
         few = int(counts.argmin())
@@ -126,80 +133,89 @@ def drawn(name: str, source: Source, draw: tuple[int, ...], seed: int) -> tuple[
             f"{name} has only {counts[few]} images of {source.classes[few]}, too few for data.draw {list(draw)}.",
             "Draw fewer.",
         )
-    train, taken = (first_of_each(labels, np.full(len(counts), n), seed, Stream.EVAL) for n in (draw[0], sum(draw)))
+    train, taken = (sample_per_class(labels, np.full(len(counts), n), seed, Stream.EVAL) for n in (draw[0], sum(draw)))
     candidates = taken if len(draw) > 1 else np.arange(len(labels))
     return source.select(train), source.select(np.setdiff1d(candidates, train))
 
 
-def divide(data: DataSet, labels: str, share: float, seed: int) -> Division:
+def split_trainval(data: TransferDataset, labels: str, share: float, seed: int) -> Split:
     """Which labels are known and which decide. With fewer labels than all, val's are not read either."""
-    if labels == "all" and data.trained < len(data.known.labels):
-        rows = np.arange(len(data.known.labels))
-        return Division(rows[: data.trained], rows[data.trained :], "val")
-    train = data.known.source.select(np.arange(data.trained))
-    truth = data.known.labels[: data.trained]
-    rows = labelled_rows(train, truth, labels, seed)
-    fit, chosen_on = hold_out_of_each(truth[rows], share, seed)
-    if not _tells(truth[rows], fit, chosen_on):
+    if labels == "all" and data.num_train < len(data.trainval.labels):
+        rows = np.arange(len(data.trainval.labels))
+        return Split(rows[: data.num_train], rows[data.num_train :], "val")
+    train = data.trainval.source.select(np.arange(data.num_train))
+    truth = data.trainval.labels[: data.num_train]
+    rows = select_labelled_rows(train, truth, labels, seed)
+    fit, chosen_on = split_stratified(truth[rows], share, seed)
+    if not _is_usable_split(truth[rows], fit, chosen_on):
         raise DataError(
             f"{data.name} with --labels {labels} has too few labels to choose on some of them.",
             "Keep at least two images of some class, and two classes.",
         )
     of = "of each class of train" if truth.ndim == 1 else "of train"
-    return Division(rows[fit], rows[chosen_on], f"{share:.0%} {of}, cut by seed {seed}")
+    return Split(rows[fit], rows[chosen_on], f"{share:.0%} {of}, cut by seed {seed}")
 
 
-def _tells(labels: np.ndarray, fit: np.ndarray, chosen_on: np.ndarray) -> bool:
+def _is_usable_split(labels: np.ndarray, train: np.ndarray, val: np.ndarray) -> bool:
     """Whether a classifier can be learned from some of ``labels`` and judged by others."""
     if labels.ndim == 1:
-        return len(chosen_on) > 0 and len(np.unique(labels)) > 1
-    learned = (labels[fit] > 0).any(0) & (labels[fit] < 0).any(0)
-    return bool((learned & (labels[chosen_on] > 0).any(0)).any())
+        return len(val) > 0 and len(np.unique(labels)) > 1
+    learned = (labels[train] > 0).any(0) & (labels[train] < 0).any(0)
+    return bool((learned & (labels[val] > 0).any(0)).any())
 
 
-def _joined(known: Labelled, val: Labelled) -> Labelled:
-    labels = np.concatenate([known.labels, val.labels])
-    if isinstance(known.source, Tagged) and isinstance(val.source, Tagged):
-        images = Joined(known.source.images, val.source.images, None)
-        return Labelled(Tagged(images, known.classes, labels), labels, known.classes)
-    return Labelled(Joined(known.source, val.source, labels), labels, known.classes)
+def _concat_labelled(train: LabelledDataset, val: LabelledDataset) -> LabelledDataset:
+    labels = np.concatenate([train.labels, val.labels])
+    if isinstance(train.source, MultiLabelDataset) and isinstance(val.source, MultiLabelDataset):
+        images = TrainValDataset(train.source.images, val.source.images, None)
+        return LabelledDataset(MultiLabelDataset(images, train.classes, labels), labels, train.classes)
+    return LabelledDataset(TrainValDataset(train.source, val.source, labels), labels, train.classes)
 
 
-def _labelled(name: str, part: str, source: Source, classes: tuple[str, ...], warn: Callable[[str], None]) -> Labelled:
-    images = match_tagged(source, classes) if isinstance(source, Tagged) else match(source, classes)
-    if images.foreign:
+def _match_split_classes(
+    name: str, part: str, source: ImageDataset, classes: tuple[str, ...], warn: Callable[[str], None]
+) -> LabelledDataset:
+    images = (
+        match_multilabel_classes(source, classes)
+        if isinstance(source, MultiLabelDataset)
+        else match_classes(source, classes)
+    )
+    if images.unknown_classes:
         raise DataError(
-            f"{name} has classes in {part} that are not in train, {images.foreign[0]!r} among them.",
+            f"{name} has classes in {part} that are not in train, {images.unknown_classes[0]!r} among them.",
             "Name its classes as those of train.",
         )
-    if images.missing:
-        warn(f"{name}: {len(images.missing)} classes have no image in {part}, {images.missing[0]!r} among them")
+    if images.missing_classes:
+        warn(
+            f"{name}: {len(images.missing_classes)} classes have no image in {part}, "
+            f"{images.missing_classes[0]!r} among them"
+        )
     return images
 
 
-def _of_one_class(source: Source, classes: tuple[str, ...]) -> Source:
+def _assign_folder_class(source: ImageDataset, classes: tuple[str, ...]) -> ImageDataset:
     """``source``; where it is a single folder that is one of the known ``classes``, with these and their labels."""
     if source.labels is None and classes:
-        folders = {source.key(row).partition("/")[0] for row in range(len(source))}
+        folders = {source.get_name(row).partition("/")[0] for row in range(len(source))}
         if len(folders) == 1 and folders <= set(classes):
             number = classes.index(folders.pop())
             source.classes, source.labels = classes, np.full(len(source), number, dtype=np.int64)
     return source
 
 
-def _split(
+def _open_image_split(
     spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool, *, required: bool
-) -> Source | None:
+) -> ImageDataset | None:
     """The first of a split's names that is there; None, or the last refusal, if none is."""
     refusal: RelicError | None = None
     for word in words:
-        place = spec.replace("{split}", word) if "{split}" in spec else inside(spec, word)
-        tagged = open_tagged(spec, place, word, classes)
+        place = spec.replace("{split}", word) if "{split}" in spec else join_spec(spec, word)
+        tagged = open_multilabel(spec, place, word, classes)
         if tagged is not None:
             return tagged
         try:
-            return _of_one_class(
-                open_source(place, split="train" if word in TRAIN else "val", download=download), classes
+            return _assign_folder_class(
+                open_dataset(place, split="train" if word in TRAIN_NAMES else "val", download=download), classes
             )
         except DataError as error:
             refusal = refusal or error

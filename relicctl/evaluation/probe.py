@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 
-def probe_accuracy(
+def compute_probe_accuracy(
     bank_NF: torch.Tensor,
     bank_labels: torch.Tensor,
     queries_MF: torch.Tensor,
@@ -24,13 +24,13 @@ def probe_accuracy(
     bias = torch.zeros(classes, device=bank.device, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
 
-    def objective() -> torch.Tensor:
+    def closure() -> torch.Tensor:
         solver.zero_grad()
         loss = cross_entropy(bank @ weight + bias, bank_labels) + weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
-        solver.step(objective)
+        solver.step(closure)
     with torch.no_grad():
         return (queries @ weight + bias).argmax(1).eq(labels).float().mean().item()

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from relicctl.core.counted import Stream
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError, UsageError
-from relicctl.evaluation.during import shuffled
+from relicctl.evaluation.during import permutation
 
 PER_CLASS = re.compile(r"([1-9]\d*)-per-class")
 
 
-def check_labels(text: str) -> None:
+def check_label_subset(text: str) -> None:
     """Raises UsageError unless ``text`` says all, a share, N-per-class, or names a file."""
-    if text == "all" or PER_CLASS.fullmatch(text) or _share(text) is not None or Path(text).is_file():
+    if text == "all" or PER_CLASS.fullmatch(text) or _parse_fraction(text) is not None or Path(text).is_file():
         return
     raise UsageError(
         f"--labels {text} is neither a share nor a file that exists.",
@@ -27,7 +27,7 @@ def check_labels(text: str) -> None:
     )
 
 
-def labelled_rows(source: Source, labels: np.ndarray, text: str, seed: int) -> np.ndarray:
+def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, seed: int) -> np.ndarray:
     """The rows, ascending, that keep their ``labels`` int64 ``[N]``; the same for every encoder.
 
     A share keeps at least one image of every class. Of images with any number of classes, ``[N, C]``, it is a share
@@ -41,7 +41,7 @@ def labelled_rows(source: Source, labels: np.ndarray, text: str, seed: int) -> n
             f"--labels {text} means nothing to {source.spec}, whose images have any number of classes.",
             "Give a share such as 0.1, or a file of names.",
         )
-    labels = _kinds(labels)
+    labels = _get_strata(labels)
     if (number := PER_CLASS.fullmatch(text)) is not None:
         wanted = np.full(labels.max() + 1, int(number[1]))
         counts = np.bincount(labels)
@@ -50,39 +50,39 @@ def labelled_rows(source: Source, labels: np.ndarray, text: str, seed: int) -> n
             raise DataError(
                 f"{source.spec} has only {counts.min()} images of {name}, not {number[1]}.", "Ask for fewer labels."
             )
-        return first_of_each(labels, wanted, seed, Stream.SUBSET)
-    if (share := _share(text)) is not None:
-        return first_of_each(labels, np.maximum(1, np.rint(share * np.bincount(labels))), seed, Stream.SUBSET)
-    return _listed(source, Path(text))
+        return sample_per_class(labels, wanted, seed, Stream.SUBSET)
+    if (share := _parse_fraction(text)) is not None:
+        return sample_per_class(labels, np.maximum(1, np.rint(share * np.bincount(labels))), seed, Stream.SUBSET)
+    return _read_listed_rows(source, Path(text))
 
 
-def hold_out_of_each(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and ``share`` of each class to choose on: at least one, unless it is the class's only image.
 
     Of images with any number of classes, ``[N, C]``, it is a share of all.
     """
-    labels = _kinds(labels)
+    labels = _get_strata(labels)
     counts = np.bincount(labels)
     wanted = np.minimum(np.maximum(1, np.rint(share * counts)), counts - 1)
-    held = first_of_each(labels, wanted, seed, Stream.HOLDOUT)
+    held = sample_per_class(labels, wanted, seed, Stream.HOLDOUT)
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def first_of_each(labels: np.ndarray, wanted: np.ndarray, seed: int, stream: Stream) -> np.ndarray:
+def sample_per_class(labels: np.ndarray, wanted: np.ndarray, seed: int, stream: Stream) -> np.ndarray:
     """Ascending rows: of each class c the first ``wanted[c]`` in an order that depends on (seed, stream) alone."""
-    order = shuffled(len(labels), seed, stream)
+    order = permutation(len(labels), seed, stream)
     by_class = order[np.argsort(labels[order], kind="stable")]
     sorted_labels = labels[by_class]
     place = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)  # within the class
     return np.sort(by_class[place < wanted[sorted_labels]])
 
 
-def _kinds(labels: np.ndarray) -> np.ndarray:
+def _get_strata(labels: np.ndarray) -> np.ndarray:
     """int64 ``[N]``: what is drawn from apart from the rest, each class where an image has but one."""
     return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 
-def _share(text: str) -> float | None:
+def _parse_fraction(text: str) -> float | None:
     try:
         share = float(text)
     except ValueError:
@@ -90,10 +90,10 @@ def _share(text: str) -> float | None:
     return share if 0 < share < 1 else None
 
 
-def _listed(source: Source, path: Path) -> np.ndarray:
+def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
     """Names as the data have them, or the files' own names alone, as in SimCLR's lists of ImageNet."""
     wanted = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    keys = [source.key(row) for row in range(len(source))]
+    keys = [source.get_name(row) for row in range(len(source))]
     bare = [posixpath.basename(key) for key in keys]
     rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(keys, range(len(keys)), strict=True))
     shared = {name for name, times in Counter(bare).items() if times > 1} - set(keys)

@@ -17,28 +17,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from relicctl.data.sources import Source, open_source
+from relicctl.data.sources import ImageDataset, open_dataset
 from relicctl.errors import DataError
 from relicctl.evaluation.dense.annotations import read_voc
-from relicctl.evaluation.dense.samples import Files, inside, lines, shown
-from relicctl.evaluation.labelled import Labelled
+from relicctl.evaluation.dense.samples import FileReader, join_spec, parse_first_words, summarize_names
+from relicctl.evaluation.labelled import LabelledDataset
 
-TABLE = "labels.csv"
+LABELS_FILE = "labels.csv"
 
 
-class Tagged(Source):
+class MultiLabelDataset(ImageDataset):
     """``images`` with ``labels`` int8 ``[N, C]``: 1 for a class that is there, -1 for others, 0 where none counts."""
 
-    def __init__(self, images: Source, classes: tuple[str, ...], labels: np.ndarray) -> None:
-        self.spec, self.realm, self.images = images.spec, images.realm, images
+    def __init__(self, images: ImageDataset, classes: tuple[str, ...], labels: np.ndarray) -> None:
+        self.spec, self.namespace, self.images = images.spec, images.namespace, images
         self.classes: tuple[str, ...] = classes
         self.labels: np.ndarray = labels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def key(self, index: int) -> str:
-        return self.images.key(index)
+    def get_name(self, index: int) -> str:
+        return self.images.get_name(index)
 
     def read(self, index: int) -> bytes | np.ndarray:
         return self.images.read(index)
@@ -46,42 +46,44 @@ class Tagged(Source):
     def size(self, index: int) -> int:
         return self.images.size(index)
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Tagged:
+    def select(self, indices: Sequence[int] | np.ndarray) -> MultiLabelDataset:
         rows = np.asarray(indices, dtype=np.int64)
-        return Tagged(self.images.select(rows), self.classes, self.labels[rows])
+        return MultiLabelDataset(self.images.select(rows), self.classes, self.labels[rows])
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.images.fingerprint()} {self.classes}".encode())
+    def compute_fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.images.compute_fingerprint()} {self.classes}".encode())
         digest.update(np.ascontiguousarray(self.labels).tobytes())
         return digest.hexdigest()
 
 
-def open_tagged(spec: str, place: str, word: str, classes: tuple[str, ...]) -> Tagged | None:
+def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) -> MultiLabelDataset | None:
     """The split ``word`` of data at ``spec``, or the folder or archive ``place`` of that split.
 
     None if neither is laid out as above. ``classes``: those of train, where this is another split; what it has
     beside them comes after them. Raises DataError for lists, annotations or tables that cannot be used.
     """
-    if (files := _files(spec)) is not None and (listed := files.read(f"ImageSets/Main/{word}.txt")) is not None:
-        found = read_voc(files, lines(listed), classes or None, spec)
+    if (files := _open_file_reader(spec)) is not None and (
+        listed := files.read(f"ImageSets/Main/{word}.txt")
+    ) is not None:
+        found = read_voc(files, parse_first_words(listed), classes or None, spec)
         easy, boxes = ~found.boxes.ignored, found.boxes
         labels = np.full((len(found.files), len(found.classes)), -1, dtype=np.int8)
-        labels[found.owners, boxes.labels] = 0
-        labels[found.owners[easy], boxes.labels[easy]] = 1
-        return _listed(inside(spec, "JPEGImages"), found.files, found.classes, labels)
-    if (files := _files(place)) is not None and (content := files.read(TABLE)) is not None:
-        table = _read_table(content, f"{TABLE} in {place}")
+        labels[found.image_indices, boxes.labels] = 0
+        labels[found.image_indices[easy], boxes.labels[easy]] = 1
+        return _open_listed_images(join_spec(spec, "JPEGImages"), found.files, found.classes, labels)
+    if (files := _open_file_reader(place)) is not None and (content := files.read(LABELS_FILE)) is not None:
+        table = _read_label_table(content, f"{LABELS_FILE} in {place}")
         known = {tag: number for number, tag in enumerate(classes)}
         for tag in sorted(set().union(*table.values())):
             known.setdefault(tag, len(known))
         labels = np.full((len(table), len(known)), -1, dtype=np.int8)
         for row, tags in enumerate(table.values()):
             labels[row, [known[tag] for tag in tags]] = 1
-        return _listed(place, list(table), tuple(known), labels)
+        return _open_listed_images(place, list(table), tuple(known), labels)
     return None
 
 
-def match_tagged(source: Tagged, classes: tuple[str, ...]) -> Labelled:
+def match_multilabel_classes(source: MultiLabelDataset, classes: tuple[str, ...]) -> LabelledDataset:
     """Its images in the numbering of ``classes``, which are the first of its own. Raises DataError."""
     if len(classes) < 2:
         raise DataError(
@@ -91,17 +93,17 @@ def match_tagged(source: Tagged, classes: tuple[str, ...]) -> Labelled:
     if not any(there):
         raise DataError(f"No image that {source.spec} lists has a class.", "Check its labels.")
     missing = tuple(name for name, found in zip(classes, there, strict=False) if not found)
-    return Labelled(source, source.labels, classes, missing, source.classes[len(classes) :])
+    return LabelledDataset(source, source.labels, classes, missing, source.classes[len(classes) :])
 
 
-def _files(spec: str) -> Files | None:
+def _open_file_reader(spec: str) -> FileReader | None:
     try:
-        return Files(spec)
+        return FileReader(spec)
     except DataError:
         return None  # not there, or no archive: told where it is opened as plain data
 
 
-def _read_table(content: bytes, where: str) -> dict[str, set[str]]:
+def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
     """Classes by the name of the image."""
     table: dict[str, set[str]] = {}
     try:
@@ -117,15 +119,17 @@ def _read_table(content: bytes, where: str) -> dict[str, set[str]]:
     return table
 
 
-def _listed(place: str, names: list[str], classes: tuple[str, ...], labels: np.ndarray) -> Tagged:
+def _open_listed_images(
+    place: str, names: list[str], classes: tuple[str, ...], labels: np.ndarray
+) -> MultiLabelDataset:
     if not names:
         raise DataError(f"A list of {place} names no image.", "Name one image a line.")
-    images = open_source(place)
-    rows = {images.key(row): row for row in range(len(images))}
+    images = open_dataset(place)
+    rows = {images.get_name(row): row for row in range(len(images))}
     missing = [name for name in names if name not in rows]
     if missing:
         raise DataError(
-            f"{place} lacks images that its lists name: {shown(missing)}, of {len(names)}.",
+            f"{place} lacks images that its lists name: {summarize_names(missing)}, of {len(names)}.",
             "Add them or take them out of the list, which has no header.",
         )
-    return Tagged(images.select([rows[name] for name in names]), classes, labels)
+    return MultiLabelDataset(images.select([rows[name] for name in names]), classes, labels)

@@ -15,7 +15,7 @@ from relicctl.core.models.resnet import ARCHITECTURES, BasicBlock, ResNet, build
 from relicctl.errors import UsageError
 
 
-class Outputs(NamedTuple):
+class EncoderOutputs(NamedTuple):
     """``features`` float32 ``[N, F]``; ``logits`` ``[N, C]``, or None without a classifier."""
 
     features: Tensor
@@ -23,7 +23,7 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """A linear classifier over features: ``weight`` ``[C, F]``, ``bias`` ``[C]``, C names."""
 
     weight: Tensor
@@ -32,11 +32,11 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class ExportBundle:
     """``encoder`` in eval mode; ``metadata`` as in RUN/encoder.safetensors and more, all text."""
 
     encoder: ResNet
-    head: Head | None
+    head: LinearHead | None
     metadata: dict[str, str]
 
     @property
@@ -66,7 +66,7 @@ class Bundle:
         return ARCHITECTURES[self.encoder.arch][1]
 
     @property
-    def basic(self) -> bool:
+    def has_basic_blocks(self) -> bool:
         """Whether the blocks are the two-convolution ones of ResNet-18 and 34."""
         return ARCHITECTURES[self.encoder.arch][0] is BasicBlock
 
@@ -78,7 +78,7 @@ class Bundle:
     def stem_channels(self) -> int:
         return self.encoder.conv1.out_channels
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All tensors under torchvision's names, the classifier as ``fc``."""
         tensors = {name: t.detach().contiguous() for name, t in self.encoder.state_dict().items()}
         if self.head:
@@ -86,27 +86,27 @@ class Bundle:
         return tensors
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Outputs:
+    def __call__(self, images: Tensor) -> EncoderOutputs:
         """Of normalised images ``[N, 3, size, size]``: what every exported form has to give too."""
         features = self.encoder(images)
         if self.head is None:
-            return Outputs(features, None)
-        return Outputs(features, nn.functional.linear(features, self.head.weight, self.head.bias))
+            return EncoderOutputs(features, None)
+        return EncoderOutputs(features, nn.functional.linear(features, self.head.weight, self.head.bias))
 
 
-def quoted(text: str | Path) -> str:
+def quote_python_string(text: str | Path) -> str:
     """As a Python string, in double quotes."""
     return json.dumps(str(text), ensure_ascii=False)
 
 
-def with_symmetric_padding(encoder: ResNet) -> ResNet:
+def to_symmetric_padding(encoder: ResNet) -> ResNet:
     """The same weights behind PyTorch's padding: another function of the images than with TensorFlow's."""
-    twin = build_encoder(encoder.arch, encoder.width, encoder.stem, "symmetric")
-    twin.load_state_dict(encoder.state_dict())
-    return twin.eval()
+    converted = build_encoder(encoder.arch, encoder.width, encoder.stem, "symmetric")
+    converted.load_state_dict(encoder.state_dict())
+    return converted.eval()
 
 
-def load_head(path: Path, feature_dim: int) -> Head:
+def load_head(path: Path, feature_dim: int) -> LinearHead:
     """The classifier of a linear-eval run, or in a file. Raises UsageError unless it takes such features."""
     file = path / "classifier.safetensors" if path.is_dir() else path
     fix = "Give --classifier the folder of a `relicctl linear-eval` run."
@@ -124,4 +124,4 @@ def load_head(path: Path, feature_dim: int) -> Head:
             f"but the encoder gives {feature_dim} features.",
             "Give the classifier that was trained on this encoder.",
         )
-    return Head(weight, bias, classes)
+    return LinearHead(weight, bias, classes)

@@ -22,13 +22,13 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from relicctl.core.models.resnet import ARCHITECTURES, build_encoder
-from relicctl.data.augment import MEAN, STD
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.errors import UsageError
-from relicctl.export.unpickle import Instance, load_pickle
+from relicctl.export.unpickle import OpaqueInstance, load_pickle
 
 FIX = "Give a pretraining checkpoint of deepmind/relicv2 or of deepmind-research/byol."
 
-Tree = dict[str, Any]  # module name -> parameter name -> array
+HaikuTree = dict[str, Any]  # module name -> parameter name -> array
 
 
 def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -38,33 +38,35 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     crop_ratio, mean, std: the authors' evaluation, since weights do not tell). UsageError if the pickle asks for
     what it should not, or holds no whole ResNet v1: then every tensor that does not fit is named.
     """
-    params, state = _online(path, load_pickle(path))
-    arrays = {**_arrays(params), **_arrays(state)}
-    prefix, arch, channels = _network(path, arrays)
+    params, state = _extract_online(path, load_pickle(path))
+    arrays = {**_flatten_arrays(params), **_flatten_arrays(state)}
+    prefix, arch, channels = _find_architecture(path, arrays)
     width = channels / 64
     with torch.device("meta"):
         expected = build_encoder(arch, width, padding="same").state_dict()
 
-    names = {name: prefix + _haiku_name(name) for name in expected if not name.endswith("num_batches_tracked")}
-    tensors, wrong = {}, []
-    for name, like in expected.items():
+    names = {name: prefix + _to_haiku_name(name) for name in expected if not name.endswith("num_batches_tracked")}
+    tensors, errors = {}, []
+    for name, expected_tensor in expected.items():
         array = arrays.get(names.get(name, ""))
         if name not in names:
-            tensors[name] = torch.zeros(like.shape, dtype=like.dtype)  # nothing here depends on the count
+            tensors[name] = torch.zeros(
+                expected_tensor.shape, dtype=expected_tensor.dtype
+            )  # nothing here depends on the count
         elif not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            wrong.append(f"{names[name]} is {'missing' if array is None else 'no array of floats'}")
+            errors.append(f"{names[name]} is {'missing' if array is None else 'no array of floats'}")
         else:
             array = array[0] if array.ndim == 5 and len(array) else array  # Haiku's own have four axes
-            ours = array.transpose(3, 2, 0, 1) if array.ndim == like.ndim == 4 else array.reshape(-1)
-            if ours.shape != like.shape:
-                wrong.append(f"{names[name]} is {list(array.shape)}, not fit for {list(like.shape)}")
+            converted = array.transpose(3, 2, 0, 1) if array.ndim == expected_tensor.ndim == 4 else array.reshape(-1)
+            if converted.shape != expected_tensor.shape:
+                errors.append(f"{names[name]} is {list(array.shape)}, not fit for {list(expected_tensor.shape)}")
             else:
-                tensors[name] = torch.from_numpy(np.array(ours, dtype=np.float32, order="C"))
+                tensors[name] = torch.from_numpy(np.array(converted, dtype=np.float32, order="C"))
     known = {*names.values(), f"{prefix}logits w", f"{prefix}logits b"}
     known |= {key.replace(" average", f" {other}") for key in known for other in ("counter", "hidden")}
-    wrong += [f"{key} is unexpected" for key in arrays if key.startswith(prefix) and key not in known]
-    if wrong:
-        listed = ascii(", ".join(wrong))[1:-1]  # names from a file may hold anything
+    errors += [f"{key} is unexpected" for key in arrays if key.startswith(prefix) and key not in known]
+    if errors:
+        listed = ascii(", ".join(errors))[1:-1]  # names from a file may hold anything
         raise UsageError(f"The tensors of {path} do not fit {arch} of width {width:g}: {listed}.", FIX)
     return tensors, {
         "arch": arch,
@@ -73,17 +75,17 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         "padding": "same",
         "size": "224",
         "crop_ratio": "0.875",
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
         "network": "online",
     }
 
 
-def _online(path: Path, content: Any) -> tuple[Tree, Tree]:
+def _extract_online(path: Path, content: Any) -> tuple[HaikuTree, HaikuTree]:
     """Parameters and state of the online network, heads included."""
     experiment = content.get("experiment_state") if isinstance(content, dict) else None
-    if isinstance(experiment, Instance):
-        experiment = _fields(experiment)
+    if isinstance(experiment, OpaqueInstance):
+        experiment = _extract_fields(experiment)
     if isinstance(experiment, dict):
         params, state = experiment.get("online_params"), experiment.get("online_state")
         if isinstance(params, dict) and isinstance(state, dict):
@@ -91,7 +93,7 @@ def _online(path: Path, content: Any) -> tuple[Tree, Tree]:
     raise UsageError(f"{path} has no experiment_state with online_params and online_state.", FIX)
 
 
-def _fields(experiment: Instance) -> Tree:
+def _extract_fields(experiment: OpaqueInstance) -> HaikuTree:
     """The fields of a named tuple or dataclass. Where the pickle gives values alone, the first one that has a stem
     is the online parameters and the first with moving averages the online state: they come before the target's."""
     if isinstance(experiment.state, dict):
@@ -104,7 +106,7 @@ def _fields(experiment: Instance) -> Tree:
     return {"online_params": next(params, None), "online_state": next(states, None)}
 
 
-def _arrays(tree: Tree) -> dict[str, Any]:
+def _flatten_arrays(tree: HaikuTree) -> dict[str, Any]:
     """``{"res_net50/~/initial_conv": {"w": array}}`` as ``{"res_net50/initial_conv w": array}``: Haiku's ``~``,
     which marks modules made in a constructor, is left out."""
     return {
@@ -115,7 +117,7 @@ def _arrays(tree: Tree) -> dict[str, Any]:
     }
 
 
-def _network(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int]:
+def _find_architecture(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int]:
     """Prefix of the ResNet's names, arch, and the stem's channels."""
     stems = [key for key in arrays if re.fullmatch(r"(.*/)?initial_conv w", key)]
     if len(stems) == 1:
@@ -131,14 +133,14 @@ def _network(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int]:
     raise UsageError(f"The online network of {path} is no ResNet v1 of a known depth.", FIX)
 
 
-def _haiku_name(name: str) -> str:
+def _to_haiku_name(name: str) -> str:
     """``layer1.0.conv2.weight`` -> ``block_group_0/block_0/conv_1 w``."""
     module, parameter = name.rsplit(".", 1)
-    place = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))", module)
-    if place is None:
+    match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))", module)
+    if match is None:
         module = {"conv1": "initial_conv", "bn1": "initial_batchnorm"}[module]
     else:
-        stage, block, kind, number, shortcut = place.groups()
+        stage, block, kind, number, shortcut = match.groups()
         layer = "conv" if kind == "conv" or shortcut == "0" else "batchnorm"
         layer = f"{layer}_{int(number) - 1}" if number else f"shortcut_{layer}"
         module = f"block_group_{int(stage) - 1}/block_{block}/{layer}"

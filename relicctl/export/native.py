@@ -8,33 +8,35 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from relicctl.encoder import load_encoder, save_encoder
-from relicctl.export.bundle import Bundle, Outputs, quoted
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_PADDING = True
-FOLDER = False
-WEIGHTS = ""  # the file with the weights, seen from the folder
-WRITES_WITH: tuple[str, ...] = ()
-READS_WITH = ("relicctl",)
+KEEPS_SAME_PADDING = True
+IS_FOLDER = False
+WEIGHTS_FILE = ""  # the file with the weights, seen from the folder
+WRITE_PACKAGES: tuple[str, ...] = ()
+READ_PACKAGES = ("relicctl",)
 
 
-def refusal(bundle: Bundle) -> str | None:
+def get_unsupported_reason(bundle: ExportBundle) -> str | None:
     """Why this form cannot hold it, or None."""
     return "it holds encoders alone (leave out --classifier)" if bundle.head else None
 
 
-def write(bundle: Bundle, path: Path) -> None:
+def write(bundle: ExportBundle, path: Path) -> None:
     save_encoder(path, bundle.encoder, bundle.metadata)
 
 
-def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
+def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
     encoder: nn.Module = load_encoder(path, bundle.metadata["network"])
-    return lambda images: Outputs(encoder(images).detach(), None)
+    return lambda images: EncoderOutputs(encoder(images).detach(), None)
 
 
-def usage(path: Path, bundle: Bundle) -> list[str]:
-    network = "" if bundle.metadata["network"] == "online" else f", network={quoted(bundle.metadata['network'])}"
+def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
+    network = (
+        "" if bundle.metadata["network"] == "online" else f", network={quote_python_string(bundle.metadata['network'])}"
+    )
     return [
         "from relicctl import load_encoder",
-        f"model = load_encoder({quoted(path)}{network})",
+        f"model = load_encoder({quote_python_string(path)}{network})",
         "prepare = model.transform  # PIL image -> tensor",
     ]

@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from relicctl.export.bundle import Bundle, Outputs, quoted
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_PADDING = True  # TensorFlow's
-FOLDER = False
-WEIGHTS = ""
-WRITES_WITH = ("onnx", "onnxscript")
-READS_WITH = ("onnxruntime",)
+KEEPS_SAME_PADDING = True  # TensorFlow's
+IS_FOLDER = False
+WEIGHTS_FILE = ""
+WRITE_PACKAGES = ("onnx", "onnxscript")
+READ_PACKAGES = ("onnxruntime",)
 
 
-def refusal(bundle: Bundle) -> str | None:
+def get_unsupported_reason(bundle: ExportBundle) -> str | None:
     return None
 
 
-def write(bundle: Bundle, path: Path) -> None:
+def write(bundle: ExportBundle, path: Path) -> None:
     import onnx
 
     example = torch.zeros(2, 3, bundle.size, bundle.size)  # a batch of one would be taken for a constant
@@ -48,27 +48,27 @@ def write(bundle: Bundle, path: Path) -> None:
     onnx.checker.check_model(path)
 
 
-def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
+def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Outputs:
+    def run(images: Tensor) -> EncoderOutputs:
         # the first image alone, the others together: two sizes of a batch
         parts = [session.run(None, {"images": part.numpy()}) for part in images.split([1, len(images) - 1])]
         features, *logits = (torch.cat([torch.from_numpy(x) for x in part]) for part in zip(*parts, strict=True))
-        return Outputs(features, logits[0] if logits else None)
+        return EncoderOutputs(features, logits[0] if logits else None)
 
     return run
 
 
-def usage(path: Path, bundle: Bundle) -> list[str]:
+def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
     shape = f"float32 [n, 3, {bundle.size}, {bundle.size}], normalised"
     return [
         "import onnxruntime",
-        f'session = onnxruntime.InferenceSession({quoted(path)}, providers=["CPUExecutionProvider"])',
+        f'session = onnxruntime.InferenceSession({quote_python_string(path)}, providers=["CPUExecutionProvider"])',
         f'features = session.run(["features"], {{"images": images}})[0]  # images: {shape}',
     ]
 
@@ -76,7 +76,7 @@ def usage(path: Path, bundle: Bundle) -> list[str]:
 class _Graph(nn.Module):
     """The encoder with its classifier, as tensors in and tensors out."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: ExportBundle) -> None:
         super().__init__()
         self.encoder = bundle.encoder
         self.head: nn.Linear | None = None

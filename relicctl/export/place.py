@@ -12,29 +12,29 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from relicctl.core.checkpoint import disk_error
+from relicctl.core.checkpoint import to_os_error
 from relicctl.errors import RunFailed, UsageError
 
 # what an exported folder may hold: --overwrite deletes no folder with anything else in it
-OWN = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
+EXPORT_FILES = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
 
 
-def refuse_occupied(out: Path, *, folder: bool, overwrite: bool) -> None:
+def check_output_free(out: Path, *, folder: bool, overwrite: bool) -> None:
     """Raises UsageError when ``out`` exists, unless it is an earlier export that may be overwritten."""
-    other = "Choose another --out."
+    fix = "Choose another --out."
     if folder and out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, and this format is a folder.", other)
+        raise UsageError(f"{out} is a file, and this format is a folder.", fix)
     if not folder and out.is_dir():
         raise UsageError(f"{out} is a folder, and this format is a file.", "Give --out a file name.")
-    there = {child.name for child in out.iterdir()} if out.is_dir() else set()
-    if (there or out.is_file()) and not overwrite:
+    existing = {child.name for child in out.iterdir()} if out.is_dir() else set()
+    if (existing or out.is_file()) and not overwrite:
         raise UsageError(f"{out} exists already.", "Choose another --out, or give --overwrite to replace it.")
-    if not there <= OWN:
-        raise UsageError(f"{out} holds more than an export, so --overwrite will not delete it.", other)
+    if not existing <= EXPORT_FILES:
+        raise UsageError(f"{out} holds more than an export, so --overwrite will not delete it.", fix)
 
 
 @contextmanager
-def placed(out: Path) -> Iterator[Path]:
+def open_atomic_output(out: Path) -> Iterator[Path]:
     """A temporary path beside ``out``; it replaces ``out`` when the block ends well, else it is removed."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -44,7 +44,7 @@ def placed(out: Path) -> Iterator[Path]:
             shutil.rmtree(out)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
-        reason = disk_error(error) if isinstance(error, SafetensorError) else error
+        reason = to_os_error(error) if isinstance(error, SafetensorError) else error
         if reason.errno is None:  # a library's own, about what is in the files
             raise error
         if reason.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -17,22 +17,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from relicctl.export.bundle import Bundle, Outputs, quoted
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_PADDING = False  # TensorFlow's
-FOLDER = True
-WEIGHTS = "model.safetensors"
-WRITES_WITH: tuple[str, ...] = ()
-READS_WITH = ("timm",)
+KEEPS_SAME_PADDING = False  # TensorFlow's
+IS_FOLDER = True
+WEIGHTS_FILE = "model.safetensors"
+WRITE_PACKAGES: tuple[str, ...] = ()
+READ_PACKAGES = ("timm",)
 
 _BYOB_STEMS = {"imagenet": ("7x7", "maxpool", "stem.conv1"), "stride2": ("3x3", "", "stem")}
 _BYOB_CONVOLUTIONS = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}
 
 
-def refusal(bundle: Bundle) -> str | None:
+def get_unsupported_reason(bundle: ExportBundle) -> str | None:
     """Why timm has no such model, or None."""
     encoder = bundle.encoder
-    if _is_plain(bundle):
+    if _is_torchvision_resnet(bundle):
         return None
     if encoder.arch not in ("resnet50", "resnet101"):
         return f"timm builds a {encoder.arch} only at width 1 and with the 7x7 stem"
@@ -41,45 +41,45 @@ def refusal(bundle: Bundle) -> str | None:
     return None
 
 
-def write(bundle: Bundle, path: Path) -> None:
-    tensors = bundle.tensors()
-    if not _is_plain(bundle):
-        tensors = {_byob_name(name, bundle.encoder.stem): tensor for name, tensor in tensors.items()}
-    save_file(tensors, path / WEIGHTS, metadata={**bundle.metadata, "format": "pt"})
-    (path / "config.json").write_text(json.dumps(_config(bundle), indent=2) + "\n", "utf-8")
+def write(bundle: ExportBundle, path: Path) -> None:
+    tensors = bundle.state_dict()
+    if not _is_torchvision_resnet(bundle):
+        tensors = {_to_byobnet_name(name, bundle.encoder.stem): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path / WEIGHTS_FILE, metadata={**bundle.metadata, "format": "pt"})
+    (path / "config.json").write_text(json.dumps(_build_timm_config(bundle), indent=2) + "\n", "utf-8")
 
 
-def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
+def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
     import timm
 
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    stored, loaded = load_file(path / WEIGHTS), model.state_dict()
+    stored, loaded = load_file(path / WEIGHTS_FILE), model.state_dict()
     # create_model may adapt or leave out tensors in silence
     if stored.keys() != loaded.keys() or not all(torch.equal(stored[name], loaded[name]) for name in stored):
         raise RuntimeError("timm built a model that does not hold the tensors of the file")
 
     @torch.inference_mode()
-    def run(images: Tensor) -> Outputs:
+    def run(images: Tensor) -> EncoderOutputs:
         stages = model.forward_features(images)
         features = model.forward_head(stages, pre_logits=True)
-        return Outputs(features, model.forward_head(stages) if bundle.head else None)
+        return EncoderOutputs(features, model.forward_head(stages) if bundle.head else None)
 
     return run
 
 
-def usage(path: Path, bundle: Bundle) -> list[str]:
+def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
     return [
         "import timm",
-        f"model = timm.create_model({quoted(f'local-dir:{path}')}, pretrained=True).eval()",
+        f"model = timm.create_model({quote_python_string(f'local-dir:{path}')}, pretrained=True).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     ]
 
 
-def _is_plain(bundle: Bundle) -> bool:
+def _is_torchvision_resnet(bundle: ExportBundle) -> bool:
     return bundle.encoder.stem == "imagenet" and bundle.stem_channels == 64
 
 
-def _config(bundle: Bundle) -> dict[str, Any]:
+def _build_timm_config(bundle: ExportBundle) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architecture": bundle.encoder.arch,
         "num_classes": len(bundle.classes),
@@ -87,7 +87,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "global_pool": "avg",
     }
     first, last = "conv1", "fc"
-    if not _is_plain(bundle):
+    if not _is_torchvision_resnet(bundle):
         stem, pool, layer = _BYOB_STEMS[bundle.encoder.stem]
         config["architecture"] += "_clip_gap"
         config["model_args"] = {
@@ -118,7 +118,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
     return config
 
 
-def _byob_name(name: str, stem: str) -> str:
+def _to_byobnet_name(name: str, stem: str) -> str:
     """ByobNet's name of the tensor that torchvision calls ``name``."""
     layer = _BYOB_STEMS[stem][2]
     name = re.sub(r"^conv1\.", f"{layer}.conv.", name)

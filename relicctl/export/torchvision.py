@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relicctl.export.bundle import Bundle, Outputs, quoted
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_PADDING = False  # TensorFlow's
-FOLDER = False
-WEIGHTS = ""  # the file with the weights, seen from the folder
-WRITES_WITH: tuple[str, ...] = ()
-READS_WITH = ("torchvision",)
+KEEPS_SAME_PADDING = False  # TensorFlow's
+IS_FOLDER = False
+WEIGHTS_FILE = ""  # the file with the weights, seen from the folder
+WRITE_PACKAGES: tuple[str, ...] = ()
+READ_PACKAGES = ("torchvision",)
 
 
-def refusal(bundle: Bundle) -> str | None:
+def get_unsupported_reason(bundle: ExportBundle) -> str | None:
     """Why torchvision has no such model, or None."""
     if bundle.encoder.stem != "imagenet":
         return f"torchvision's ResNets have the 7x7 stem with a max-pool, not {bundle.encoder.stem}"
@@ -28,12 +28,12 @@ def refusal(bundle: Bundle) -> str | None:
     return None
 
 
-def write(bundle: Bundle, path: Path) -> None:
-    save_file(bundle.tensors(), path, metadata={**bundle.metadata, "format": "pt"})
+def write(bundle: ExportBundle, path: Path) -> None:
+    save_file(bundle.state_dict(), path, metadata={**bundle.metadata, "format": "pt"})
 
 
-def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
-    model = _model(bundle)
+def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+    model = _build_torchvision_model(bundle)
     if bundle.head is None:
         model.fc = nn.Identity()
     model.load_state_dict(load_file(path), strict=True)
@@ -41,29 +41,29 @@ def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
     classifier, model.fc = model.fc, nn.Identity()
 
     @torch.inference_mode()
-    def run(images: Tensor) -> Outputs:
+    def run(images: Tensor) -> EncoderOutputs:
         features = model(images)
-        return Outputs(features, classifier(features) if bundle.head else None)
+        return EncoderOutputs(features, classifier(features) if bundle.head else None)
 
     return run
 
 
-def usage(path: Path, bundle: Bundle) -> list[str]:
+def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
     classes = f"num_classes={len(bundle.classes)}" if bundle.head else ""
     if bundle.encoder.arch == "resnet200":
         models, depths = "torchvision.models.resnet", list(bundle.depths)
         build = f"{models}.ResNet({models}.Bottleneck, {depths}{', ' * bool(classes)}{classes})"
     else:
         build = f"torchvision.models.{bundle.encoder.arch}({classes})"
-    bare = "" if bundle.head else "; model.fc = torch.nn.Identity()"
+    without_head = "" if bundle.head else "; model.fc = torch.nn.Identity()"
     return [
         "import torch, torchvision, safetensors.torch",
-        f"model = {build}{bare}",
-        f"model.load_state_dict(safetensors.torch.load_file({quoted(path)}), strict=True); model.eval()",
+        f"model = {build}{without_head}",
+        f"model.load_state_dict(safetensors.torch.load_file({quote_python_string(path)}), strict=True); model.eval()",
     ]
 
 
-def _model(bundle: Bundle) -> Any:
+def _build_torchvision_model(bundle: ExportBundle) -> Any:
     from torchvision.models import resnet
 
     classes = len(bundle.classes) or 1

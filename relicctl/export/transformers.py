@@ -15,33 +15,36 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relicctl.export.bundle import Bundle, Outputs, quoted
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_PADDING = False  # TensorFlow's
-FOLDER = True
-WEIGHTS = "model.safetensors"
-WRITES_WITH: tuple[str, ...] = ()
-READS_WITH = ("transformers",)
+KEEPS_SAME_PADDING = False  # TensorFlow's
+IS_FOLDER = True
+WEIGHTS_FILE = "model.safetensors"
+WRITE_PACKAGES: tuple[str, ...] = ()
+READ_PACKAGES = ("transformers",)
 
 _BICUBIC = 3  # Pillow's number
 
 
-def refusal(bundle: Bundle) -> str | None:
+def get_unsupported_reason(bundle: ExportBundle) -> str | None:
     """Why transformers has no such model, or None."""
     if bundle.encoder.stem != "imagenet":
         return f"transformers' ResNet has the 7x7 stem with a max-pool, not {bundle.encoder.stem}"
     return None
 
 
-def write(bundle: Bundle, path: Path) -> None:
+def write(bundle: ExportBundle, path: Path) -> None:
     prefix = "resnet." if bundle.head else ""
-    tensors = {_name(name, prefix): tensor for name, tensor in bundle.tensors().items()}
-    save_file(tensors, path / WEIGHTS, metadata={**bundle.metadata, "format": "pt"})
-    for name, content in (("config.json", _config(bundle)), ("preprocessor_config.json", _processor(bundle))):
+    tensors = {_to_transformers_name(name, prefix): tensor for name, tensor in bundle.state_dict().items()}
+    save_file(tensors, path / WEIGHTS_FILE, metadata={**bundle.metadata, "format": "pt"})
+    for name, content in (
+        ("config.json", _build_transformers_config(bundle)),
+        ("preprocessor_config.json", _build_processor_config(bundle)),
+    ):
         (path / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
+def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
     from transformers.utils import logging
 
@@ -59,25 +62,25 @@ def read(path: Path, bundle: Bundle) -> Callable[[Tensor], Outputs]:
     body = model.resnet if bundle.head else model
 
     @torch.inference_mode()
-    def run(images: Tensor) -> Outputs:
+    def run(images: Tensor) -> EncoderOutputs:
         features = body(images).pooler_output[:, :, 0, 0]
-        return Outputs(features, model(images).logits if bundle.head else None)
+        return EncoderOutputs(features, model(images).logits if bundle.head else None)
 
     return run
 
 
-def usage(path: Path, bundle: Bundle) -> list[str]:
+def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
     kind = "AutoModelForImageClassification" if bundle.head else "AutoModel"
     return [
         f"from transformers import AutoImageProcessor, {kind}",
-        f"processor = AutoImageProcessor.from_pretrained({quoted(path)})",
-        f"model = {kind}.from_pretrained({quoted(path)}).eval()",
+        f"processor = AutoImageProcessor.from_pretrained({quote_python_string(path)})",
+        f"model = {kind}.from_pretrained({quote_python_string(path)}).eval()",
     ]
 
 
-def _config(bundle: Bundle) -> dict[str, Any]:
+def _build_transformers_config(bundle: ExportBundle) -> dict[str, Any]:
     planes = bundle.stem_channels
-    expansion = 1 if bundle.basic else 4
+    expansion = 1 if bundle.has_basic_blocks else 4
     return {
         "architectures": ["ResNetForImageClassification" if bundle.head else "ResNetModel"],
         "model_type": "resnet",
@@ -86,7 +89,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "embedding_size": planes,
         "hidden_sizes": [planes * expansion * 2**stage for stage in range(4)],
         "depths": list(bundle.depths),
-        "layer_type": "basic" if bundle.basic else "bottleneck",
+        "layer_type": "basic" if bundle.has_basic_blocks else "bottleneck",
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
         "downsample_in_bottleneck": False,
@@ -95,7 +98,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _processor(bundle: Bundle) -> dict[str, Any]:
+def _build_processor_config(bundle: ExportBundle) -> dict[str, Any]:
     return {
         "image_processor_type": "BitImageProcessor",  # short side, then centre: for networks of any kind
         "do_convert_rgb": True,
@@ -112,7 +115,7 @@ def _processor(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _name(name: str, prefix: str) -> str:
+def _to_transformers_name(name: str, prefix: str) -> str:
     """transformers' name of the tensor that torchvision calls ``name``."""
     if name.startswith("fc."):
         return name.replace("fc.", "classifier.1.")

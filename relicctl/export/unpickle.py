@@ -2,7 +2,7 @@
 
 A pickle is a program for a small stack machine, and Python's own machine lets it call whatever it names. This one
 knows plain containers and numpy arrays, and rebuilds these itself. A class that it does not know becomes an
-``Instance``, which only notes what the class would have been given. Every other name is refused.
+``OpaqueInstance``, which only notes what the class would have been given. Every other name is refused.
 
 An opcode costs one step, and steps are limited; bytes decoded from text are limited to the file's size; arrays are
 views of bytes that lie in the file; keys are text or small integers, whose hashing is cheap. So a hostile file can
@@ -27,13 +27,13 @@ import numpy as np
 from relicctl.errors import UsageError
 
 MAX_STEPS = 2_000_000  # a ResNet-200 with optimiser state takes about a tenth
-MAX_AXES = 32
+MAX_DIMS = 32
 
-ANOTHER_FILE = "Give an undamaged pickle of numpy arrays in plain containers."
+FILE_FIX = "Give an undamaged pickle of numpy arrays in plain containers."
 
 
 @dataclass(frozen=True)
-class Name:
+class GlobalName:
     """A class or function that the pickle names; ``fields`` where it also says those of a named tuple."""
 
     module: str
@@ -45,28 +45,28 @@ class Name:
 
 
 @dataclass(eq=False)
-class Instance:
+class OpaqueInstance:
     """Stands for an instance of a class that was not loaded: what its ``__new__`` and ``__setstate__`` would get."""
 
-    type: Name
+    type: GlobalName
     args: tuple[Any, ...]
     state: Any = None
 
 
 @dataclass(eq=False)
-class _Unfinished:
+class _PendingObject:
     """An array or dtype between its REDUCE and its BUILD."""
 
     finish: Callable[[Any], Any]
     value: Any = None
 
 
-class _Refused(Exception):
+class _UnsafePickleError(Exception):
     """The pickle wants something that is not admitted; the message is a clause about it."""
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``Instance``s.
+    """The content of a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``OpaqueInstance``s.
 
     JAX's arrays come as numpy's; ordered and default dictionaries, and Haiku's, as plain ones. Arrays may be
     read-only and have a foreign byte order. UsageError if the file
@@ -74,20 +74,20 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Machine(data).run()
+            return _StackMachine(data).run()
     except OSError as reason:
-        raise UsageError(f"{path} cannot be read ({reason.strerror}).", ANOTHER_FILE) from None
-    except _Refused as reason:
+        raise UsageError(f"{path} cannot be read ({reason.strerror}).", FILE_FIX) from None
+    except _UnsafePickleError as reason:
         raise UsageError(
             f"{path} is refused: {reason}.", "Nothing in it was run; give a file that holds only arrays and containers."
         ) from None
     except MemoryError:
         raise UsageError(f"{path} does not fit into memory.", "Read it on a machine with more memory.") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError):  # what malformed opcodes lead to
-        raise UsageError(f"{path} is truncated, damaged or no pickle.", ANOTHER_FILE) from None
+        raise UsageError(f"{path} is truncated, damaged or no pickle.", FILE_FIX) from None
 
 
-class _Machine:
+class _StackMachine:
     """The stack machine. ``data``: the whole file; it is read once, from its start."""
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -100,18 +100,18 @@ class _Machine:
 
     def run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], self.data)):  # checks lengths against the file
-            self.spend(1)
+            self.count_steps(1)
             if opcode.name == "STOP":
                 break
-            self.step(opcode.name, argument)
+            self.apply_opcode(opcode.name, argument)
         return self.stack.pop()
 
-    def spend(self, steps: int) -> None:
+    def count_steps(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
-            raise _Refused(f"it takes more than {MAX_STEPS:,} steps to read")
+            raise _UnsafePickleError(f"it takes more than {MAX_STEPS:,} steps to read")
 
-    def step(self, opcode: str, argument: Any) -> None:
+    def apply_opcode(self, opcode: str, argument: Any) -> None:
         stack = self.stack
         match opcode:
             case _ if opcode in _LITERALS:
@@ -128,31 +128,31 @@ class _Machine:
             case "MARK":
                 self.marks.append(len(stack))
             case "TUPLE":
-                stack.append(tuple(self.marked()))
+                stack.append(tuple(self.pop_to_mark()))
             case "LIST":
-                stack.append(self.marked())
+                stack.append(self.pop_to_mark())
             case "DICT":
-                items = self.marked()
+                items = self.pop_to_mark()
                 stack.append({})
                 self.update(items)
             case "FROZENSET":
-                stack.append(frozenset(map(_key, self.marked())))
+                stack.append(frozenset(map(_check_key, self.pop_to_mark())))
             case "APPEND":
                 self.extend([stack.pop()])
             case "APPENDS":
-                self.extend(self.marked())
+                self.extend(self.pop_to_mark())
             case "ADDITEMS":
-                items = self.marked()
-                _exactly(stack[-1], set).update(map(_key, items))
+                items = self.pop_to_mark()
+                _check_type(stack[-1], set).update(map(_check_key, items))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 self.update([key, value])
             case "SETITEMS":
-                self.update(self.marked())
+                self.update(self.pop_to_mark())
             case "POP":
                 stack.pop()
             case "POP_MARK":
-                self.marked()
+                self.pop_to_mark()
             case "DUP":
                 stack.append(stack[-1])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -161,30 +161,32 @@ class _Machine:
                 self.memo[len(self.memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 known = self.memo[argument]
-                finished = isinstance(known, _Unfinished) and known.value is not None
+                finished = isinstance(known, _PendingObject) and known.value is not None
                 stack.append(known.value if finished else known)
             case "GLOBAL":
-                stack.append(_admitted(*argument.split(" ", 1)))
+                stack.append(_resolve_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_admitted(module, name))
+                stack.append(_resolve_global(module, name))
             case "INST":
-                stack.append(self.call(_admitted(*argument.split(" ", 1)), tuple(self.marked())))
+                stack.append(self.resolve_call(_resolve_global(*argument.split(" ", 1)), tuple(self.pop_to_mark())))
             case "OBJ":
-                name, *arguments = self.marked()
-                stack.append(self.call(name, tuple(arguments)))
+                name, *arguments = self.pop_to_mark()
+                stack.append(self.resolve_call(name, tuple(arguments)))
             case "REDUCE":
                 arguments, name = stack.pop(), stack.pop()
-                stack.append(self.call(name, arguments))
+                stack.append(self.resolve_call(name, arguments))
             case "NEWOBJ":
                 arguments, name = stack.pop(), stack.pop()
-                stack.append(Instance(_foreign(_exactly(name, Name)), _exactly(arguments, tuple)))
+                stack.append(
+                    OpaqueInstance(_check_foreign(_check_type(name, GlobalName)), _check_type(arguments, tuple))
+                )
             case "BUILD":
                 self.build(stack.pop())
             case _:
-                raise _Refused(f"it uses the opcode {opcode}, which arrays and containers do not need")
+                raise _UnsafePickleError(f"it uses the opcode {opcode}, which arrays and containers do not need")
 
-    def marked(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         """Pops what lies above the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
@@ -192,60 +194,60 @@ class _Machine:
         return items
 
     def extend(self, items: list[Any]) -> None:
-        _exactly(self.stack[-1], list).extend(items)
+        _check_type(self.stack[-1], list).extend(items)
 
     def update(self, items: list[Any]) -> None:
         """``items``: key, value, key, value, ..."""
-        target = _exactly(self.stack[-1], dict)
+        target = _check_type(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            target[_check_key(key)] = value
 
     def build(self, state: Any) -> None:
         target = self.stack[-1]
-        if isinstance(target, _Unfinished):
+        if isinstance(target, _PendingObject):
             self.stack[-1] = target.value = target.finish(state)
         else:
-            _exactly(target, Instance).state = state
+            _check_type(target, OpaqueInstance).state = state
 
-    def call(self, name: Name, arguments: tuple[Any, ...]) -> Any:
-        """What the call would return, for the few that are known; a class that is not becomes an ``Instance``."""
-        arguments = _exactly(arguments, tuple)
-        match (_exactly(name, Name).module, name.name), arguments:
+    def resolve_call(self, name: GlobalName, arguments: tuple[Any, ...]) -> Any:
+        """What the call would return, for the few that are known; a class that is not becomes an ``OpaqueInstance``."""
+        arguments = _check_type(arguments, tuple)
+        match (_check_type(name, GlobalName).module, name.name), arguments:
             case ("_codecs", "encode"), (str(text), "latin1" | "latin-1"):
                 self.text_bytes -= len(text)
                 if self.text_bytes < 0:
-                    raise _Refused("it decodes more bytes than it has")
+                    raise _UnsafePickleError("it decodes more bytes than it has")
                 return text.encode("latin-1")
             case ("builtins", "bytes"), ():
                 return b""
             case ("builtins", "set" | "frozenset"), (list(items),):
-                self.spend(len(items))
-                return set(map(_key, items))
+                self.count_steps(len(items))
+                return set(map(_check_key, items))
             case ("collections", "OrderedDict"), ():
                 return {}
-            case ("collections", "defaultdict"), () | (Name(),):
+            case ("collections", "defaultdict"), () | (GlobalName(),):
                 return {}
             case ("haiku._src.data_structures", "FlatMapping" | "FlatMap" | "frozendict"), (dict(mapping),):
                 return mapping
-            case ("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), *_):
-                return _Unfinished(_array)
+            case ("numpy.core.multiarray", "_reconstruct"), (GlobalName("numpy", "ndarray"), *_):
+                return _PendingObject(_build_array)
             case ("numpy.core.multiarray", "scalar"), (np.dtype() as dtype, bytes(data)):
-                return _view(data, dtype, (), "C")[()]
+                return _build_view(data, dtype, (), "C")[()]
             case ("numpy.core.numeric", "_frombuffer"), (data, dtype, shape, order):
-                return _view(data, dtype, shape, order)
+                return _build_view(data, dtype, shape, order)
             case ("numpy", "dtype"), (str(code), *_):
-                return _Unfinished(lambda state: _dtype(code, state))
-            case _, (Name() as function, _, tuple(state), _) if (name.module, name.name) in _WRAPPERS:
+                return _PendingObject(lambda state: _build_dtype(code, state))
+            case _, (GlobalName() as function, _, tuple(state), _) if (name.module, name.name) in _ARRAY_WRAPPERS:
                 if function.name != "_reconstruct":
-                    _refuse(function)
-                return _array(state)
+                    _raise_unsafe(function)
+                return _build_array(state)
             case ("dill._dill", "_load_type"), (str(builtin),):
-                return _admitted("builtins", builtin)
+                return _resolve_global("builtins", builtin)
             case ("dill._dill", "_create_namedtuple"), (str(class_name), tuple(fields), str(module), *_):
-                self.spend(len(fields))
-                found = _foreign(_admitted(module, class_name))
-                return Name(found.module, found.name, tuple(_exactly(field, str) for field in fields))
-        return Instance(_foreign(name), arguments)
+                self.count_steps(len(fields))
+                found = _check_foreign(_resolve_global(module, class_name))
+                return GlobalName(found.module, found.name, tuple(_check_type(field, str) for field in fields))
+        return OpaqueInstance(_check_foreign(name), arguments)
 
 
 # the opcodes that push their argument, as it stands in the file
@@ -255,13 +257,13 @@ _LITERALS = {
     if opcode.arg and not opcode.stack_before and opcode.stack_after not in ([], [pickletools.anyobject])
 }
 # functions that take numpy's (function, arguments, state, something of their own) and return the array
-_WRAPPERS = {
+_ARRAY_WRAPPERS = {
     ("dill._dill", "_create_array"),
     ("jax._src.array", "_reconstruct_array"),
     ("jax._src.device_array", "reconstruct_device_array"),
 }
-_KNOWN = {
-    *_WRAPPERS,
+_KNOWN_GLOBALS = {
+    *_ARRAY_WRAPPERS,
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy.core.multiarray", "_reconstruct"),
@@ -274,63 +276,65 @@ _KNOWN = {
     ("_codecs", "encode"),
 }
 # Packages whose classes get no stand-in. It would be harmless, but a file that names them is not what it should be.
-_NEVER_FOREIGN = sys.stdlib_module_names | {"numpy", "torch", "dill", "cloudpickle"}
+_FORBIDDEN_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "dill", "cloudpickle"}
 
 
-def _admitted(module: Any, name: Any) -> Name:
+def _resolve_global(module: Any, name: Any) -> GlobalName:
     """The name, if it is known or looks like a class (capitalised) of a package outside the standard library."""
-    if len(_exactly(module, str)) + len(_exactly(name, str)) > 500:
+    if len(_check_type(module, str)) + len(_check_type(name, str)) > 500:
         raise ValueError
     module = IMPORT_MAPPING.get(module, module)  # protocols up to 2 write Python 2's names
-    found = Name(module.replace("numpy._core.", "numpy.core."), name)  # since numpy 2, and before
-    return found if (found.module, found.name) in _KNOWN else _foreign(found)
+    found = GlobalName(module.replace("numpy._core.", "numpy.core."), name)  # since numpy 2, and before
+    return found if (found.module, found.name) in _KNOWN_GLOBALS else _check_foreign(found)
 
 
-def _foreign(name: Name) -> Name:
+def _check_foreign(name: GlobalName) -> GlobalName:
     package = name.module.partition(".")[0]
     is_class = re.fullmatch(r"(\w+\.)*_*[A-Z]\w*", name.name)
-    if package in _NEVER_FOREIGN or not is_class or (name.module, name.name) in _KNOWN:
-        _refuse(name)
+    if package in _FORBIDDEN_PACKAGES or not is_class or (name.module, name.name) in _KNOWN_GLOBALS:
+        _raise_unsafe(name)
     return name
 
 
-def _refuse(name: Name) -> NoReturn:
-    raise _Refused(f"it asks for {name}, which arrays and containers do not need")
+def _raise_unsafe(name: GlobalName) -> NoReturn:
+    raise _UnsafePickleError(f"it asks for {name}, which arrays and containers do not need")
 
 
-def _exactly(value: Any, kind: type) -> Any:
+def _check_type(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError
     return value
 
 
-def _key(value: Any) -> str | int:
+def _check_key(value: Any) -> str | int:
     if not (isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**31)):
-        raise _Refused("it has keys or set members that are neither text nor small integers")
+        raise _UnsafePickleError("it has keys or set members that are neither text nor small integers")
     return value
 
 
-def _array(state: Any) -> np.ndarray:
-    _, shape, dtype, fortran, data = _exactly(state, tuple)
-    return _view(data, dtype, shape, "F" if fortran else "C")
+def _build_array(state: Any) -> np.ndarray:
+    _, shape, dtype, fortran, data = _check_type(state, tuple)
+    return _build_view(data, dtype, shape, "F" if fortran else "C")
 
 
-def _view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+def _build_view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """The array whose elements are ``data``, not copied. ValueError or TypeError if they do not match exactly."""
     if not isinstance(dtype, np.dtype) or type(data) not in (bytes, bytearray):
         raise TypeError
-    if len(_exactly(shape, tuple)) > MAX_AXES or any(not 0 <= _exactly(size, int) <= sys.maxsize for size in shape):
+    if len(_check_type(shape, tuple)) > MAX_DIMS or any(
+        not 0 <= _check_type(size, int) <= sys.maxsize for size in shape
+    ):
         raise ValueError
     if order not in ("C", "F") or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError
     return np.ndarray(shape, dtype, buffer=data, order=order)
 
 
-def _dtype(code: str, state: Any) -> np.dtype:
+def _build_dtype(code: str, state: Any) -> np.dtype:
     """Of numbers and booleans; objects, text, records and types of other packages are refused."""
     if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
-        raise _Refused(f"it has an array of type {code[:20]!a}, not of numbers")
-    _, order, *compound = _exactly(state, tuple)[:5]
+        raise _UnsafePickleError(f"it has an array of type {code[:20]!a}, not of numbers")
+    _, order, *compound = _check_type(state, tuple)[:5]
     if order not in ("<", ">", "|", "=") or compound != [None, None, None]:
         raise ValueError
     return np.dtype(code).newbyteorder(order)

@@ -13,7 +13,9 @@ import cv2
 import numpy as np
 
 
-def cut(images: np.ndarray, maps: np.ndarray, *, background: float, foreground: float, threads: int = 1) -> np.ndarray:
+def apply_grabcut(
+    images: np.ndarray, maps: np.ndarray, *, background: float, foreground: float, threads: int = 1
+) -> np.ndarray:
     """bool ``[B, S, S]``: the objects in ``images``, uint8 ``[B, S, S, 3]``, begun from ``maps``, float ``[B, S, S]``.
 
     A pixel whose map is below ``background`` or above ``foreground`` keeps its side. The others start on the side
@@ -21,28 +23,30 @@ def cut(images: np.ndarray, maps: np.ndarray, *, background: float, foreground: 
     """
     begun = zip(images, maps, strict=True)
     with ThreadPoolExecutor(threads) as pool:  # OpenCV leaves Python's lock
-        found = list(pool.map(lambda pair: _cut(pair[0], pair[1], background, foreground), begun))
+        found = list(pool.map(lambda pair: _apply_grabcut_to_image(pair[0], pair[1], background, foreground), begun))
     return np.stack(found) if found else np.empty(maps.shape, dtype=bool)
 
 
-ROUNDS = 1  # of fitting colours and cutting: a second one brings nothing and costs half as much again
+GRABCUT_ITERATIONS = 1  # of fitting colours and cutting: a second one brings nothing and costs half as much again
 
 
-def _cut(image: np.ndarray, saliency: np.ndarray, background: float, foreground: float) -> np.ndarray:
+def _apply_grabcut_to_image(
+    image: np.ndarray, saliency: np.ndarray, background: float, foreground: float
+) -> np.ndarray:
     level, _ = cv2.threshold(np.rint(255 * saliency).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
     inside = saliency > level / 255
     state = np.where(inside, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     state[saliency < background] = cv2.GC_BGD
     state[saliency > foreground] = cv2.GC_FGD
-    chosen = _is_object(state)
+    chosen = _is_foreground(state)
     if chosen.all() or not chosen.any():  # no colours to tell apart
         return inside
     cv2.setRNGSeed(0)  # of this thread; the mixtures are seeded by k-means
     mixtures = np.zeros((1, 65)), np.zeros((1, 65))
     nowhere = (0, 0, 0, 0)  # a rectangle is another way to begin
-    cv2.grabCut(np.ascontiguousarray(image), state, nowhere, *mixtures, ROUNDS, cv2.GC_INIT_WITH_MASK)
-    return _is_object(state)
+    cv2.grabCut(np.ascontiguousarray(image), state, nowhere, *mixtures, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    return _is_foreground(state)
 
 
-def _is_object(state: np.ndarray) -> np.ndarray:
+def _is_foreground(state: np.ndarray) -> np.ndarray:
     return (state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)

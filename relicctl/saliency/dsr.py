@@ -9,32 +9,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from relicctl.saliency.superpixels import Superpixels, distances, stretched
+from relicctl.saliency.superpixels import Superpixels, compute_pairwise_distances, normalize_min_max
 
-ENERGY = 0.95  # share of the border's variance that the principal components keep
-SPARSITY = 0.01  # weight of the L1 norm
-STEPS = 30  # of the sparse solver
-CONTEXT = 0.8  # share of an error that is taken from superpixels of like features
+PCA_ENERGY = 0.95  # share of the border's variance that the principal components keep
+LASSO_WEIGHT = 0.01  # weight of the L1 norm
+FISTA_STEPS = 30  # of the sparse solver
+CONTEXT_WEIGHT = 0.8  # share of an error that is taken from superpixels of like features
 CONTEXT_SCALE = 0.1
 OBJECT_SCALE = 0.35  # standard deviation of the bias towards the object, in sides of the image
 
 
-def dsr(superpixels: Superpixels) -> np.ndarray:
+def compute_dsr(superpixels: Superpixels) -> np.ndarray:
     """Saliency float64 ``[n]`` from 0 to 1: how badly the border's superpixels explain a superpixel.
 
     NaN throughout where the superpixels have nothing to tell an object by.
     """
-    if superpixels.featureless:
+    if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
-    features = describe(superpixels)
+    features = compute_superpixel_features(superpixels)
     templates = features[superpixels.border]
-    context = likeness(features)
-    errors = [dense_error(features, templates), sparse_error(features, templates)]
-    spread = [stretched(propagated(error, context)) for error in errors]
-    return stretched(biased(spread[0] + spread[1], superpixels))
+    context = compute_feature_affinity(features)
+    errors = [compute_dense_error(features, templates), compute_sparse_error(features, templates)]
+    maps = [normalize_min_max(propagate_error(error, context)) for error in errors]
+    return normalize_min_max(apply_object_bias(maps[0] + maps[1], superpixels))
 
 
-def describe(superpixels: Superpixels) -> np.ndarray:
+def compute_superpixel_features(superpixels: Superpixels) -> np.ndarray:
     """Colour in two spaces, and place as distances from all sides, each from 0 to 1: float64 ``[n, 10]``.
 
     With one distance per axis, as in the paper, sparse codes would differ for the mirror image.
@@ -44,23 +44,23 @@ def describe(superpixels: Superpixels) -> np.ndarray:
     return np.concatenate([lab, superpixels.rgb, place], axis=1)
 
 
-def dense_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
+def compute_dense_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
     """Squared distance of ``features``, ``[n, d]``, to the principal plane of ``templates``, ``[m, d]``: ``[n]``."""
     mean = templates.mean(axis=0)
-    _, spread, directions = np.linalg.svd(templates - mean, full_matrices=False)
-    energy = np.cumsum(np.square(spread))
-    kept = directions[: 1 + np.searchsorted(energy, ENERGY * energy[-1])]
+    _, singular_values, directions = np.linalg.svd(templates - mean, full_matrices=False)
+    energy = np.cumsum(np.square(singular_values))
+    components = directions[: 1 + np.searchsorted(energy, PCA_ENERGY * energy[-1])]
     centred = features - mean
-    return np.square(centred - centred @ kept.T @ kept).sum(axis=1)
+    return np.square(centred - centred @ components.T @ components).sum(axis=1)
 
 
-def sparse_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
+def compute_sparse_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
     """What is left of ``features``, ``[n, d]``, after few ``templates``, ``[m, d]``, have explained them: ``[n]``."""
-    codes = lasso(features, templates, SPARSITY, STEPS)
+    codes = solve_lasso(features, templates, LASSO_WEIGHT, FISTA_STEPS)
     return np.square(features - codes @ templates).sum(axis=1)
 
 
-def lasso(targets: np.ndarray, templates: np.ndarray, weight: float, steps: int) -> np.ndarray:
+def solve_lasso(targets: np.ndarray, templates: np.ndarray, weight: float, steps: int) -> np.ndarray:
     """The codes A, ``[n, m]``, of least  |targets - A templates|²/2 + weight |A|_1, by FISTA (Beck, Teboulle 2009)."""
     step = 1.0 / np.linalg.norm(templates, 2) ** 2
     codes = ahead = np.zeros((len(targets), len(templates)))
@@ -74,19 +74,19 @@ def lasso(targets: np.ndarray, templates: np.ndarray, weight: float, steps: int)
     return codes
 
 
-def likeness(features: np.ndarray) -> np.ndarray:
+def compute_feature_affinity(features: np.ndarray) -> np.ndarray:
     """Shares of all others that are like a superpixel: ``[n, n]``, rows sum to one."""
-    alike = np.exp(-np.square(distances(features)) / (2 * CONTEXT_SCALE**2))
+    alike = np.exp(-np.square(compute_pairwise_distances(features)) / (2 * CONTEXT_SCALE**2))
     np.fill_diagonal(alike, 0.0)
     return alike / np.maximum(alike.sum(axis=1, keepdims=True), 1e-300)
 
 
-def propagated(error: np.ndarray, context: np.ndarray) -> np.ndarray:
+def propagate_error(error: np.ndarray, context: np.ndarray) -> np.ndarray:
     """The error, ``[n]``, that is a mean of one's own and, recursively, of those like it."""
-    return np.linalg.solve(np.eye(len(error)) - CONTEXT * context, (1.0 - CONTEXT) * error)
+    return np.linalg.solve(np.eye(len(error)) - CONTEXT_WEIGHT * context, (1.0 - CONTEXT_WEIGHT) * error)
 
 
-def biased(error: np.ndarray, superpixels: Superpixels) -> np.ndarray:
+def apply_object_bias(error: np.ndarray, superpixels: Superpixels) -> np.ndarray:
     """The error, ``[n]``, weighted by a Gaussian about where it is large."""
     weight = error * superpixels.area
     middle = weight @ superpixels.centre / weight.sum()

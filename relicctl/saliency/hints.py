@@ -14,29 +14,29 @@ from torch import Tensor
 UNDECIDED = 128
 
 
-def quantised(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_maps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float ``[P, S, S]`` from 0 to 1, or NaN, as they are kept: uint8 maps, 0 where not valid; which are, bool [P]."""
     valid = np.isfinite(maps).all(axis=(1, 2))
-    kept = np.zeros(maps.shape, dtype=np.uint8)
-    kept[valid] = np.rint(255 * maps[valid])
-    return kept, valid
+    quantized = np.zeros(maps.shape, dtype=np.uint8)
+    quantized[valid] = np.rint(255 * maps[valid])
+    return quantized, valid
 
 
-def hints(maps: np.ndarray, valid: np.ndarray) -> Tensor:
+def build_prior_channels(maps: np.ndarray, valid: np.ndarray) -> Tensor:
     """uint8 ``[B, P, S, S]`` of such ``maps``; one that is not ``valid``, ``[B, P]``, is the mean of those that are.
 
     Where none is, all are undecided throughout.
     """
-    given = np.array(maps)
+    filled = np.array(maps)
     for row in np.flatnonzero(~valid.all(1)).tolist():
-        fine = valid[row]
-        given[row, ~fine] = np.rint(given[row, fine].mean(axis=0)) if fine.any() else UNDECIDED
-    return torch.from_numpy(given)
+        usable = valid[row]
+        filled[row, ~usable] = np.rint(filled[row, usable].mean(axis=0)) if usable.any() else UNDECIDED
+    return torch.from_numpy(filled)
 
 
-def as_input(hints: Tensor, side: int) -> Tensor:
+def to_network_input(prior_channels: Tensor, side: int) -> Tensor:
     """uint8 ``[B, P, S, S]`` as a network sees them: float32 ``[B, P, side, side]`` from -1/2 to 1/2."""
-    x = hints.to(torch.float32) / 255
+    x = prior_channels.to(torch.float32) / 255
     if x.shape[-1] != side:
         x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return x - 0.5

@@ -18,9 +18,9 @@ from py_sod_metrics import (
 )
 
 BETA2 = 0.3  # weight of recall against precision in F, as in Achanta et al., CVPR 2009
-FIGURES = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")
-MEANS = ("mae", "iou", "accuracy", "s_measure", "e_measure")  # those that are averages over the images
-CURVE = 2 * 256  # numbers: precision and recall at t = 255, 254, ..., 0
+METRICS = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")
+MEAN_METRICS = ("mae", "iou", "accuracy", "s_measure", "e_measure")  # those that are averages over the images
+CURVE_SIZE = 2 * 256  # numbers: precision and recall at t = 255, 254, ..., 0
 
 _iou, _accuracy, _precision, _recall = (
     handler(with_dynamic=False, with_adaptive=False)
@@ -28,7 +28,7 @@ _iou, _accuracy, _precision, _recall = (
 )
 
 
-class Measures:
+class SaliencyMetrics:
     """Sums over pairs of a map and a true mask; nothing is kept of a pair that was added.
 
     ``figures`` has fractions of 1:
@@ -49,39 +49,39 @@ class Measures:
 
     def __init__(self) -> None:
         self.images = 0
-        self.left_out = 0
-        self._sums = np.zeros(CURVE + 2 + len(MEANS))
+        self.num_skipped = 0
+        self._sums = np.zeros(CURVE_SIZE + 2 + len(MEAN_METRICS))
 
-    def add(self, saliency: np.ndarray, mask: np.ndarray) -> None:
+    def update(self, saliency: np.ndarray, mask: np.ndarray) -> None:
         """A map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
-        self.count(numbers_of(saliency, mask))
+        self.add_image_metrics(compute_image_metrics(saliency, mask))
 
-    def count(self, numbers: np.ndarray) -> None:
-        """A pair by its ``numbers_of``."""
-        if np.isfinite(numbers).all():
-            self._sums += numbers
+    def add_image_metrics(self, image_metrics: np.ndarray) -> None:
+        """A pair by its ``compute_image_metrics``."""
+        if np.isfinite(image_metrics).all():
+            self._sums += image_metrics
             self.images += 1
         else:
-            self.left_out += 1
+            self.num_skipped += 1
 
-    def figures(self) -> dict[str, float | None]:
+    def compute(self) -> dict[str, float | None]:
         """The figures by name; None where no image was measured."""
         if not self.images:
-            return dict.fromkeys(FIGURES)
-        curve, half, means = np.split(self._sums, (CURVE, CURVE + 2))
-        f_of = partial(_f, count=self.images)
-        figures = {"max_f": float(f_of(curve.reshape(2, -1)).max()), "f_50": float(f_of(half))}
-        figures |= dict(zip(MEANS, (means / self.images).tolist(), strict=True))
-        return {name: figures[name] for name in FIGURES}
+            return dict.fromkeys(METRICS)
+        curve, at_half, means = np.split(self._sums, (CURVE_SIZE, CURVE_SIZE + 2))
+        f_measure = partial(_compute_f_measure, num_images=self.images)
+        figures = {"max_f": float(f_measure(curve.reshape(2, -1)).max()), "f_50": float(f_measure(at_half))}
+        figures |= dict(zip(MEAN_METRICS, (means / self.images).tolist(), strict=True))
+        return {name: figures[name] for name in METRICS}
 
 
-def numbers_of(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def compute_image_metrics(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """What a map, float ``[H, W]``, and its true mask, bool ``[H, W]``, add to the sums: float64 ``[519]``.
 
-    Precision and recall along the curve and at 0.5, then ``MEANS``; all NaN for a map with a NaN.
+    Precision and recall along the curve and at 0.5, then ``MEAN_METRICS``; all NaN for a map with a NaN.
     """
     if not np.isfinite(saliency).all():
-        return np.full(CURVE + 2 + len(MEANS), np.nan)
+        return np.full(CURVE_SIZE + 2 + len(MEAN_METRICS), np.nan)
     saliency = saliency.astype(np.float64)
     foreground = np.count_nonzero(mask)
     count = {"gt": mask, "FG": foreground, "BG": mask.size - foreground}
@@ -97,25 +97,29 @@ def numbers_of(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
         "e_measure": emeasure.cal_changeable_em(saliency, mask).mean(),
     }
     at_half = _precision(**half), _recall(**half)
-    return np.concatenate([_precision(**curve), _recall(**curve), at_half, [float(means[name]) for name in MEANS]])
+    return np.concatenate(
+        [_precision(**curve), _recall(**curve), at_half, [float(means[name]) for name in MEAN_METRICS]]
+    )
 
 
-def _f(sums: np.ndarray, count: int) -> np.ndarray:
+def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
     """F of precision and recall, ``[2, ...]``, summed over ``count`` images."""
-    precision, recall = sums / count
-    down = BETA2 * precision + recall
-    return np.divide((1 + BETA2) * precision * recall, down, out=np.zeros_like(down), where=down > 0)
+    precision, recall = sums / num_images
+    denominator = BETA2 * precision + recall
+    return np.divide(
+        (1 + BETA2) * precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0
+    )
 
 
-def measure(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:
+def compute_saliency_metrics(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:
     """The figures of maps, each float ``[H, W]`` in [0, 1], beside their true masks, each bool ``[H, W]``."""
-    measures = Measures()
+    metrics = SaliencyMetrics()
     for saliency, mask in zip(maps, masks, strict=True):
-        measures.add(saliency, mask)
-    return measures.figures()
+        metrics.update(saliency, mask)
+    return metrics.compute()
 
 
-def agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """How alike priors are: mean correlation over the images, float64 ``[P, P]``; NaN where no image tells.
 
     ``maps``: uint8 ``[N, P, S, S]``, ``valid``: bool ``[N, P]``. Of an image count the priors that are valid and
@@ -123,11 +127,11 @@ def agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """
     priors = maps.shape[1]
     sums, counts = np.zeros((priors, priors)), np.zeros((priors, priors))
-    for image, fine in zip(maps, valid, strict=True):
+    for image, usable_priors in zip(maps, valid, strict=True):
         flat = image.reshape(priors, -1).astype(np.float64)
         flat -= flat.mean(1, keepdims=True)
         norms = np.linalg.norm(flat, axis=1)
-        usable = fine & (norms > 0)
+        usable = usable_priors & (norms > 0)
         flat[usable] /= norms[usable, None]
         both = usable[:, None] & usable
         sums += np.where(both, flat @ flat.T, 0.0)
@@ -136,7 +140,7 @@ def agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
         return sums / counts
 
 
-def mean_agreement(matrix: np.ndarray) -> float | None:
+def compute_mean_agreement(matrix: np.ndarray) -> float | None:
     """The mean over pairs of different priors, float ``[P, P]``, that could be compared; None if none could."""
     pairs = [matrix[i, j] for i, j in combinations(range(len(matrix)), 2) if np.isfinite(matrix[i, j])]
     return float(np.mean(pairs)) if pairs else None

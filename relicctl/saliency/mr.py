@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from relicctl.saliency.superpixels import Superpixels, stretched
+from relicctl.saliency.superpixels import Superpixels, normalize_min_max
 
 ALPHA = 0.99  # how far a rank spreads over the graph
 
 
-def mr(superpixels: Superpixels) -> np.ndarray:
+def compute_mr(superpixels: Superpixels) -> np.ndarray:
     """Saliency float64 ``[n]`` from 0 to 1: unlike each side of the image, then like what was found so.
 
     NaN throughout where the superpixels have nothing to tell an object by.
     """
-    if superpixels.featureless:
+    if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
-    ranking = ranking_matrix(superpixels)
+    ranking = compute_ranking_matrix(superpixels)
     unlike = np.ones(len(superpixels))
     for side in superpixels.sides:
-        unlike *= 1.0 - stretched(ranking @ side)
+        unlike *= 1.0 - normalize_min_max(ranking @ side)
     queries = unlike > unlike.mean()
-    return stretched(ranking @ queries)
+    return normalize_min_max(ranking @ queries)
 
 
-def ranking_matrix(superpixels: Superpixels) -> np.ndarray:
+def compute_ranking_matrix(superpixels: Superpixels) -> np.ndarray:
     """(D - alpha W)^-1 with its diagonal cleared, so that a query does not vote for itself: float64 ``[n, n]``."""
     affinity = superpixels.affinity
     ranking = np.linalg.inv(np.diag(affinity.sum(axis=1)) - ALPHA * affinity)

@@ -10,18 +10,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relicctl import __version__
-from relicctl.config.bgmask import BgmaskConfig, MaskNet
-from relicctl.core.checkpoint import atomically
-from relicctl.core.counted import Stream, counted_seed
-from relicctl.core.models.resnet import ResNet, build_encoder, seeded
+from relicctl.config.bgmask import BgmaskConfig, MaskNetworkConfig
+from relicctl.core.checkpoint import write_atomically
+from relicctl.core.counted import Stream, derive_seed
+from relicctl.core.models.resnet import ResNet, build_encoder, fork_seeded_rng
 from relicctl.core.models.saliency_net import build_saliency_net
 from relicctl.encoder import load_encoder
 from relicctl.errors import UsageError
-from relicctl.saliency.priors import NAMES
+from relicctl.saliency.priors import PRIOR_NAMES
 
 FORMAT = "relicctl-saliency"
-FILE_NAME = "saliency.safetensors"
-ANOTHER_FILE = "Give a finished run of train-bgmask, or its saliency.safetensors."
+SALIENCY_FILE_NAME = "saliency.safetensors"
+FILE_FIX = "Give a finished run of train-bgmask, or its saliency.safetensors."
 
 
 class SaliencyNet(nn.Module):
@@ -47,19 +47,19 @@ class SaliencyNet(nn.Module):
         return self.body(x)
 
 
-def open_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
+def init_saliency_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
     """The network of a training's ``stage``, initialised as a pure function of the seed, and of the weights that
     ``model.encoder`` names.
 
     Raises UsageError when these cannot be read, or labels went into them: masks never see any.
     """
     model = config.model
-    with seeded(counted_seed(config.seed, Stream.INIT, stage)):
-        encoder = _encoder(model) if model.arch == "resnet" else None
-        return SaliencyNet(model.arch, model.size, encoder, len(NAMES) if model.priors else 0)
+    with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, stage)):
+        encoder = _init_encoder(model) if model.arch == "resnet" else None
+        return SaliencyNet(model.arch, model.size, encoder, len(PRIOR_NAMES) if model.priors else 0)
 
 
-def _encoder(model: MaskNet) -> ResNet:
+def _init_encoder(model: MaskNetworkConfig) -> ResNet:
     if model.encoder is None:
         return build_encoder("resnet18")
     encoder = load_encoder(model.encoder)
@@ -71,37 +71,37 @@ def _encoder(model: MaskNet) -> ResNet:
     return encoder
 
 
-def save_saliency(path: Path, net: SaliencyNet) -> None:
+def save_saliency_net(path: Path, net: SaliencyNet) -> None:
     """Write the network to ``path``, wholly or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.body.state_dict().items()}
-    atomically(path, lambda temporary: save_file(tensors, temporary, metadata=net.metadata))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=net.metadata))
 
 
-def load_saliency(path_or_run: str | Path) -> SaliencyNet:
-    """A trained network in eval mode, from a run's folder or a file of ``save_saliency``.
+def load_saliency_net(path_or_run: str | Path) -> SaliencyNet:
+    """A trained network in eval mode, from a run's folder or a file of ``save_saliency_net``.
 
     Raises UsageError when there is none, or it is damaged.
     """
     path = Path(path_or_run)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / SALIENCY_FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"There is no mask network at {path}.", ANOTHER_FILE)
+        raise UsageError(f"There is no mask network at {path}.", FILE_FIX)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UsageError(f"{path} holds no mask network of relicctl.", ANOTHER_FILE)
+                raise UsageError(f"{path} holds no mask network of relicctl.", FILE_FIX)
             # copied: where in the file they lie decides their alignment, and that the last bit of what is computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        net = _outline(metadata)
+        net = _build_from_metadata(metadata)
         net.body.load_state_dict(tensors, assign=True)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as reason:
-        raise UsageError(f"{path} is truncated or damaged ({reason}).", ANOTHER_FILE) from None
+        raise UsageError(f"{path} is truncated or damaged ({reason}).", FILE_FIX) from None
     net.metadata = metadata
     return net.eval()
 
 
-def _outline(metadata: dict[str, str]) -> SaliencyNet:
+def _build_from_metadata(metadata: dict[str, str]) -> SaliencyNet:
     """The network that ``metadata`` describe, without weights."""
     encoder = None
     if metadata["arch"] == "resnet":

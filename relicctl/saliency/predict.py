@@ -11,29 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relicctl.config.bgmask import Predict, Refine
+from relicctl.config.bgmask import PredictConfig, RefineConfig
 from relicctl.core.distributed import World
-from relicctl.core.turns import Piece, in_turn, own
-from relicctl.data.augment import MEAN, STD
-from relicctl.data.masks import SIDE, MaskBankWriter
-from relicctl.data.sources import Source
-from relicctl.saliency.hints import as_input, hints
+from relicctl.core.turns import WorkResult, gather_in_order, shard
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.masks import MASK_SIDE, MaskBankWriter
+from relicctl.data.sources import ImageDataset
+from relicctl.saliency.hints import build_prior_channels, to_network_input
 from relicctl.saliency.nets import SaliencyNet
-from relicctl.saliency.photos import Squashed, stream
-from relicctl.saliency.prior_store import PriorStore
-from relicctl.saliency.refine import guided_filter, sharpen
+from relicctl.saliency.photos import ResizedBatch, iter_resized_batches
+from relicctl.saliency.prior_store import PriorCache
+from relicctl.saliency.refine import apply_guided_filter, refine_maps
 
-GRAIN = 32  # a network's input side is a multiple of it at every scale
+SIZE_DIVISOR = 32  # a network's input side is a multiple of it at every scale
 
 
 @torch.no_grad()
-def predict(
+def predict_saliency(
     net: SaliencyNet,
     images: Tensor,
-    given: Tensor | None = None,
+    prior_channels: Tensor | None = None,
     *,
-    options: Predict,
-    refine: Refine,
+    options: PredictConfig,
+    refine: RefineConfig,
     device: torch.device,
     precision: str,
     threads: int = 1,
@@ -47,62 +47,66 @@ def predict(
     net.eval()
     images = images.to(device)
     total = torch.zeros(len(images), *images.shape[2:], device=device)
-    ways = [(scale, mirrored) for scale in options.scales for mirrored in ((False, True) if options.flip else (False,))]
-    for scale, mirrored in ways:
-        side = max(GRAIN, GRAIN * round(net.size * scale / GRAIN))
-        x = normalised(images, net.size if scale == 1 else side)
+    passes = [
+        (scale, mirrored) for scale in options.scales for mirrored in ((False, True) if options.flip else (False,))
+    ]
+    for scale, mirrored in passes:
+        side = max(SIZE_DIVISOR, SIZE_DIVISOR * round(net.size * scale / SIZE_DIVISOR))
+        x = normalize_images(images, net.size if scale == 1 else side)
         if net.hints:
-            assert given is not None
-            x = torch.cat([x, as_input(given.to(device), x.shape[-1])], 1).contiguous(memory_format=torch.channels_last)
+            assert prior_channels is not None
+            x = torch.cat([x, to_network_input(prior_channels.to(device), x.shape[-1])], 1).contiguous(
+                memory_format=torch.channels_last
+            )
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = net(x.flip(-1) if mirrored else x)[0].float()
         logits = logits.flip(-1) if mirrored else logits
         enlarged = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
         total += enlarged.sigmoid()[:, 0]
-    maps = total / len(ways)
+    maps = total / len(passes)
     if options.refine == "guided":
-        maps = guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0]
+        maps = apply_guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0]
     elif options.refine == "cut":
-        maps = sharpen(images, maps, refine, threads).map
+        maps = refine_maps(images, maps, refine, threads).map
     return maps.cpu()
 
 
-def normalised(images: Tensor, side: int) -> Tensor:
+def normalize_images(images: Tensor, side: int) -> Tensor:
     """uint8 images ``[B, 3, S, S]`` as a network sees them: float32 ``[B, 3, side, side]``, channels last."""
     x = images.to(torch.float32) / 255
     if x.shape[-1] != side:
         x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass
-class BankFigures:
+class MaskCounts:
     """What was made in a pass: masks, how many of them are empty or full, samples that cannot be decoded."""
 
-    made: int = 0
+    written: int = 0
     empty: int = 0
     full: int = 0
     bad: int = 0
 
 
-def make_bank(
+def write_mask_bank(
     net: SaliencyNet,
-    source: Source,
+    source: ImageDataset,
     writer: MaskBankWriter | None,
     *,
-    options: Predict,
-    refine: Refine,
+    options: PredictConfig,
+    refine: RefineConfig,
     device: torch.device,
     precision: str,
     workers: int,
     prior_size: int = 0,
-    priors: PriorStore | None = None,
+    priors: PriorCache | None = None,
     threads: int = 1,
     show: Callable[[int], None] = lambda done: None,
-    bad: Callable[[str, str], None] = lambda name, reason: None,
+    on_bad_image: Callable[[str, str], None] = lambda name, reason: None,
     world: World | None = None,
-) -> BankFigures:
+) -> MaskCounts:
     """Give every sample of ``source`` that ``writer`` misses a mask; an empty one where it cannot be decoded.
 
     Images are decoded and squashed by ``workers`` processes, and only a few batches are in memory at a time. For a
@@ -112,21 +116,23 @@ def make_bank(
     The processes of ``world`` make a batch each in turn. The main one has the ``writer``, is told and gets the figures.
     """
     world = world or World()
-    missing = np.array(world.lead(lambda: writer.missing().tolist() if writer else []), dtype=np.int64)
+    missing = np.array(
+        world.broadcast_from_main(lambda: writer.find_missing().tolist() if writer else []), dtype=np.int64
+    )
     batches = [missing[first : first + options.batch_size] for first in range(0, len(missing), options.batch_size)]
-    mine = np.concatenate([missing[:0], *own(world, batches)])  # cut into the same batches again
-    figures, done = BankFigures(), len(source) - len(missing)
+    mine = np.concatenate([missing[:0], *shard(world, batches)])  # cut into the same batches again
+    counts, done = MaskCounts(), len(source) - len(missing)
 
-    def made(some: Squashed) -> Piece:
-        masks = torch.empty(0, SIDE, SIDE, dtype=torch.bool)
-        if len(some.indices):
-            given = some.hints
+    def predict_batch(batch: ResizedBatch) -> WorkResult:
+        masks = torch.empty(0, MASK_SIDE, MASK_SIDE, dtype=torch.bool)
+        if len(batch.indices):
+            prior_channels = batch.prior_channels
             if net.hints and priors is not None:
-                given = hints(priors.maps[some.indices], priors.valid[some.indices])
-            maps = predict(
+                prior_channels = build_prior_channels(priors.maps[batch.indices], priors.valid[batch.indices])
+            maps = predict_saliency(
                 net,
-                some.images,
-                given,
+                batch.images,
+                prior_channels,
                 options=options,
                 refine=refine,
                 device=device,
@@ -134,24 +140,26 @@ def make_bank(
                 threads=threads,
             )
             masks = maps > options.threshold
-        return Piece((torch.from_numpy(some.indices), masks), some.bad)
+        return WorkResult((torch.from_numpy(batch.indices), masks), batch.bad)
 
-    def take(piece: Piece) -> None:
+    def write_batch(piece: WorkResult) -> None:
         assert writer is not None
         indices, masks = (tensor.numpy() for tensor in piece.tensors)
         for index, mask in zip(indices.tolist(), masks, strict=True):
-            writer.put(index, mask)
-            figures.empty += not mask.any()
-            figures.full += bool(mask.all())
-        for index, reason in piece.words:
-            writer.put(index, np.zeros((SIDE, SIDE), dtype=bool))
-            bad(source.key(index), reason)
-        figures.made += len(indices)
-        figures.bad += len(piece.words)
-        show(done + figures.made + figures.bad)
+            writer.write_mask(index, mask)
+            counts.empty += not mask.any()
+            counts.full += bool(mask.all())
+        for index, reason in piece.meta:
+            writer.write_mask(index, np.zeros((MASK_SIDE, MASK_SIDE), dtype=bool))
+            on_bad_image(source.get_name(index), reason)
+        counts.written += len(indices)
+        counts.bad += len(piece.meta)
+        show(done + counts.written + counts.bad)
 
-    with_hints = prior_size if net.hints and priors is None else 0
-    streamed = stream(source, mine, SIDE, batch_size=options.batch_size, workers=workers, with_hints=with_hints)
-    with closing(streamed) as squashed:
-        in_turn(world, len(batches), map(made, squashed), take)
-    return figures
+    streamed_prior_size = prior_size if net.hints and priors is None else 0
+    streamed = iter_resized_batches(
+        source, mine, MASK_SIDE, batch_size=options.batch_size, workers=workers, prior_size=streamed_prior_size
+    )
+    with closing(streamed) as resized_batches:
+        gather_in_order(world, len(batches), map(predict_batch, resized_batches), write_batch)
+    return counts

@@ -7,37 +7,42 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from relicctl.saliency.dsr import dsr
-from relicctl.saliency.mc import mc
-from relicctl.saliency.mr import mr
-from relicctl.saliency.rbd import rbd
-from relicctl.saliency.superpixels import Superpixels, segment
+from relicctl.saliency.dsr import compute_dsr
+from relicctl.saliency.mc import compute_mc
+from relicctl.saliency.mr import compute_mr
+from relicctl.saliency.rbd import compute_rbd
+from relicctl.saliency.superpixels import Superpixels, segment_superpixels
 
-PRIORS: dict[str, Callable[[Superpixels], np.ndarray]] = {"rbd": rbd, "mc": mc, "dsr": dsr, "mr": mr}
-NAMES = tuple(PRIORS)
-LONG_SIDE = 200  # pixels; larger images are shrunk first: they gain nothing by their 200 superpixels being finer
+PRIORS: dict[str, Callable[[Superpixels], np.ndarray]] = {
+    "rbd": compute_rbd,
+    "mc": compute_mc,
+    "dsr": compute_dsr,
+    "mr": compute_mr,
+}
+PRIOR_NAMES = tuple(PRIORS)
+MAX_LONG_SIDE = 200  # pixels; larger images are shrunk first: they gain nothing by their 200 superpixels being finer
 
 
-def prior_maps(image: np.ndarray, size: int) -> np.ndarray:
+def compute_prior_maps(image: np.ndarray, size: int) -> np.ndarray:
     """The maps of ``image``, uint8 ``[H, W, 3]``, squashed to squares: float32 ``[P, size, size]`` from 0 to 1.
 
     They come in the order of NAMES. The map of a prior that finds nothing to go by is NaN throughout.
     """
-    superpixels = segment(shrunk(image))
-    return np.stack([squashed(prior(superpixels)[superpixels.labels], size) for prior in PRIORS.values()])
+    superpixels = segment_superpixels(shrink_image(image))
+    return np.stack([resize_map_to_square(prior(superpixels)[superpixels.labels], size) for prior in PRIORS.values()])
 
 
-def shrunk(image: np.ndarray) -> np.ndarray:
+def shrink_image(image: np.ndarray) -> np.ndarray:
     """``image``, uint8 ``[H, W, 3]``, with its long side at most LONG_SIDE and its short side at least a pixel."""
     height, width = image.shape[:2]
-    scale = LONG_SIDE / max(height, width)
+    scale = MAX_LONG_SIDE / max(height, width)
     if scale >= 1:
         return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
-def squashed(values: np.ndarray, size: int) -> np.ndarray:
+def resize_map_to_square(values: np.ndarray, size: int) -> np.ndarray:
     """A map, ``[H, W]``, as float32 ``[size, size]``; NaN throughout if it has any."""
     if not np.isfinite(values).all():
         return np.full((size, size), np.nan, dtype=np.float32)
@@ -45,7 +50,7 @@ def squashed(values: np.ndarray, size: int) -> np.ndarray:
     return np.clip(np.asarray(square), 0.0, 1.0)
 
 
-def centre_prior(size: int) -> np.ndarray:
+def make_centre_prior(size: int) -> np.ndarray:
     """A Gaussian about the middle, as if every object stood there: float32 ``[size, size]``, at most 1."""
     offset = np.square(((np.arange(size) + 0.5) / size - 0.5) / 0.25) / 2
     return np.exp(-(offset[:, None] + offset)).astype(np.float32)

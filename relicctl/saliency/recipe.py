@@ -19,25 +19,29 @@ from torch import Tensor
 
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.core import checkpoint
-from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.counted import Stream, derive_seed
 from relicctl.core.distributed import World
-from relicctl.core.hardware import own_cores
-from relicctl.core.loop import Plan, Progress, restore, train
-from relicctl.core.turns import Piece, in_turn, own
-from relicctl.data.augment import Photometric
+from relicctl.core.hardware import count_process_cores
+from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
+from relicctl.core.turns import WorkResult, gather_in_order, shard
+from relicctl.data.augment import AugmentConfig
 from relicctl.errors import UsageError
 from relicctl.runs import RunFolder
-from relicctl.saliency.hints import hints
-from relicctl.saliency.nets import FILE_NAME, SaliencyNet, load_saliency, open_net, save_saliency
-from relicctl.saliency.photos import Photos
-from relicctl.saliency.predict import predict
-from relicctl.saliency.prior_store import PriorStore
-from relicctl.saliency.refine import fuse, sharpen
-from relicctl.saliency.training import Labelled, LossWeights, MaskBatches, MaskTraining, Views
+from relicctl.saliency.hints import build_prior_channels
+from relicctl.saliency.nets import (
+    SALIENCY_FILE_NAME,
+    SaliencyNet,
+    init_saliency_net,
+    load_saliency_net,
+    save_saliency_net,
+)
+from relicctl.saliency.photos import InMemoryImages
+from relicctl.saliency.predict import predict_saliency
+from relicctl.saliency.prior_store import PriorCache
+from relicctl.saliency.refine import fuse_priors, refine_maps
+from relicctl.saliency.training import LossWeights, MaskAugmentation, MaskLoader, MaskTask, MaskTrainingSet
 
-__all__ = ["SaliencyNet", "load_saliency", "open_net", "run_recipe", "total_steps"]
-
-AT_ONCE = 64  # images whose labels are made together
+LABEL_BATCH_SIZE = 64  # images whose labels are made together
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Stage:
     last: int
 
 
-def stages_of(config: BgmaskConfig, images: int) -> list[Stage]:
+def list_stages(config: BgmaskConfig, images: int) -> list[Stage]:
     """The trainings of a run on ``images`` images, in their order."""
     count, stages, first = config.rounds.count, [], 0
-    steps_per_epoch = _kept(config, images) // config.optim.batch_size
+    steps_per_epoch = _count_training_images(config, images) // config.optim.batch_size
     for number in range(count + 1):
         final = number == count
         epochs = config.optim.epochs if final else config.rounds.epochs
@@ -64,21 +68,21 @@ def stages_of(config: BgmaskConfig, images: int) -> list[Stage]:
     return stages
 
 
-def total_steps(config: BgmaskConfig, images: int) -> int:
+def count_total_steps(config: BgmaskConfig, images: int) -> int:
     """Steps of all trainings together."""
-    return stages_of(config, images)[-1].last
+    return list_stages(config, images)[-1].last
 
 
-def run_recipe(
+def run_self_training(
     config: BgmaskConfig,
-    photos: Photos,
-    store: PriorStore,
+    photos: InMemoryImages,
+    store: PriorCache,
     run: RunFolder,
     *,
     device: torch.device,
     precision: str,
     show: Callable[[int, dict[str, Any]], None],
-    stage: Callable[[str, SaliencyNet], None],
+    on_stage_end: Callable[[str, SaliencyNet], None],
     warn: Callable[[str], None],
     resume_command: str,
     world: World | None = None,
@@ -89,15 +93,19 @@ def run_recipe(
     finished training, those of an earlier process too. ``show`` is given the loop's records.
     """
     world = world or World()
-    given = hints(store.maps[photos.indices], store.valid[photos.indices]) if config.model.priors else None
-    recipe = _Recipe(config, photos, given, run, device, precision, show, warn, resume_command, world)
-    labels = recipe.labels(store)
-    for part in stages_of(config, len(photos)):
-        net = recipe.trained(part, labels)
-        stage(part.name, net)
+    prior_channels = (
+        build_prior_channels(store.maps[photos.indices], store.valid[photos.indices]) if config.model.priors else None
+    )
+    self_training = _SelfTraining(
+        config, photos, prior_channels, run, device, precision, show, warn, resume_command, world
+    )
+    labels = self_training.make_initial_labels(store)
+    for part in list_stages(config, len(photos)):
+        net = self_training.load_or_train(part, labels)
+        on_stage_end(part.name, net)
         if part.name != "final":
-            labels = recipe.relabelled(part, labels, net)
-    world.lead(lambda: save_saliency(run.path / FILE_NAME, net))
+            labels = self_training.update_labels(part, labels, net)
+    world.broadcast_from_main(lambda: save_saliency_net(run.path / SALIENCY_FILE_NAME, net))
     return net
 
 
@@ -110,12 +118,12 @@ class SoftLabels:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _SelfTraining:
     """What all stages share."""
 
     config: BgmaskConfig
-    photos: Photos
-    hints: Tensor | None
+    photos: InMemoryImages
+    prior_channels: Tensor | None
     run: RunFolder
     device: torch.device
     precision: str
@@ -124,97 +132,97 @@ class _Recipe:
     resume_command: str
     world: World
 
-    def labels(self, store: PriorStore) -> SoftLabels:
+    def make_initial_labels(self, store: PriorCache) -> SoftLabels:
         """The first labels: what the priors make together."""
 
-        def make(rows: slice, images: Tensor) -> tuple[Tensor, Tensor]:
+        def fuse_batch(rows: slice, images: Tensor) -> tuple[Tensor, Tensor]:
             samples = self.photos.indices[rows]
             maps = torch.from_numpy(store.maps[samples]).to(self.device).float() / 255
             valid = torch.from_numpy(store.valid[samples]).to(self.device)
-            fused = fuse(images, maps, valid, self.config.refine, own_cores())
+            fused = fuse_priors(images, maps, valid, self.config.refine, count_process_cores())
             return fused.map, fused.agreement
 
-        return self._kept_labels("labels", make)
+        return self._load_or_make_labels("labels", fuse_batch)
 
-    def relabelled(self, part: Stage, old: SoftLabels, net: SaliencyNet) -> SoftLabels:
+    def update_labels(self, stage: Stage, old: SoftLabels, net: SaliencyNet) -> SoftLabels:
         """The labels' moving average: ``refine.keep`` of the old ones, the rest what ``net`` says, sharpened."""
         keep = self.config.refine.keep
 
-        def make(rows: slice, images: Tensor) -> tuple[Tensor, Tensor]:
-            found = predict(
+        def predict_batch(rows: slice, images: Tensor) -> tuple[Tensor, Tensor]:
+            predicted = predict_saliency(
                 net,
                 images,
-                None if self.hints is None else self.hints[rows],
+                None if self.prior_channels is None else self.prior_channels[rows],
                 options=self.config.predict.model_copy(update={"refine": "none"}),
                 refine=self.config.refine,
                 device=self.device,
                 precision=self.precision,
             )
-            fresh = sharpen(images, found.to(self.device), self.config.refine, own_cores())
-            before = old.maps[rows].to(self.device).float() / 255
-            return keep * before + (1 - keep) * fresh.map, fresh.agreement
+            fresh = refine_maps(images, predicted.to(self.device), self.config.refine, count_process_cores())
+            old_maps = old.maps[rows].to(self.device).float() / 255
+            return keep * old_maps + (1 - keep) * fresh.map, fresh.agreement
 
-        return self._kept_labels(f"labels after {part.name}", make)
+        return self._load_or_make_labels(f"labels after {stage.name}", predict_batch)
 
-    def _kept_labels(self, name: str, make: Callable[[slice, Tensor], tuple[Tensor, Tensor]]) -> SoftLabels:
+    def _load_or_make_labels(self, name: str, make: Callable[[slice, Tensor], tuple[Tensor, Tensor]]) -> SoftLabels:
         """Labels of an earlier process, or made now and kept."""
 
-        def made(rows: slice) -> Piece:
+        def label_batch(rows: slice) -> WorkResult:
             maps, trust = make(rows, self.photos.images[rows].to(self.device))
-            return Piece(((255 * maps).round().to(torch.uint8).cpu(), trust.cpu()))
+            return WorkResult(((255 * maps).round().to(torch.uint8).cpu(), trust.cpu()))
 
-        def all_made() -> dict[str, Tensor]:
-            pieces: list[Piece] = []
-            batches = [slice(first, first + AT_ONCE) for first in range(0, len(self.photos), AT_ONCE)]
-            in_turn(self.world, len(batches), map(made, own(self.world, batches)), pieces.append)
+        def label_all() -> dict[str, Tensor]:
+            pieces: list[WorkResult] = []
+            batches = [slice(first, first + LABEL_BATCH_SIZE) for first in range(0, len(self.photos), LABEL_BATCH_SIZE)]
+            gather_in_order(self.world, len(batches), map(label_batch, shard(self.world, batches)), pieces.append)
             if not pieces:  # of a process that is not the main one
                 return {}
             maps, trust = map(torch.cat, zip(*(piece.tensors for piece in pieces), strict=True))
             return {"maps": maps, "trust": trust}
 
-        return SoftLabels(**self._outcome(name, all_made))
+        return SoftLabels(**self._load_or_make(name, label_all))
 
-    def trained(self, part: Stage, labels: SoftLabels) -> SaliencyNet:
+    def load_or_train(self, stage: Stage, labels: SoftLabels) -> SaliencyNet:
         """The stage's network: of an earlier process, or trained now."""
-        net = self._outline(part)
-        net.load_state_dict(self._outcome(part.name, lambda: self._train(part, labels)))
+        net = self._build_empty_net(stage)
+        net.load_state_dict(self._load_or_make(stage.name, lambda: self._train(stage, labels)))
         return net.to(self.device).to(memory_format=torch.channels_last).eval()
 
-    def _outline(self, part: Stage) -> SaliencyNet:
+    def _build_empty_net(self, stage: Stage) -> SaliencyNet:
         """The stage's network, to be filled: of a finished run even where the encoder that it began from is gone."""
         try:
-            return load_saliency(self.run.path)
+            return load_saliency_net(self.run.path)
         except UsageError:
-            return open_net(self.config, part.number)
+            return init_saliency_net(self.config, stage.number)
 
-    def _train(self, part: Stage, labels: SoftLabels) -> dict[str, Tensor]:
+    def _train(self, stage: Stage, labels: SoftLabels) -> dict[str, Tensor]:
         """From the stage's checkpoint if it has one; the trained network's tensors."""
-        net = open_net(self.config, part.number).to(self.device).to(memory_format=torch.channels_last)
-        config, data = self.config, self._training_set(labels)
-        batches = MaskBatches(
+        net = init_saliency_net(self.config, stage.number).to(self.device).to(memory_format=torch.channels_last)
+        config, data = self.config, self._select_training_set(labels)
+        batches = MaskLoader(
             data,
-            _views(config),
+            _build_augmentation(config),
             size=config.model.size,
             batch_size=config.optim.batch_size,
-            seed=counted_seed(config.seed, Stream.MASK, part.number),
-            first=part.first,
+            seed=derive_seed(config.seed, Stream.MASK, stage.number),
+            first=stage.first,
             world=self.world,
         )
         per_epoch = batches.sampler.steps_per_epoch
-        task = MaskTraining(
+        task = MaskTask(
             net,
             LossWeights(**config.loss.model_dump()),
             rate=config.optim.base_lr,
             weight_decay=config.optim.weight_decay,
-            warmup=round(min(config.optim.warmup_epochs, part.epochs) * per_epoch),
-            steps=part.last - part.first,
-            first=part.first,
-            stage=part.number,
+            warmup=round(min(config.optim.warmup_epochs, stage.epochs) * per_epoch),
+            steps=stage.last - stage.first,
+            first=stage.first,
+            stage=stage.number,
             autocast=torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             world=self.world,
         )
-        plan = Plan(
-            total=part.last,
+        plan = LoopConfig(
+            total=stage.last,
             steps_per_epoch=per_epoch,
             batch_size=config.optim.batch_size,
             log_every=config.runtime.log_every,
@@ -222,68 +230,70 @@ class _Recipe:
             checkpoint_minutes=config.checkpoint.every_minutes,
             resume_command=self.resume_command,
         )
-        progress = self._under_way(part, task)
-        train(task, batches, plan, self.run, progress=progress, device=self.device, world=self.world, show=self.show)
-        return task.state.state_dict()
+        progress = self._restore_progress(stage, task)
+        train(task, batches, plan, self.run, state=progress, device=self.device, world=self.world, on_log=self.show)
+        return task.model.state_dict()
 
-    def _under_way(self, part: Stage, task: MaskTraining) -> Progress:
+    def _restore_progress(self, stage: Stage, task: MaskTask) -> TrainState:
         """Where the stage stands: at its newest checkpoint, or at its beginning."""
-        path = self.world.lead(lambda: self._newest(part))
+        path = self.world.broadcast_from_main(lambda: self._find_checkpoint(stage))
         if path is None:
-            self.run.rewind_metrics(part.first if part.first else -1)
-            return Progress(part.first)
-        tensors, header = checkpoint.load(Path(path))
-        self.run.rewind_metrics(header["step"])
-        return restore(task, tensors, header, path)
+            self.run.truncate_metrics(stage.first if stage.first else -1)
+            return TrainState(stage.first)
+        tensors, header = checkpoint.load_checkpoint(Path(path))
+        self.run.truncate_metrics(header["step"])
+        return restore_state(task, tensors, header, path)
 
-    def _newest(self, part: Stage) -> str | None:
+    def _find_checkpoint(self, stage: Stage) -> str | None:
         """The newest checkpoint of the stage that can be read."""
-        for path in checkpoint.listed(self.run.checkpoints):
-            if path.name > checkpoint.file_name(part.last):  # of stages that followed an outcome since lost
+        for path in checkpoint.list_checkpoints(self.run.checkpoints_dir):
+            if path.name > checkpoint.format_checkpoint_name(
+                stage.last
+            ):  # of stages that followed an outcome since lost
                 path.unlink()
-        found = checkpoint.newest_valid(self.run.checkpoints, self.warn)
-        return str(found[0]) if found is not None and found[2]["step"] > part.first else None
+        found = checkpoint.load_newest_valid(self.run.checkpoints_dir, self.warn)
+        return str(found[0]) if found is not None and found[2]["step"] > stage.first else None
 
-    def _training_set(self, labels: SoftLabels) -> Labelled:
+    def _select_training_set(self, labels: SoftLabels) -> MaskTrainingSet:
         """The images whose labels are trusted most, and the pixels' weights: less where a label is undecided."""
-        count = _kept(self.config, len(self.photos))
+        count = _count_training_images(self.config, len(self.photos))
         chosen = torch.argsort(labels.trust, descending=True, stable=True)[:count].sort().values
         maps = labels.maps[chosen]
-        decided = (maps.float() / 127.5 - 1).abs()
-        weights = 1 - self.config.labels.agreement * (1 - decided)
+        certainty = (maps.float() / 127.5 - 1).abs()
+        weights = 1 - self.config.labels.agreement * (1 - certainty)
         planes = [self.photos.images[chosen], maps[:, None], (255 * weights[:, None]).round().to(torch.uint8)]
-        planes += [] if self.hints is None else [self.hints[chosen]]
-        return Labelled(*(plane.to(self.device) for plane in planes))
+        planes += [] if self.prior_channels is None else [self.prior_channels[chosen]]
+        return MaskTrainingSet(*(plane.to(self.device) for plane in planes))
 
     # The outcomes in RUN/stages
 
-    def _outcome(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _load_or_make(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a finished stage left, or what ``make`` gives the main process now, which writes it; all read it."""
         path = self.run.path / "stages" / f"{name.replace(' ', '-')}.safetensors"
-        if not self.world.lead(lambda: self._readable(path)):
-            made = make()
-            self.world.lead(lambda: checkpoint.save(path, made, {}))
-        return checkpoint.load(path)[0]
+        if not self.world.broadcast_from_main(lambda: self._is_readable(path)):
+            tensors = make()
+            self.world.broadcast_from_main(lambda: checkpoint.save_checkpoint(path, tensors, {}))
+        return checkpoint.load_checkpoint(path)[0]
 
-    def _readable(self, path: Path) -> bool:
+    def _is_readable(self, path: Path) -> bool:
         if not path.exists():
             return False
         try:
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
         except checkpoint.BrokenCheckpoint as broken:
             self.warn(f"{broken.what} It is made again.")
             return False
         return True
 
 
-def _kept(config: BgmaskConfig, images: int) -> int:
+def _count_training_images(config: BgmaskConfig, images: int) -> int:
     """How many images are trained on."""
     return max(min(images, 2), round((1 - config.labels.drop) * images))
 
 
-def _views(config: BgmaskConfig) -> Views:
+def _build_augmentation(config: BgmaskConfig) -> MaskAugmentation:
     augment = config.augment
-    photometric = Photometric(
+    photometric = AugmentConfig(
         flip=augment.flip,
         jitter=augment.jitter,
         brightness=augment.brightness,
@@ -294,4 +304,4 @@ def _views(config: BgmaskConfig) -> Views:
         blur=(augment.blur, augment.blur),
         solarize=(0.0, 0.0),
     )
-    return Views(augment.area, augment.aspect, photometric)
+    return MaskAugmentation(augment.area, augment.aspect, photometric)

@@ -12,40 +12,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relicctl.config.bgmask import Refine
-from relicctl.saliency.cut import cut
+from relicctl.config.bgmask import RefineConfig
+from relicctl.saliency.cut import apply_grabcut
 
-TINY = 1e-6
+EPS = 1e-6
 
 
-def guided_filter(images: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
+def apply_guided_filter(images: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
     """``maps``, float ``[B, P, H, W]``, smoothed along uint8 ``images``, ``[B, 3, H, W]``: float32 in [0, 1].
 
     ``radius``: of the square window, in pixels; ``eps``: the variance of colours in [0, 1] below which a window
     counts as flat.
     """
     guide, maps = images.to(torch.float32) / 255, maps.to(torch.float32)
-    inside = _box_mean(guide.new_ones(1, 1, *guide.shape[2:]), radius)  # less than 1 where the window leaves the image
+    inside = _compute_box_mean(
+        guide.new_ones(1, 1, *guide.shape[2:]), radius
+    )  # less than 1 where the window leaves the image
 
-    def mean(x: Tensor) -> Tensor:
-        return _box_mean(x, radius) / inside
+    def compute_mean(x: Tensor) -> Tensor:
+        return _compute_box_mean(x, radius) / inside
 
     r, g, b = guide.unbind(1)
-    colours = mean(guide)
-    squares = mean(torch.stack([r * r, r * g, r * b, g * g, g * b, b * b], 1))
-    inverse = _inverse_covariance(colours, squares, eps)
-    level = mean(maps)
-    cross = [mean(guide[:, i, None] * maps) - colours[:, i, None] * level for i in range(3)]
+    colours = compute_mean(guide)
+    squares = compute_mean(torch.stack([r * r, r * g, r * b, g * g, g * b, b * b], 1))
+    inverse = _invert_covariance(colours, squares, eps)
+    level = compute_mean(maps)
+    cross = [compute_mean(guide[:, i, None] * maps) - colours[:, i, None] * level for i in range(3)]
     smooth, offset = torch.zeros_like(level), level
     for i, row in enumerate(inverse):  # of each colour, the map's slope in every window
         slope = row[0][:, None] * cross[0] + row[1][:, None] * cross[1] + row[2][:, None] * cross[2]
         offset = offset - slope * colours[:, i, None]
-        smooth = smooth + mean(slope) * guide[:, i, None]
-    smooth = smooth + mean(offset)
+        smooth = smooth + compute_mean(slope) * guide[:, i, None]
+    smooth = smooth + compute_mean(offset)
     return smooth.clamp(0, 1)
 
 
-def _inverse_covariance(mean: Tensor, squares: Tensor, eps: float) -> tuple[tuple[Tensor, ...], ...]:
+def _invert_covariance(mean: Tensor, squares: Tensor, eps: float) -> tuple[tuple[Tensor, ...], ...]:
     """3 x 3 tensors ``[B, H, W]``: the inverse of the colours' covariance plus ``eps``, by cofactors.
 
     ``mean``: ``[B, 3, H, W]``; ``squares``: means of rr, rg, rb, gg, gb, bb, ``[B, 6, H, W]``.
@@ -61,28 +63,28 @@ def _inverse_covariance(mean: Tensor, squares: Tensor, eps: float) -> tuple[tupl
     return (c00, c01, c02), (c01, c11, c12), (c02, c12, c22)
 
 
-def _box_mean(x: Tensor, radius: int) -> Tensor:
+def _compute_box_mean(x: Tensor, radius: int) -> Tensor:
     """Sums over windows of side 2 radius + 1, zeros beyond the border, divided by the window's area.
 
     Two products with a band matrix: on a CPU four times as fast as torch's pooling.
     """
-    down, across = (_band(side, radius, x) for side in x.shape[-2:])
+    down, across = (_build_band_matrix(side, radius, x) for side in x.shape[-2:])
     return torch.matmul(down, torch.matmul(x, across))
 
 
-def _band(side: int, radius: int, like: Tensor) -> Tensor:
-    place = torch.arange(side, device=like.device)
-    return ((place[:, None] - place).abs() <= radius).to(like.dtype) / (2 * radius + 1)
+def _build_band_matrix(side: int, radius: int, like: Tensor) -> Tensor:
+    positions = torch.arange(side, device=like.device)
+    return ((positions[:, None] - positions).abs() <= radius).to(like.dtype) / (2 * radius + 1)
 
 
-def stretched(maps: Tensor) -> Tensor:
+def normalize_maps(maps: Tensor) -> Tensor:
     """``maps``, float ``[..., H, W]``, each shifted and scaled to run from 0 to 1; a constant one becomes 0."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(TINY)
+    return (maps - low) / (high - low).clamp_min(EPS)
 
 
 @dataclass(frozen=True)
-class Labels:
+class RefinedLabels:
     """Soft labels of B images: ``map`` float ``[B, S, S]`` in [0, 1], ``agreement`` float ``[B]`` from 0 to 1.
 
     ``agreement``: of the map before and after the cut (soft intersection over union). Where no prior was valid the
@@ -93,30 +95,32 @@ class Labels:
     agreement: Tensor
 
 
-def fuse(images: Tensor, maps: Tensor, valid: Tensor, refine: Refine, threads: int = 1) -> Labels:
+def fuse_priors(images: Tensor, maps: Tensor, valid: Tensor, refine: RefineConfig, threads: int = 1) -> RefinedLabels:
     """The labels that valid priors make together.
 
     ``images``: uint8 ``[B, 3, S, S]``; ``maps``: float ``[B, P, S, S]`` in [0, 1], anything where not valid;
     ``valid``: bool ``[B, P]``.
     """
-    sound = torch.where(valid[:, :, None, None], maps, 0.0)
-    mean = sound.sum(1) / valid.sum(1).clamp_min(1)[:, None, None]
-    labels = sharpen(images, mean, refine, threads)
-    return Labels(labels.map, torch.where(valid.any(1), labels.agreement, 0.0))
+    valid_maps = torch.where(valid[:, :, None, None], maps, 0.0)
+    mean = valid_maps.sum(1) / valid.sum(1).clamp_min(1)[:, None, None]
+    labels = refine_maps(images, mean, refine, threads)
+    return RefinedLabels(labels.map, torch.where(valid.any(1), labels.agreement, 0.0))
 
 
-def sharpen(images: Tensor, maps: Tensor, refine: Refine, threads: int = 1) -> Labels:
+def refine_maps(images: Tensor, maps: Tensor, refine: RefineConfig, threads: int = 1) -> RefinedLabels:
     """``maps``, float ``[B, S, S]``, drawn to the images' edges: filtered, stretched, then cut.
 
     The label is a mean of the filtered map and the cut one, in which the cut has the weight ``refine.cut``.
     """
-    soft = stretched(guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0])
+    soft = normalize_maps(apply_guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0])
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    hard = cut(pixels, soft.cpu().numpy(), background=refine.background, foreground=refine.foreground, threads=threads)
+    hard = apply_grabcut(
+        pixels, soft.cpu().numpy(), background=refine.background, foreground=refine.foreground, threads=threads
+    )
     solid = torch.from_numpy(hard).to(soft)
-    return Labels(soft.lerp(solid, refine.cut), _overlap(soft, solid))
+    return RefinedLabels(soft.lerp(solid, refine.cut), _compute_soft_iou(soft, solid))
 
 
-def _overlap(a: Tensor, b: Tensor) -> Tensor:
-    least, most = torch.minimum(a, b).sum((-2, -1)), torch.maximum(a, b).sum((-2, -1))
-    return least / most.clamp_min(TINY)
+def _compute_soft_iou(a: Tensor, b: Tensor) -> Tensor:
+    intersection, union = torch.minimum(a, b).sum((-2, -1)), torch.maximum(a, b).sum((-2, -1))
+    return intersection / union.clamp_min(EPS)

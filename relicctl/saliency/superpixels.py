@@ -9,13 +9,13 @@ import numpy as np
 from skimage.color import rgb2lab
 from skimage.segmentation import slic
 
-MOST = 200  # superpixels asked for, as long as each has at least SMALLEST pixels
-SMALLEST = 16
+MAX_SUPERPIXELS = 200  # superpixels asked for, as long as each has at least SMALLEST pixels
+MIN_PIXELS = 16
 COMPACTNESS = 0.25  # SLIC: how much a pixel's place counts beside its colour, whose range in the image is taken as 1
 ITERATIONS = 5
-BLUR = 0.5  # standard deviation in pixels before SLIC, so that grain does not fray the superpixels
+BLUR_SIGMA = 0.5  # standard deviation in pixels before SLIC, so that grain does not fray the superpixels
 CONTRAST = 10.0  # likeness falls to e^-10 at the strongest contrast of linked superpixels in the image
-VISIBLE = 1.0  # a difference in CIELab that an eye just sees
+VISIBLE_DIFFERENCE = 1.0  # a difference in CIELab that an eye just sees
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Superpixels:
     @cached_property
     def colour_distance(self) -> np.ndarray:
         """Euclidean distance of mean colours in CIELab: float64 ``[n, n]``."""
-        return distances(self.lab)
+        return compute_pairwise_distances(self.lab)
 
     @cached_property
-    def touching(self) -> np.ndarray:
+    def adjacency(self) -> np.ndarray:
         """bool ``[n, n]``, symmetric, False on the diagonal."""
-        touching = np.zeros((len(self), len(self)), dtype=bool)
-        touching[self.edges[:, 0], self.edges[:, 1]] = touching[self.edges[:, 1], self.edges[:, 0]] = True
-        return touching
+        adjacency = np.zeros((len(self), len(self)), dtype=bool)
+        adjacency[self.edges[:, 0], self.edges[:, 1]] = adjacency[self.edges[:, 1], self.edges[:, 0]] = True
+        return adjacency
 
     @cached_property
     def linked(self) -> np.ndarray:
         """Who is a neighbour or a neighbour's neighbour, or both at the border: bool ``[n, n]``, no self-links."""
-        near = self.touching.astype(np.float32)
+        near = self.adjacency.astype(np.float32)
         linked = (near + near @ near > 0) | (self.border[:, None] & self.border)
         np.fill_diagonal(linked, False)
         return linked
@@ -71,39 +71,39 @@ class Superpixels:
         return np.where(self.linked, np.exp(-CONTRAST * self.colour_distance / strongest), 0.0)
 
     @cached_property
-    def featureless(self) -> bool:
+    def is_featureless(self) -> bool:
         """Nothing to tell an object by: all lies at the border, or no two colours differ visibly."""
-        return bool(self.border.all() or self.colour_distance.max() < VISIBLE)
+        return bool(self.border.all() or self.colour_distance.max() < VISIBLE_DIFFERENCE)
 
 
-def segment(image: np.ndarray) -> Superpixels:
+def segment_superpixels(image: np.ndarray) -> Superpixels:
     """SLIC superpixels (Achanta et al., 2012) of ``image``, uint8 ``[H, W, 3]``, sides of a few hundred pixels."""
     height, width = image.shape[:2]
     lab = rgb2lab(image)
     labels = slic(
         lab,
-        n_segments=wanted(height * width),
+        n_segments=get_num_superpixels(height * width),
         compactness=COMPACTNESS,
         max_num_iter=ITERATIONS,
-        sigma=BLUR,
+        sigma=BLUR_SIGMA,
         convert2lab=False,
         start_label=0,
     ).astype(np.int32)
-    return describe(labels, image, lab)
+    return build_superpixels(labels, image, lab)
 
 
-def wanted(pixels: int) -> int:
+def get_num_superpixels(pixels: int) -> int:
     """How many superpixels an image of so many pixels is cut into."""
-    return max(1, min(MOST, pixels // SMALLEST))
+    return max(1, min(MAX_SUPERPIXELS, pixels // MIN_PIXELS))
 
 
-def describe(labels: np.ndarray, image: np.ndarray, lab: np.ndarray) -> Superpixels:
+def build_superpixels(labels: np.ndarray, image: np.ndarray, lab: np.ndarray) -> Superpixels:
     """Measure the superpixels ``labels``, int ``[H, W]`` from 0 on, of ``image``, uint8 ``[H, W, 3]``, and ``lab``."""
     height, width = labels.shape
     flat = labels.ravel()
     count = np.bincount(flat)
 
-    def mean(values: np.ndarray) -> np.ndarray:
+    def compute_mean(values: np.ndarray) -> np.ndarray:
         channels = values.reshape(len(flat), -1).T
         return np.stack([np.bincount(flat, weights=channel) for channel in channels], axis=1) / count[:, None]
 
@@ -114,16 +114,16 @@ def describe(labels: np.ndarray, image: np.ndarray, lab: np.ndarray) -> Superpix
         side[line] = True
     return Superpixels(
         labels=labels,
-        lab=mean(lab),
-        rgb=mean(image) / 255.0,
-        centre=mean(places),
+        lab=compute_mean(lab),
+        rgb=compute_mean(image) / 255.0,
+        centre=compute_mean(places),
         area=count / len(flat),
         sides=sides,
-        edges=_edges(labels, len(count)),
+        edges=_find_edges(labels, len(count)),
     )
 
 
-def _edges(labels: np.ndarray, n: int) -> np.ndarray:
+def _find_edges(labels: np.ndarray, n: int) -> np.ndarray:
     """Pairs of superpixels that share a side of a pixel: int64 ``[E, 2]``."""
     across = np.stack([labels[:, :-1].ravel(), labels[:, 1:].ravel()])
     down = np.stack([labels[:-1].ravel(), labels[1:].ravel()])
@@ -133,7 +133,7 @@ def _edges(labels: np.ndarray, n: int) -> np.ndarray:
     return np.stack([codes // n, codes % n], axis=1)
 
 
-def distances(points: np.ndarray) -> np.ndarray:
+def compute_pairwise_distances(points: np.ndarray) -> np.ndarray:
     """Euclidean distances among ``points``, ``[n, d]``: ``[n, n]``."""
     square = np.zeros((len(points), len(points)))
     for coordinate in points.T:  # exact zeros on the diagonal, unlike the expanded square
@@ -141,7 +141,7 @@ def distances(points: np.ndarray) -> np.ndarray:
     return np.sqrt(square)
 
 
-def stretched(values: np.ndarray) -> np.ndarray:
+def normalize_min_max(values: np.ndarray) -> np.ndarray:
     """``values`` scaled linearly to fill 0 to 1; NaN throughout where they do not differ or are not finite."""
     low, high = values.min(), values.max()
     if not np.isfinite(high - low) or high - low <= 1e-9 * max(abs(high), abs(low)):

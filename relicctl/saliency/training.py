@@ -16,40 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.core.batchnorm import synchronised
+from relicctl.core.batchnorm import convert_sync_batchnorm
 from relicctl.core.distributed import World
 from relicctl.core.optim import build_optimizer
-from relicctl.core.schedules import learning_rate
-from relicctl.data.augment import Photometric, apply_photometry, draw_photometry
-from relicctl.data.crops import crop_boxes, device_crops
+from relicctl.core.schedules import compute_learning_rate
+from relicctl.data.augment import AugmentConfig, apply_augmentations, draw_augment_params
+from relicctl.data.crops import crop_on_device, draw_crop_boxes
 from relicctl.data.sampler import Sampler
 
-TINY = 1e-6
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Labelled:
+class MaskTrainingSet:
     """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255.
 
-    ``hints``: uint8 ``[K, P, S, S]`` for a network that takes them.
+    ``prior_channels``: uint8 ``[K, P, S, S]`` for a network that takes them.
     """
 
     images: Tensor
     labels: Tensor
     weights: Tensor
-    hints: Tensor | None = None
+    prior_channels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 @dataclass(frozen=True)
-class Views:
+class MaskAugmentation:
     """How an image is varied: share of its area, width / height, and colours (flip among them)."""
 
     area: tuple[float, float]
     aspect: tuple[float, float]
-    photometric: Photometric
+    photometric: AugmentConfig
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class MaskBatch:
     weights: Tensor
 
 
-class MaskBatches:
+class MaskLoader:
     """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident.
 
     ``batch_size`` is that of all processes of ``world`` together. Raises UsageError if they cannot share it evenly.
     """
 
-    waited = 0.0
+    data_wait_seconds = 0.0
 
     def __init__(
         self,
-        data: Labelled,
-        views: Views,
+        data: MaskTrainingSet,
+        views: MaskAugmentation,
         *,
         size: int,
         batch_size: int,
@@ -84,29 +84,34 @@ class MaskBatches:
     ) -> None:
         self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
         self.sampler = Sampler(seed, len(data), batch_size)
-        self._rows = np.arange(*(world or World()).rows(batch_size))
+        self._rows = np.arange(*(world or World()).get_local_rows(batch_size))
 
-    def from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
+    def iter_from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
         """This process's rows of the batches of steps ``step`` to ``stop - 1``."""
-        return (self._batch(number - self._first) for number in range(step, stop))
+        return (self._make_batch(number - self._first) for number in range(step, stop))
 
-    def _batch(self, step: int) -> MaskBatch:
-        data, seed, samples = self._data, self._seed, self.sampler.batch(step)[self._rows]
-        picked = torch.from_numpy(samples).to(data.images.device)
-        whole = (data.images, data.labels, data.weights, *([] if data.hints is None else [data.hints]))
-        layers = torch.cat([layer[picked] for layer in whole], 1)
+    def _make_batch(self, step: int) -> MaskBatch:
+        data, seed, samples = self._data, self._seed, self.sampler.get_batch_indices(step)[self._rows]
+        rows = torch.from_numpy(samples).to(data.images.device)
+        planes = (
+            data.images,
+            data.labels,
+            data.weights,
+            *([] if data.prior_channels is None else [data.prior_channels]),
+        )
+        layers = torch.cat([layer[rows] for layer in planes], 1)
         side = np.full(len(samples), layers.shape[-1])
-        boxes = crop_boxes(
-            seed, self.sampler.epoch(step), samples, side, side,
+        boxes = draw_crop_boxes(
+            seed, self.sampler.get_epoch(step), samples, side, side,
             first_view=0, count=1, area=self._views.area, aspect=self._views.aspect,
         )  # fmt: skip
-        crops = device_crops(layers, boxes, self._size)
-        draw = draw_photometry(self._views.photometric, seed, step, self._rows, 1)
+        crops = crop_on_device(layers, boxes, self._size)
+        draw = draw_augment_params(self._views.photometric, seed, step, self._rows, 1)
         flips = torch.from_numpy(draw.flip[0]).to(crops.device)[:, None, None, None]
         maps = crops[0, :, 3:]
         maps = torch.where(flips, maps.flip(-1), maps)
-        images = apply_photometry(crops[:, :, :3], draw)[0]
-        if data.hints is not None:
+        images = apply_augmentations(crops[:, :, :3], draw)[0]
+        if data.prior_channels is not None:
             images = torch.cat([images, maps[:, 2:] - 0.5], 1)
         return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:2])
 
@@ -121,7 +126,7 @@ class LossWeights:
     beta2: float
 
 
-class MaskTraining:
+class MaskTask:
     """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``.
 
     With several processes in ``world`` BatchNorm's statistics, the loss and its gradient are those of the joined batch.
@@ -144,38 +149,38 @@ class MaskTraining:
         self._world = world or World()
         self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
         self._first, self._stage, self._autocast = first, stage, autocast
-        self.state = self._network = net
+        self.model = self._network = net
         if self._world.size > 1:
-            self.state = synchronised(net, next(net.parameters()).device)
-            self._network = DistributedDataParallel(self.state)
-        self.optimizer = build_optimizer("adamw", self.state.named_parameters(), rate, 0.9, weight_decay)
+            self.model = convert_sync_batchnorm(net, next(net.parameters()).device)
+            self._network = DistributedDataParallel(self.model)
+        self.optimizer = build_optimizer("adamw", self.model.named_parameters(), rate, 0.9, weight_decay)
 
-    def loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
+    def compute_loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
         """``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
-        self.state.train()
+        self.model.train()
         with self._autocast:
             outputs = self._network(batch.images)
-        whole = self._world.mean(batch.weights.sum())
+        total_weight = self._world.all_reduce_mean(batch.weights.sum())
         losses = [
-            mask_loss(logits.to(batch.labels.dtype), batch.labels, batch.weights, self._loss, whole)
+            mask_loss(logits.to(batch.labels.dtype), batch.labels, batch.weights, self._loss, total_weight)
             for logits in outputs
         ]
-        loss, fused = self._world.mean(torch.stack([torch.stack(losses).mean(), losses[0]])).unbind()
+        loss, fused = self._world.all_reduce_mean(torch.stack([torch.stack(losses).mean(), losses[0]])).unbind()
         return {"loss": loss, "fused": fused.detach()}
 
-    def learning_rate(self, step: int) -> float:
-        return learning_rate(
+    def get_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(
             step - self._first + 1, peak=self._rate, warmup_steps=self._warmup, total_steps=self._steps + 1
         )
 
     def after_step(self, step: int) -> None: ...
 
-    def describe(self, step: int) -> dict[str, float]:
+    def compute_metrics(self, step: int) -> dict[str, float]:
         return {"stage": self._stage}
 
 
 def mask_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights, whole: Tensor | None = None
+    logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights, total_weight: Tensor | None = None
 ) -> Tensor:
     """Scalar. ``logits``, soft ``labels`` and pixels' ``weights``: float32 ``[B, 1, H, W]``; weight 0 = not looked at.
 
@@ -184,18 +189,18 @@ def mask_loss(
     Of one of several equal parts of a batch: the mean of the parts' losses is the batch's if ``whole``, scalar, is the
     mean over the parts of the sum of their weights.
     """
-    whole = weights.sum() if whole is None else whole
+    total_weight = weights.sum() if total_weight is None else total_weight
     total = logits.new_zeros(())
     if terms.bce:
         cross = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
-        total = total + terms.bce * cross / whole.clamp_min(TINY)
+        total = total + terms.bce * cross / total_weight.clamp_min(EPS)
     if terms.iou or terms.f:
         p, y, w = logits.sigmoid().flatten(1), labels.flatten(1), weights.flatten(1)
-        overlap, predicted, wanted = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)
+        overlap, predicted, expected = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)
         if terms.iou:
-            iou = (overlap + TINY) / (predicted + wanted - overlap + TINY)
+            iou = (overlap + EPS) / (predicted + expected - overlap + EPS)
             total = total + terms.iou * (1 - iou).mean()
         if terms.f:
-            f = ((1 + terms.beta2) * overlap + TINY) / (terms.beta2 * wanted + predicted + TINY)
+            f = ((1 + terms.beta2) * overlap + EPS) / (terms.beta2 * expected + predicted + EPS)
             total = total + terms.f * (1 - f).mean()
     return total

@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from relicctl.evaluation.logistic import solve
+from relicctl.evaluation.logistic import fit_logistic_regression
 
 LAMBDAS = np.logspace(-6, 5, 45)
 EQUAL = 1e-5
@@ -81,17 +81,17 @@ def main() -> None:
     print(f"{x.shape[0]} x {x.shape[1]}, {y.max() + 1} classes, {told.threads} threads")
 
     features, labels = torch.from_numpy(x), torch.from_numpy(y)
-    solve(features[:500], labels[:500], LAMBDAS[-2:].tolist(), 10)  # warm-up
+    fit_logistic_regression(features[:500], labels[:500], LAMBDAS[-2:].tolist(), 10)  # warm-up
     ours = []
     for _ in range(2):  # on a shared machine they differ; the slower one counts
         started = time.perf_counter()
-        found = solve(features, labels, LAMBDAS.tolist(), int(y.max()) + 1)
+        found = fit_logistic_regression(features, labels, LAMBDAS.tolist(), int(y.max()) + 1)
         ours.append(time.perf_counter() - started)
     print(f"ours: {ours[0]:.2f} s and {ours[1]:.2f} s, all converged: {bool(found.converged.all())}", flush=True)
 
     wide = x.astype(np.float64)
     loop, gaps, agreement = Loop(wide, y, told.warm), [], 1.0
-    told_by_us = found.logits(features).argmax(2).numpy()
+    told_by_us = found.compute_logits(features).argmax(2).numpy()
     with threadpool_limits(told.threads):
         for r in reversed(range(len(LAMBDAS))):
             model, gap = loop.fit(LAMBDAS[r], found.objective[r].item())

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from turns import device_clock, take_turns
 
-from relicctl.config.resolve import resolve
-from relicctl.core.loop import note_divergence
+from relicctl.config.resolve import resolve_config
+from relicctl.core.loop import record_nonfinite
 from relicctl.data import augment
-from relicctl.data.augment import MEAN, STD, Photometric, draw_photometry
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, draw_augment_params
 from relicctl.data.feed import Batch
-from relicctl.pretraining import Pretraining
+from relicctl.pretraining import PretrainTask
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -37,18 +37,18 @@ if not CUDA:
 
 def photometry(batch: int, count: int, size: int) -> dict[str, Callable[[], object]]:
     crops = torch.randint(0, 256, (count, batch, size, size, 3), dtype=torch.uint8, device=DEVICE).movedim(-1, 2)
-    draw = draw_photometry(Photometric(), 0, 0, np.arange(batch), count)
-    ways = {"plain": lambda: augment._apply(crops, draw, MEAN, STD)}
-    kernels = augment._kernels(crops)
-    return ways | ({"kernels": lambda: kernels.apply(crops, draw, MEAN, STD)} if kernels else {})
+    draw = draw_augment_params(AugmentConfig(), 0, 0, np.arange(batch), count)
+    ways = {"plain": lambda: augment._apply_torch(crops, draw, IMAGENET_MEAN, IMAGENET_STD)}
+    kernels = augment._get_kernels(crops)
+    return ways | ({"kernels": lambda: kernels.apply(crops, draw, IMAGENET_MEAN, IMAGENET_STD)} if kernels else {})
 
 
 def step(preset: str, batch: int, views: list[torch.Tensor], compiled: bool, trials: bool) -> Callable[[], object]:
     """``trials``: cuDNN tries its convolutions and takes the fastest."""
     sets = [f"optim.batch_size={batch}", "bgmask.probability=0", f"runtime.compile={str(compiled).lower()}"]
     sets += ["views.small.count=0"] if len(views) == 1 else []
-    config = resolve(preset, None, sets, {}).config
-    task = Pretraining(
+    config = resolve_config(preset, None, sets, {}).config
+    task = PretrainTask(
         config, classes=0, steps_per_epoch=10, total_steps=1000, device=DEVICE, precision="bf16" if CUDA else "fp32"
     )
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
@@ -56,9 +56,9 @@ def step(preset: str, batch: int, views: list[torch.Tensor], compiled: bool, tri
 
     def run() -> None:
         torch.backends.cudnn.benchmark = trials
-        losses = task.loss(Batch(views, None), 0)
+        losses = task.compute_loss(Batch(views, None), 0)
         losses["loss"].backward()
-        note_divergence(bad_step, 0, losses["loss"], parameters)
+        record_nonfinite(bad_step, 0, losses["loss"], parameters)
         task.optimizer.step()
         task.optimizer.zero_grad(set_to_none=True)
         task.after_step(0)

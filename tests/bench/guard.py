@@ -12,17 +12,17 @@ import statistics
 import torch
 from turns import our_host, photos, pil_pipeline, ratio, take_turns
 
-from relicctl.benchmark.step import step_parts
-from relicctl.commands.data import open_data
-from relicctl.commands.pretrain import make_evaluator, view_plan
-from relicctl.config.resolve import resolve
+from relicctl.benchmark.step import measure_step_parts
+from relicctl.commands.data import open_pretrain_data
+from relicctl.commands.pretrain import build_evaluator, build_view_plan
+from relicctl.config.resolve import resolve_config
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import Feed, choose_cache
+from relicctl.data.feed import ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.pretraining import Pretraining
+from relicctl.pretraining import PretrainTask
 
 
 def main() -> None:
@@ -31,24 +31,25 @@ def main() -> None:
     source = photos()
     host = take_turns({"PIL": pil_pipeline(source), "ours": our_host(source)})
 
-    config = resolve("demo").config
-    data = open_data(config, False, Console(quiet=True))
+    config = resolve_config("demo").config
+    data = open_pretrain_data(config, False, Console(quiet=True))
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
-    cache = choose_cache(config.data.cache, data.train, cpu)
+    cache = resolve_cache(config.data.cache, data.train, cpu)
     bad = BadImages(len(data.train), config.data.max_bad)
-    feed = Feed(
-        data.train, sampler, view_plan(config), seed=config.seed, device=cpu, world=World(), cache=cache, workers=0,
+    feed = ViewLoader(
+        data.train, sampler, build_view_plan(config), seed=config.seed, device=cpu, world=World(), cache=cache,
+        workers=0,
         bad=bad,
     )  # fmt: skip
-    task = Pretraining(
+    task = PretrainTask(
         config, classes=0, steps_per_epoch=sampler.steps_per_epoch, total_steps=1000, device=cpu,
         precision=pick_precision(config.runtime.precision, cpu),
     )  # fmt: skip
-    parts = step_parts(task, feed, 20, config.runtime.log_every, cpu)
+    parts = measure_step_parts(task, feed, 20, config.runtime.log_every, cpu)
     step = [sum(seconds) for seconds in zip(*parts.values(), strict=True)]
     usual = statistics.median(step)
     between = usual * sampler.steps_per_epoch * config.eval.every_epochs
-    evaluator = make_evaluator(config, data, cpu, bad, Console(quiet=True))
+    evaluator = build_evaluator(config, data, cpu, bad, Console(quiet=True))
     assert evaluator is not None
     evaluations = take_turns({"kNN and probe": lambda: evaluator(task.encoder)}, runs=3)["kNN and probe"]
     outside = {name: statistics.median(taken) / usual for name, taken in parts.items() if "networks" not in name}

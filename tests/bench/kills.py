@@ -68,13 +68,13 @@ class Run:
 
     def saved(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
-        found = checkpoint.listed(self.folder / "checkpoints")
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints")
         return int(found[-1].stem.removeprefix("step-")) if found else 0
 
     def final(self) -> dict[str, torch.Tensor]:
-        newest = checkpoint.listed(self.folder / "checkpoints")[-1]
+        newest = checkpoint.list_checkpoints(self.folder / "checkpoints")[-1]
         encoder = load_file(self.folder / "encoder.safetensors")
-        return checkpoint.load(newest)[0] | {f"encoder {name}": t for name, t in encoder.items()}
+        return checkpoint.load_checkpoint(newest)[0] | {f"encoder {name}": t for name, t in encoder.items()}
 
 
 def first_new_step(run: Run, process: subprocess.Popen, saved: int) -> float | None:

@@ -25,19 +25,19 @@ from lightly.transforms import SwaVTransform
 from PIL import Image
 from turns import PLAN, device_clock, our_host, photos, pil_pipeline, ratio, take_turns
 
-from relicctl.config.resolve import resolve
-from relicctl.data.augment import apply_photometry, draw_photometry
+from relicctl.config.resolve import resolve_config
+from relicctl.data.augment import apply_augmentations, draw_augment_params
 from relicctl.data.feed import Batch
-from relicctl.data.sources import Source
-from relicctl.pretraining import Pretraining
+from relicctl.data.sources import ImageDataset
+from relicctl.pretraining import PretrainTask
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 ARCH, BATCH, PIXELS = ("resnet50", 128, 224) if CUDA else ("resnet18", 16, 96)
 
 
-def lightly_pipeline(source: Source) -> Callable[[], object]:
-    large, small = PLAN.sizes
+def lightly_pipeline(source: ImageDataset) -> Callable[[], object]:
+    large, small = PLAN.crops
     transform = SwaVTransform(
         crop_sizes=(large.size, small.size),
         crop_counts=(large.count, small.count),
@@ -54,14 +54,14 @@ def lightly_pipeline(source: Source) -> Callable[[], object]:
     return run
 
 
-def both_halves(source: Source) -> Callable[[], object]:
+def both_halves(source: ImageDataset) -> Callable[[], object]:
     host = our_host(source)
 
     def run() -> None:
-        draw = draw_photometry(PLAN.photometric, 0, 0, np.arange(len(source)), PLAN.count)
+        draw = draw_augment_params(PLAN.augment, 0, 0, np.arange(len(source)), PLAN.count)
         first = 0
-        for size, crops in zip(PLAN.sizes, host(), strict=True):
-            apply_photometry(torch.from_numpy(crops), draw[first : first + size.count])
+        for size, crops in zip(PLAN.crops, host(), strict=True):
+            apply_augmentations(torch.from_numpy(crops), draw[first : first + size.count])
             first += size.count
 
     return run
@@ -70,13 +70,13 @@ def both_halves(source: Source) -> Callable[[], object]:
 def our_step(views: torch.Tensor) -> Callable[[], object]:
     sets = [f"optim.batch_size={BATCH}", "optim.name=sgd", f"model.arch={ARCH}", "objective=byol",
             "views.small.count=0", "views.large.count=2", f"views.large.size={PIXELS}"]  # fmt: skip
-    config = resolve(None, None, sets, {}).config
-    task = Pretraining(
+    config = resolve_config(None, None, sets, {}).config
+    task = PretrainTask(
         config, classes=0, steps_per_epoch=10, total_steps=1000, device=DEVICE, precision="bf16" if CUDA else "fp32"
     )
 
     def run() -> None:
-        task.loss(Batch([views], None), 0)["loss"].backward()
+        task.compute_loss(Batch([views], None), 0)["loss"].backward()
         task.optimizer.step()
         task.optimizer.zero_grad()
         task.after_step(0)

@@ -13,16 +13,16 @@ import torchvision.transforms as T
 from PIL import Image
 
 from relicctl.benchmark.photos import GeneratedPhotos
-from relicctl.data.augment import MEAN, STD, Photometric
-from relicctl.data.feed import ViewPlan, ViewSize, crop_views
-from relicctl.data.sources import Source
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from relicctl.data.feed import CropSpec, ViewSpec, crop_views
+from relicctl.data.sources import ImageDataset
 
-LARGE, SMALL = ViewSize(4, 224, (0.14, 1.0)), ViewSize(2, 96, (0.05, 0.14))
-PLAN = ViewPlan((LARGE, SMALL), (3 / 4, 4 / 3), Photometric())
+LARGE, SMALL = CropSpec(4, 224, (0.14, 1.0)), CropSpec(2, 96, (0.05, 0.14))
+PLAN = ViewSpec((LARGE, SMALL), (3 / 4, 4 / 3), AugmentConfig())
 IMAGES = 24
 
 
-def photos() -> Source:
+def photos() -> ImageDataset:
     return GeneratedPhotos(IMAGES)
 
 
@@ -55,7 +55,7 @@ def ratio(of: list[float], to: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def pil_view(size: ViewSize, blur: float, solarize: float) -> T.Compose:
+def pil_view(size: CropSpec, blur: float, solarize: float) -> T.Compose:
     """torchvision's first transforms on PIL images, with the operations and chances of our views."""
     return T.Compose(
         [
@@ -66,13 +66,13 @@ def pil_view(size: ViewSize, blur: float, solarize: float) -> T.Compose:
             T.RandomApply([T.GaussianBlur(2 * int(size.size / 10 / 2) + 1, (0.1, 2.0))], p=blur),
             T.RandomSolarize(128, solarize),
             T.ToTensor(),
-            T.Normalize(MEAN, STD),
+            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
 
 
-def pil_pipeline(source: Source) -> Callable[[], object]:
-    sets = {size: (pil_view(size, 1.0, 0.0), pil_view(size, 0.1, 0.2)) for size in PLAN.sizes}
+def pil_pipeline(source: ImageDataset) -> Callable[[], object]:
+    sets = {size: (pil_view(size, 1.0, 0.0), pil_view(size, 0.1, 0.2)) for size in PLAN.crops}
 
     def run() -> None:
         for index in range(len(source)):
@@ -84,11 +84,11 @@ def pil_pipeline(source: Source) -> Callable[[], object]:
     return run
 
 
-def our_host(source: Source) -> Callable[[], list[np.ndarray]]:
+def our_host(source: ImageDataset) -> Callable[[], list[np.ndarray]]:
     """Read, decode, crop, collate: what a worker does."""
 
     def run() -> list[np.ndarray]:
-        crops = [np.empty((s.count, len(source), s.size, s.size, 3), dtype=np.uint8) for s in PLAN.sizes]
+        crops = [np.empty((s.count, len(source), s.size, s.size, 3), dtype=np.uint8) for s in PLAN.crops]
         for start in range(0, len(source), 8):
             rows = slice(start, start + 8)
             images = [source.load(index) for index in range(*rows.indices(len(source)))]

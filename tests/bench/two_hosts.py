@@ -131,8 +131,8 @@ def wait_for(run: Path, step: int, limit: float) -> None:
 
 
 def final(run: Path) -> dict[str, torch.Tensor] | None:
-    found = checkpoint.listed(run / "checkpoints")
-    return checkpoint.load(found[-1])[0] if found else None
+    found = checkpoint.list_checkpoints(run / "checkpoints")
+    return checkpoint.load_checkpoint(found[-1])[0] if found else None
 
 
 def one(place: Path, name: str, pulled: float, limit: float) -> dict[str, Any]:

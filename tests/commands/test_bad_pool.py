@@ -7,10 +7,10 @@ from contextlib import closing
 import pytest
 from PIL import Image
 
-from relicctl.commands.bad_pool import BadPool
+from relicctl.commands.bad_pool import SharedBadImages
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
 from relicctl.runs import RunFolder
 
@@ -30,24 +30,24 @@ def test_repaired_images_are_accused_no_more(run, tmp_path):
     for name in ("a.png", "c.png"):
         run.add_bad_image(name, "broken")
     bad = BadImages(3, 0.5)
-    BadPool(bad, run, World()).recall(open_source(str(photos)))
+    SharedBadImages(bad, run, World()).load_recorded(open_dataset(str(photos)))
     assert bad.seen == run.read_bad_images() == {"c.png"}
     bad.add("c.png", "broken")
-    assert run.bad_images.read_text().splitlines() == ["c.png\tbroken"]
+    assert run.bad_images_path.read_text().splitlines() == ["c.png\tbroken"]
 
 
 def test_what_others_met_is_listed_once_and_counts(run):
     world, bad = World(0, 2), BadImages(10, 0.25)
-    pool, told = BadPool(bad, run, world), []
+    pool, told = SharedBadImages(bad, run, world), []
 
     def tell(mine):
         told.append(mine)
         return [mine, [["theirs", "cut"]]]
 
-    object.__setattr__(world, "tell", tell)
+    object.__setattr__(world, "all_gather_object", tell)
     bad.add("ours", "cut")
-    pool.share()
-    pool.share()
+    pool.sync()
+    pool.sync()
     assert told == [[("ours", "cut")], []]
     assert run.read_bad_images() == {"ours", "theirs"}
     with pytest.raises(DataError, match="3 of 10"):

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from relicctl import cli
-from relicctl.commands.bench import IMAGENET, bench
-from relicctl.config.resolve import resolve
+from relicctl.commands.bench import IMAGENET_TRAIN_IMAGES, bench
+from relicctl.config.resolve import resolve_config
 from relicctl.errors import UsageError
 
 TINY = [
@@ -28,13 +28,13 @@ PROMISED = {
 @pytest.fixture(scope="module", autouse=True)
 def _small_matrices():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relicctl.benchmark.limits.MATRIX", {"cpu": 64})
+        patch.setattr("relicctl.benchmark.limits.MATMUL_SIZE", {"cpu": 64})
         yield
 
 
 @pytest.fixture(scope="module")
 def generated():
-    return bench(resolve(sets=TINY), batch=4, repeats=2, quiet=True)
+    return bench(resolve_config(sets=TINY), batch=4, repeats=2, quiet=True)
 
 
 def test_stdout_is_one_json_object(capsys):
@@ -70,14 +70,14 @@ def test_the_parts_outside_the_networks_add_up(generated):
 
 def test_without_data_the_hours_are_imagenets_and_it_is_said(generated):
     assert generated["data"] == "generated"
-    assert generated["hours"] == pytest.approx(20 * IMAGENET / generated["images_per_s"] / 3600, rel=0.01)
+    assert generated["hours"] == pytest.approx(20 * IMAGENET_TRAIN_IMAGES / generated["images_per_s"] / 3600, rel=0.01)
     said = " ".join(generated["assumptions"])
     for word in ("1,281,167 images (ImageNet)", "batch 4, not 16", "generated JPEGs", "estimate"):
         assert word in said
 
 
 def test_a_small_batch_takes_fewer_negatives():
-    result = bench(resolve(sets=[*TINY, "loss.negatives=10"]), batch=2, repeats=1, quiet=True)
+    result = bench(resolve_config(sets=[*TINY, "loss.negatives=10"]), batch=2, repeats=1, quiet=True)
     assert result["batch"] == 2
 
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_measured_is_refused(arguments, said, capsys):
 
 def test_generated_images_teach_no_supervised_network():
     with pytest.raises(UsageError, match="no labels"):
-        bench(resolve(sets=["objective=supervised"]), batch=None, repeats=1, quiet=True)
+        bench(resolve_config(sets=["objective=supervised"]), batch=None, repeats=1, quiet=True)
 
 
 def test_help_has_examples_that_are_commands(capsys):

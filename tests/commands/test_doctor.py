@@ -20,11 +20,11 @@ from PIL import Image
 
 from relicctl.benchmark.photos import GeneratedPhotos
 from relicctl.cli import run as relicctl
-from relicctl.config.resolve import resolve
-from relicctl.config.schema import Config
-from relicctl.data.sources import open_source
+from relicctl.config.resolve import resolve_config
+from relicctl.config.schema import PretrainConfig
+from relicctl.data.sources import open_dataset
 from relicctl.doctor import machine, trials
-from relicctl.doctor.check import Finding, fail, find, ok, warn
+from relicctl.doctor.check import CheckResult, fail, ok, run_check, warn
 from relicctl.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -33,19 +33,19 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
-def config() -> Config:
-    return resolve(sets=SMALL, schema=Config).config
+def config() -> PretrainConfig:
+    return resolve_config(sets=SMALL, schema=PretrainConfig).config
 
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """No check does anything, and all is well."""
     for module, names in (
-        (machine, "python versions cuda nccl bf16 cores disk shared_memory memory files"),
+        (machine, "python versions cuda nccl bf16 cores disk shared_memory preset_memory open_files"),
         (trials, "decoders loader overfit processes run_folder"),
     ):
         for name in names.split():
-            monkeypatch.setattr(module, name, lambda *told, **more: ok("well"))
+            monkeypatch.setattr(module, f"check_{name}", lambda *told, **more: ok("well"))
 
 
 # ---------------------------------------------------------------- the command
@@ -61,7 +61,7 @@ def test_a_sound_machine(sound: None, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_warning_is_no_failure(
     sound: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "files", lambda: warn("few files.", "ulimit -n 65536."))
+    monkeypatch.setattr(machine, "check_open_files", lambda: warn("few files.", "ulimit -n 65536."))
     assert relicctl(["doctor"]) == 0
     said = capsys.readouterr()
     assert said.out == "ok\n"
@@ -69,11 +69,11 @@ def test_a_warning_is_no_failure(
 
 
 def test_what_fails_is_named(sound: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken() -> Finding:
+    def broken() -> CheckResult:
         raise UsageError("It is broken.", "Mend it.")
 
-    monkeypatch.setattr(trials, "decoders", broken)
-    monkeypatch.setattr(machine, "disk", lambda *told: fail("full.", "Make room."))
+    monkeypatch.setattr(trials, "check_decoders", broken)
+    monkeypatch.setattr(machine, "check_disk", lambda *told: fail("full.", "Make room."))
     assert relicctl(["doctor"]) == 1
     said = capsys.readouterr()
     assert said.out == "disk decoders\n"
@@ -96,31 +96,31 @@ def test_help_is_light_and_its_examples_run(
     assert done.returncode == 0
     examples = [line.split()[1:] for line in done.stdout.splitlines() if line.strip().startswith("relicctl doctor")]
     assert len(examples) == 3
-    monkeypatch.setattr("relicctl.commands.doctor.open_source", lambda spec, **more: None)
+    monkeypatch.setattr("relicctl.commands.doctor.open_dataset", lambda spec, **more: None)
     for example in examples:
         assert relicctl(example) == 0, example
 
 
 def test_an_error_nobody_expected_is_a_failure() -> None:
-    def broken() -> Finding:
+    def broken() -> CheckResult:
         return [ok("well")][1]
 
-    assert find(broken).state == "fail"
-    assert "IndexError" in find(broken).found
+    assert run_check(broken).state == "fail"
+    assert "IndexError" in run_check(broken).message
 
 
 # ---------------------------------------------------------------- the machine
 
 
 def test_this_machine_runs_its_own_tests() -> None:
-    assert machine.versions().state == "ok"
-    assert machine.bf16(CPU, "auto").state == "ok"
-    assert machine.python().state == "ok"
+    assert machine.check_versions().state == "ok"
+    assert machine.check_bf16(CPU, "auto").state == "ok"
+    assert machine.check_python().state == "ok"
 
 
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.torch, "__version__", "2.10.1+cpu")
-    found = machine.versions()
+    found = machine.check_versions()
     assert (found.state, "torch>=2.11" in found.fix) == ("fail", True)
 
 
@@ -140,16 +140,16 @@ def test_a_gpu_that_is_not_used_is_told(
 ) -> None:
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine.torch.version, "cuda", built)
-    monkeypatch.setattr(machine, "_driver", lambda: driver)
-    found = machine.cuda(wanted)
+    monkeypatch.setattr(machine, "_read_driver_version", lambda: driver)
+    found = machine.check_cuda(wanted)
     assert found.state == state
     assert bool(found.fix) == (state != "ok")
 
 
 def test_wrong_bf16_fails_where_it_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "bf16_error", lambda device: math.inf)
-    assert machine.bf16(CPU, "bf16").state == "fail"
-    assert machine.bf16(CPU, "fp32").state == "warn"
+    monkeypatch.setattr(machine, "measure_bf16_error", lambda device: math.inf)
+    assert machine.check_bf16(CPU, "bf16").state == "fail"
+    assert machine.check_bf16(CPU, "fp32").state == "warn"
 
 
 def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch
         return linear(x, *more) * (torch.nan if torch.is_autocast_enabled("cpu") else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spoilt)
-    assert machine.bf16_error(CPU) > 1e30
+    assert machine.measure_bf16_error(CPU) > 1e30
 
 
 @pytest.mark.parametrize(
@@ -180,49 +180,51 @@ def test_cores_are_those_of_the_container(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert machine.usable_cores(tmp_path) == cores
+    assert machine.count_usable_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize(("threads", "load", "state"), [(2, 0.5, "ok"), (8, 0.5, "warn"), (2, 9.0, "warn")])
 def test_more_threads_or_load_than_cores(
     monkeypatch: pytest.MonkeyPatch, threads: int, load: float, state: str
 ) -> None:
-    monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
+    monkeypatch.setattr(machine, "count_usable_cores", lambda: 2.0)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(machine.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, load, load))
-    assert machine.cores().state == state
+    assert machine.check_cores().state == state
 
 
-def test_the_disk_must_hold_the_checkpoints(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = machine.checkpoint_bytes(config)
+def test_the_disk_must_hold_the_checkpoints(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = machine.compute_checkpoint_bytes(config)
     for free, state in ((need - 1, "fail"), (2 * need, "warn"), (3 * need, "ok")):
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
-        assert machine.disk(tmp_path, config).state == state
+        assert machine.check_disk(tmp_path, config).state == state
 
 
-def test_checkpoints_are_as_large_as_foreseen(config: Config, tmp_path: Path) -> None:
-    from relicctl.core.loop import Progress, snapshot
-    from relicctl.pretraining import Pretraining
+def test_checkpoints_are_as_large_as_foreseen(config: PretrainConfig, tmp_path: Path) -> None:
+    from relicctl.core.loop import TrainState, snapshot_state
+    from relicctl.pretraining import PretrainTask
 
-    task = Pretraining(config, classes=1, steps_per_epoch=1, total_steps=1, device=CPU, precision="fp32")
-    tensors, _ = snapshot(task, Progress())
+    task = PretrainTask(config, classes=1, steps_per_epoch=1, total_steps=1, device=CPU, precision="fp32")
+    tensors, _ = snapshot_state(task, TrainState())
     size = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("mean", "var", "tracked")))
-    momentum = 4 * sum(p.numel() for p in task.state.online.parameters())  # which the first step makes
-    assert machine.checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
+    momentum = 4 * sum(p.numel() for p in task.model.online.parameters())  # which the first step makes
+    assert machine.compute_checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
 
 
 def test_shared_memory_must_hold_what_workers_make(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     per_image = 3 * (4 * 32**2 + 2 * 16**2)
-    assert machine.handed_over_bytes(config, 3) == 3 * 4 * 64 * per_image
+    assert machine.compute_prefetch_bytes(config, 3) == 3 * 4 * 64 * per_image
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
-    assert machine.shared_memory(config, 2, tmp_path).state == "ok"
-    found = machine.shared_memory(config, 100, tmp_path)
+    assert machine.check_shared_memory(config, 2, tmp_path).state == "ok"
+    found = machine.check_shared_memory(config, 100, tmp_path)
     assert found.state == "fail"
     assert "--shm-size" in found.fix
-    assert machine.shared_memory(config, 2, tmp_path / "none").state == "warn"
+    assert machine.check_shared_memory(config, 2, tmp_path / "none").state == "warn"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_shared_memory_must_hold_what_workers_make(
 )
 def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], state: str) -> None:
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: limit)
-    found = machine.files()
+    found = machine.check_open_files()
     assert found.state == state
     assert ("ulimit -n 4096" in found.fix) == (state == "warn")
 
@@ -239,67 +241,67 @@ def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[i
 
 
 def test_photos_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trials.decoders().state == "ok"
+    assert trials.check_decoders().state == "ok"
     decode = trials.decode_rgb
     monkeypatch.setattr(trials, "decode_rgb", lambda data: decode(data)[..., ::-1])  # blue and red swapped
-    assert trials.decoders().state == "fail"
+    assert trials.check_decoders().state == "fail"
 
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds spent waiting, as this machine is not to be asked how busy it is."""
     seconds = [0.0]
-    monkeypatch.setattr(trials, "waited", lambda: seconds[0])
+    monkeypatch.setattr(trials, "measure_blocked_seconds", lambda: seconds[0])
     return seconds
 
 
 @pytest.mark.usefixtures("waited")
-def test_the_loader_is_timed(config: Config) -> None:
-    found = trials.loader(GeneratedPhotos(4, 64, 48), config, 2.0)
+def test_the_loader_is_timed(config: PretrainConfig) -> None:
+    found = trials.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0)
     assert found.state == "ok"
-    assert "with 2 cores" in found.found
+    assert "with 2 cores" in found.message
 
 
-def test_a_slow_host_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "host_figures", lambda *told, repeats: {"all": {"median": 10.0}})
-    assert trials.loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
+def test_a_slow_host_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "measure_data_loading", lambda *told, repeats: {"all": {"median": 10.0}})
+    assert trials.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
 
 
-def test_broken_images_are_told(config: Config, tmp_path: Path) -> None:
+def test_broken_images_are_told(config: PretrainConfig, tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"no image")
-    found = trials.loader(open_source(str(tmp_path)), config, 1.0)
+    found = trials.check_loader(open_dataset(str(tmp_path)), config, 1.0)
     assert found.state == "warn"
-    assert found.found.startswith("1 of 3 images cannot be decoded")
+    assert found.message.startswith("1 of 3 images cannot be decoded")
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"no image")
-    assert trials.loader(open_source(str(tmp_path)), config, 1.0).state == "fail"
+    assert trials.check_loader(open_dataset(str(tmp_path)), config, 1.0).state == "fail"
 
 
 def test_one_batch_is_learnt_by_heart() -> None:
-    found = trials.overfit(open_source("shapes:train=64"), CPU)
-    assert found.state == "ok", found.found
+    found = trials.check_overfit(open_dataset("shapes:train=64"), CPU)
+    assert found.state == "ok", found.message
 
 
 @pytest.mark.parametrize("fault", ["no gradient", "NaN"])
 def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    loss = trials.Pretraining.loss
+    loss = trials.PretrainTask.compute_loss
     factor = 0.0 if fault == "no gradient" else math.nan
 
     def spoilt(self: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
         true = loss(self, batch, step)["loss"]
         return {"loss": true.detach() + factor * true}
 
-    monkeypatch.setattr(trials.Pretraining, "loss", spoilt)
+    monkeypatch.setattr(trials.PretrainTask, "compute_loss", spoilt)
     monkeypatch.setattr(trials, "OVERFIT_STEPS", 10)
-    assert trials.overfit(open_source("shapes:train=64"), CPU).state == "fail"
+    assert trials.check_overfit(open_dataset("shapes:train=64"), CPU).state == "fail"
 
 
 @pytest.mark.slow
 def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "PAIR_SECONDS", 600)  # a busy machine is no failure
-    assert trials.processes(CPU).state == "ok"
+    monkeypatch.setattr(trials, "PROCESSES_TIMEOUT", 600)  # a busy machine is no failure
+    assert trials.check_processes(CPU).state == "ok"
 
 
 def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,41 +312,41 @@ def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -
         raise trials.subprocess.TimeoutExpired(command, more["timeout"])
 
     monkeypatch.setattr(trials.subprocess, "run", ended(1, "trace\nno route to host"))
-    assert "no route to host" in trials.processes(CPU).found
+    assert "no route to host" in trials.check_processes(CPU).message
     monkeypatch.setattr(trials.subprocess, "run", hangs)
-    assert trials.processes(CPU).state == "fail"
+    assert trials.check_processes(CPU).state == "fail"
 
 
 def test_a_run_folder_is_tried_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trials.run_folder(tmp_path).state in ("ok", "warn")  # the disk may be slow
+    assert trials.check_run_folder(tmp_path).state in ("ok", "warn")  # the disk may be slow
     assert list(tmp_path.iterdir()) == []
-    load = trials.checkpoint.load
+    load = trials.checkpoint.load_checkpoint
 
     def flipped(path: Path) -> Any:
         tensors, header = load(path)
         return {name: t + 1 for name, t in tensors.items()}, header
 
-    monkeypatch.setattr(trials.checkpoint, "load", flipped)
-    assert trials.run_folder(tmp_path).state == "fail"
+    monkeypatch.setattr(trials.checkpoint, "load_checkpoint", flipped)
+    assert trials.check_run_folder(tmp_path).state == "fail"
 
 
 def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials.os, "access", lambda path, mode: False)
-    assert trials.run_folder(tmp_path).state == "fail"
+    assert trials.check_run_folder(tmp_path).state == "fail"
 
 
-def test_a_step_that_does_not_fit_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 40)
-    assert machine.memory(config, CPU).state == "ok"
-    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 20)
-    found = machine.memory(config, CPU)
+def test_a_step_that_does_not_fit_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "get_free_memory", lambda device: 1 << 40)
+    assert machine.check_preset_memory(config, CPU).state == "ok"
+    monkeypatch.setattr(machine, "get_free_memory", lambda device: 1 << 20)
+    found = machine.check_preset_memory(config, CPU)
     assert found.state == "warn"
     assert "optim.batch_size" in found.fix
 
 
-def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
+def test_a_slow_disk_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
     photos = GeneratedPhotos(8)
-    assert trials.loader(photos, config, 1).state == "ok"
+    assert trials.check_loader(photos, config, 1).state == "ok"
     read = photos.read
 
     def slowly(index: int) -> bytes:
@@ -352,6 +354,6 @@ def test_a_slow_disk_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, wa
         return read(index)
 
     monkeypatch.setattr(photos, "read", slowly)
-    found = trials.loader(photos, config, 1)
+    found = trials.check_loader(photos, config, 1)
     assert found.state == "warn"
-    assert "waited" in found.found
+    assert "waited" in found.message

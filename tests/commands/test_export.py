@@ -17,9 +17,9 @@ from relicctl.commands import export as command
 from relicctl.commands.export import export
 from relicctl.errors import RunFailed, UsageError
 from relicctl.export import torchvision
-from relicctl.export.bundle import Outputs
-from relicctl.export.verify import difference
-from relicctl.reference import open_reference
+from relicctl.export.bundle import EncoderOutputs
+from relicctl.export.verify import compute_max_difference
+from relicctl.reference import open_trained_encoder
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_run_that_has_not_ended_gives_its_newest_checkpoint(run):
     (run / "encoder.safetensors").unlink()
     (run / "checkpoints" / "step-00000009.safetensors").write_bytes(b"cut short")
     warnings: list[str] = []
-    found = open_reference(str(run), warn=warnings.append).encoder.state_dict()
+    found = open_trained_encoder(str(run), warn=warnings.append).encoder.state_dict()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
     assert len(warnings) == 1
 
@@ -88,7 +88,9 @@ def test_metadata_and_card_say_where_the_weights_are_from(run, make_classifier, 
 
 def test_an_export_that_differs_leaves_nothing(run, tmp_path, monkeypatch):
     out = tmp_path / "new" / "r18.safetensors"
-    monkeypatch.setattr(torchvision, "read", lambda path, bundle: lambda x: Outputs(bundle(x).features + 1e-3, None))
+    monkeypatch.setattr(
+        torchvision, "read", lambda path, bundle: lambda x: EncoderOutputs(bundle(x).features + 1e-3, None)
+    )
     with pytest.raises(RunFailed, match="other features"):
         exported(run, out)
     assert list(out.parent.iterdir()) == []
@@ -100,7 +102,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_good_export(run
     with pytest.raises(UsageError, match="exists already"):
         exported(run, out)
     with monkeypatch.context() as broken:
-        broken.setattr(torchvision, "read", lambda path, bundle: lambda x: Outputs(bundle(x).features * 2, None))
+        broken.setattr(torchvision, "read", lambda path, bundle: lambda x: EncoderOutputs(bundle(x).features * 2, None))
         with pytest.raises(RunFailed):
             exported(run, out, overwrite=True)
     assert out.read_text() == "precious"
@@ -142,7 +144,7 @@ def test_relicctls_own_form_keeps_everything(make_run, tmp_path):
 
 
 def test_an_absent_library_leaves_the_export_unverified_or_is_named_with_its_pip_line(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "absent", lambda libraries: list(libraries))
+    monkeypatch.setattr(command, "find_missing_packages", lambda libraries: list(libraries))
     result = export(str(run), format="timm", out=tmp_path / "timm", quiet=True)
     assert result["largest_difference"] is None
     assert "Not verified" in (tmp_path / "timm" / "README.md").read_text("utf-8")
@@ -156,9 +158,9 @@ def test_a_classifier_of_another_encoder_is_refused(run, make_classifier, tmp_pa
 
 
 def test_values_that_are_no_numbers_differ():
-    ones = Outputs(torch.ones(2, 3), None)
-    assert difference(ones, Outputs(torch.full((2, 3), torch.nan), None)) == float("inf")
-    assert difference(ones, ones) == 0
+    ones = EncoderOutputs(torch.ones(2, 3), None)
+    assert compute_max_difference(ones, EncoderOutputs(torch.full((2, 3), torch.nan), None)) == float("inf")
+    assert compute_max_difference(ones, ones) == 0
 
 
 @pytest.mark.realdata

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from relicctl import load_encoder
 from relicctl.cli import run as relicctl
 from relicctl.commands import linear_job as command
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.export.bundle import load_head
 
 DATA = "shapes:size=16,train=80,val=40"
@@ -107,7 +107,7 @@ def test_json_is_one_object_with_the_figures(run, evaluate, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["fast", "imagenet"])
 def test_the_saved_classifier_on_the_exported_encoder_gives_the_figures(run, evaluate, tmp_path, form):
     assert evaluate(run, "out", form=form) == 0
-    encoder, test = load_encoder(run), open_source(DATA, split="val")
+    encoder, test = load_encoder(run), open_dataset(DATA, split="val")
     head = load_head(tmp_path / "out", encoder.feature_dim)
     with torch.no_grad():
         features = encoder(torch.stack([encoder.transform(test.load(i)) for i in range(len(test))]))

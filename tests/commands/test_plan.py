@@ -9,22 +9,22 @@ import pytest
 
 from relicctl import cli
 from relicctl.commands.options import PretrainOptions
-from relicctl.commands.plan import dry_run, plan
-from relicctl.config.resolve import resolve
+from relicctl.commands.plan import estimate_pretrain, format_pretrain_dry_run
+from relicctl.config.resolve import resolve_config
 from relicctl.core.models.resnet import build_encoder
 from relicctl.errors import UsageError
-from relicctl.memory import count
+from relicctl.memory import count_elements
 from relicctl.pretraining import build_networks
 
 DATA = "shapes:train=1000,val=100"
 
 
 def test_the_text_is_a_config_with_origins_and_figures(tmp_path: Path) -> None:
-    resolved = resolve("demo", sets=["seed=7"], options={"data": DATA})
-    text = dry_run(resolved, PretrainOptions(dry_run=True))
+    resolved = resolve_config("demo", sets=["seed=7"], options={"data": DATA})
+    text = format_pretrain_dry_run(resolved, PretrainOptions(dry_run=True))
     file = tmp_path / "planned.yaml"
     file.write_text(text)
-    assert resolve(config_file=file).config == resolved.config
+    assert resolve_config(config_file=file).config == resolved.config
     assert "# from preset demo" in text
     assert "# from --set" in text
     assert "# from --data" in text
@@ -42,8 +42,8 @@ def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_steps_and_schedules() -> None:
     sets = ["optim.batch_size=64", "optim.epochs=20", "optim.base_lr=0.4", "target.ema=0.9"]
-    config = resolve("demo", sets=[*sets, "optim.warmup_epochs=1"], options={"data": DATA}).config
-    planned = plan(config)
+    config = resolve_config("demo", sets=[*sets, "optim.warmup_epochs=1"], options={"data": DATA}).config
+    planned = estimate_pretrain(config)
     assert (planned["steps_per_epoch"], planned["total_steps"]) == (15, 300)
     schedule = planned["schedule"]
     assert schedule["start"] == {"lr": 0.0, "ema": pytest.approx(0.9)}
@@ -53,32 +53,32 @@ def test_steps_and_schedules() -> None:
 
 
 def test_a_run_cut_short_keeps_its_schedule() -> None:
-    whole = plan(resolve("demo", options={"data": DATA}).config)
-    short = plan(resolve("demo", sets=["optim.max_steps=7"], options={"data": DATA}).config)
+    whole = estimate_pretrain(resolve_config("demo", options={"data": DATA}).config)
+    short = estimate_pretrain(resolve_config("demo", sets=["optim.max_steps=7"], options={"data": DATA}).config)
     assert short["total_steps"] == 7
     assert short["schedule"] == whole["schedule"]
 
 
 def test_held_out_and_left_out_images_are_not_counted() -> None:
     sets = ["data.val=null", "eval.holdout=0.2"]
-    assert plan(resolve("demo", sets=sets, options={"data": DATA}).config)["images"] == 800
+    assert estimate_pretrain(resolve_config("demo", sets=sets, options={"data": DATA}).config)["images"] == 800
     sets.append("data.subset=300")
-    assert plan(resolve("demo", sets=sets, options={"data": DATA}).config)["images"] == 300
+    assert estimate_pretrain(resolve_config("demo", sets=sets, options={"data": DATA}).config)["images"] == 300
 
 
 def test_parameters_are_those_of_the_networks() -> None:
-    config = resolve("demo", options={"data": DATA}).config
+    config = resolve_config("demo", options={"data": DATA}).config
     networks = build_networks(config)
-    assert plan(config)["parameters"] == {
-        "encoder": count(build_encoder("resnet18", 0.25, "stride2").parameters()),
-        "online": count(networks.online.parameters()),
-        "target": count(networks.target.parameters() if networks.target is not None else ()),
+    assert estimate_pretrain(config)["parameters"] == {
+        "encoder": count_elements(build_encoder("resnet18", 0.25, "stride2").parameters()),
+        "online": count_elements(networks.online.parameters()),
+        "target": count_elements(networks.target.parameters() if networks.target is not None else ()),
     }
 
 
 def test_the_largest_preset_is_planned_without_data_or_memory() -> None:
-    config = resolve("r200x2-1000ep", sets=["optim.batch_size=16"]).config
-    planned = plan(config)
+    config = resolve_config("r200x2-1000ep", sets=["optim.batch_size=16"]).config
+    planned = estimate_pretrain(config)
     assert planned["parameters"]["encoder"] == 250_128_512
     assert planned["images"] is planned["steps_per_epoch"] is planned["total_steps"] is None
     assert planned["images_unknown"]
@@ -95,4 +95,4 @@ def test_the_largest_preset_is_planned_without_data_or_memory() -> None:
 )
 def test_what_cannot_start_is_refused(sets: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        plan(resolve("demo", sets=sets, options={"data": DATA}).config)
+        estimate_pretrain(resolve_config("demo", sets=sets, options={"data": DATA}).config)

@@ -48,7 +48,7 @@ def tiny(tmp_path):
 def no_curves(request, monkeypatch):
     """They take half of so short a run, and one test looks at them."""
     if request.function is not test_a_run_leaves_what_the_docs_promise:
-        monkeypatch.setattr("relicctl.commands.pretrain.draw_curves", lambda *_: None)
+        monkeypatch.setattr("relicctl.commands.pretrain.plot_curves", lambda *_: None)
 
 
 def pretrain(tiny: Path, out: Path, *arguments: str) -> int:
@@ -57,7 +57,7 @@ def pretrain(tiny: Path, out: Path, *arguments: str) -> int:
 
 def final(run: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Everything a run ends with: all tensors of its last checkpoint, and its metrics but for the timings."""
-    tensors, header = checkpoint.load(run / "checkpoints" / checkpoint.file_name(STEPS))
+    tensors, header = checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.format_checkpoint_name(STEPS))
     assert header["step"] == STEPS
     lines = (run / "metrics.jsonl").read_text().splitlines()
     metrics = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
@@ -223,7 +223,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number, code):
     assert f"relicctl pretrain --resume {run}" in error
     assert "Traceback" not in error
     assert process.stdout.read() == ""
-    saved = checkpoint.listed(run / "checkpoints")
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
     assert relicctl(["pretrain", "--resume", str(run), "--quiet"]) == 0
     assert saved
     assert_same_run(tmp_path / "whole", run)
@@ -269,9 +269,9 @@ def test_divergence_is_told_with_the_last_good_checkpoint(tiny, tmp_path, capsys
     assert pretrain(tiny, run, *blow_up, "--set", "checkpoint.every_steps=1") == 4
     error = capsys.readouterr().err
     assert "not finite at step" in error
-    kept = checkpoint.listed(run / "checkpoints")
+    kept = checkpoint.list_checkpoints(run / "checkpoints")
     assert str(kept[-1]) in error
-    tensors, _ = checkpoint.load(kept[-1])
+    tensors, _ = checkpoint.load_checkpoint(kept[-1])
     assert all(t.isfinite().all() for t in tensors.values())
 
 
@@ -281,7 +281,7 @@ def test_the_advice_after_a_divergence_can_be_followed(tiny, tmp_path, capsys):
     climb = ["--set", "optim.name=sgd", "--set", "optim.base_lr=1e36", "--set", "optim.warmup_epochs=2"]
     assert pretrain(tiny, run, *climb, "--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep=9") == 4
     error = capsys.readouterr().err
-    kept = checkpoint.listed(run / "checkpoints")
+    kept = checkpoint.list_checkpoints(run / "checkpoints")
     assert str(kept[-1]) in error
     for spoilt in kept[1:]:  # finite, but as large as the rate made them
         spoilt.unlink()
@@ -294,7 +294,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
     last = ["optim.name=sgd", "optim.base_lr=1e39", "optim.warmup_epochs=0", "optim.max_steps=1"]
     assert pretrain(tiny, run, *[argument for assignment in last for argument in ("--set", assignment)]) == 4
     assert not (run / "encoder.safetensors").exists()
-    assert checkpoint.listed(run / "checkpoints") == []
+    assert checkpoint.list_checkpoints(run / "checkpoints") == []
 
 
 # Bad images.
@@ -355,7 +355,7 @@ def test_auto_cache_takes_images_of_several_sizes(tiny, tmp_path, photos):
     arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", "optim.max_steps=2"]
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr("relicctl.commands.pretrain.choose_cache", lambda *_: "device")
+        patch.setattr("relicctl.commands.pretrain.resolve_cache", lambda *_: "device")
         assert pretrain(tiny, tmp_path / "auto", *arguments) == 0
         assert pretrain(tiny, tmp_path / "named", *arguments, "--set", "data.cache=device") == 2
     assert not (tmp_path / "named").exists()
@@ -460,12 +460,12 @@ def test_a_broken_newest_checkpoint_costs_no_more_than_the_way_from_the_one_befo
     assert pretrain(tiny, tmp_path / "whole") == 0
     run = tmp_path / "run"
     assert pretrain(tiny, run, "--set", "optim.max_steps=8") == 0
-    newest = checkpoint.listed(run / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.max_steps=16"]) == 0
     assert newest.name in capsys.readouterr().err
     assert_same_run(tmp_path / "whole", run)
-    for path in checkpoint.listed(run / "checkpoints"):
+    for path in checkpoint.list_checkpoints(run / "checkpoints"):
         path.write_bytes(b"")
     assert relicctl(["pretrain", "--resume", str(run)]) == 2
 
@@ -565,7 +565,10 @@ def test_torchrun_makes_one_run_of_two_processes(tiny, tmp_path):
     two = torchrun(tiny, tmp_path / "two", *gentle)
     assert two.returncode == 0, two.stderr
     assert two.stdout == f"{tmp_path / 'two'}\n"
-    one, other = (checkpoint.load(checkpoint.listed(tmp_path / n / "checkpoints")[-1])[0] for n in ("one", "two"))
+    one, other = (
+        checkpoint.load_checkpoint(checkpoint.list_checkpoints(tmp_path / n / "checkpoints")[-1])[0]
+        for n in ("one", "two")
+    )
     assert one.keys() == other.keys()
     whole = torch.cat([t.flatten().double() for n, t in one.items() if n.startswith("optim.")]).norm()
     for name, tensor in one.items():

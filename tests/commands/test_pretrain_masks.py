@@ -17,13 +17,13 @@ from PIL import Image
 from ports import free_ports
 
 from relicctl.cli import run as relicctl
-from relicctl.commands.masking import with_bank_named
+from relicctl.commands.masking import resolve_bank_path
 from relicctl.config import plain_yaml
-from relicctl.config.resolve import resolve
-from relicctl.config.schema import Config
+from relicctl.config.resolve import resolve_config
+from relicctl.config.schema import PretrainConfig
 from relicctl.core import checkpoint
 from relicctl.data.masks import MaskBank
-from relicctl.data.shapes import ShapesSource
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import UsageError
 
 DATA = "shapes:size=32,train=64,val=40"
@@ -43,25 +43,25 @@ STEPS = 8
 MESSAGE = "no background masks"
 
 
-def true_masks(path: Path, source: ShapesSource, wanted: range) -> Path:
+def true_masks(path: Path, source: ShapesDataset, wanted: range) -> Path:
     """A bank of the objects' true masks, but for samples outside ``wanted``, which have empty ones."""
     with MaskBank.create(path, source, made_by="the true masks") as writer:
         for index in range(len(source)):
-            squashed = Image.fromarray(source.mask(index)).resize((128, 128), Image.Resampling.NEAREST)
-            writer.put(index, np.asarray(squashed) & (index in wanted))
+            squashed = Image.fromarray(source.load_mask(index)).resize((128, 128), Image.Resampling.NEAREST)
+            writer.write_mask(index, np.asarray(squashed) & (index in wanted))
     return path
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """They take half of so short a run, and are tested elsewhere."""
-    monkeypatch.setattr("relicctl.commands.pretrain.draw_curves", lambda *_: None)
+    monkeypatch.setattr("relicctl.commands.pretrain.plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("masks")
-    true_masks(folder / "masks.bank", ShapesSource.from_spec(DATA, "train"), range(64))
+    true_masks(folder / "masks.bank", ShapesDataset.from_spec(DATA, "train"), range(64))
     return folder
 
 
@@ -81,7 +81,7 @@ def sets(*assignments: str) -> list[str]:
 
 
 def tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return checkpoint.load(run / "checkpoints" / checkpoint.file_name(step))[0]
+    return checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.format_checkpoint_name(step))[0]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -131,7 +131,7 @@ def test_cut_and_resumed_is_never_cut(tiny, tmp_path, masks, cache):
 def test_a_run_goes_on_with_its_own_bank_only(tiny, tmp_path, masks, capsys):
     run = tmp_path / "run"
     assert pretrain(tiny, run, "--bgmask", str(masks), *sets("optim.max_steps=4")) == 0
-    other = true_masks(tmp_path / "other.bank", ShapesSource.from_spec(DATA, "train"), range(60))
+    other = true_masks(tmp_path / "other.bank", ShapesDataset.from_spec(DATA, "train"), range(60))
     go_on = ["pretrain", "--resume", str(run), *sets("optim.max_steps=8")]
     assert relicctl([*go_on, "--bgmask", str(other)]) == 3
     assert f"{other} is not the one that {run} was started with" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_processes_train_with_the_same_masks_as_one(tiny, tmp_path, masks):
 
 def test_the_demo_preset_with_true_masks_end_to_end(tmp_path, capsys, monkeypatch):
     data, run = "shapes:train=64,val=40", tmp_path / "run"
-    bank = true_masks(tmp_path / "masks.bank", ShapesSource.from_spec(data, "train"), range(48))
+    bank = true_masks(tmp_path / "masks.bank", ShapesDataset.from_spec(data, "train"), range(48))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"made it\n{bank}\n"))
     arguments = ["--preset", "demo", "--data", data, "--val", data, "--out", str(run), "--bgmask", "-"]
     assert relicctl(["pretrain", *arguments, *sets("optim.epochs=1", "eval.every_epochs=1")]) == 0
@@ -238,7 +238,7 @@ def test_masks_that_a_preset_asks_for_and_nobody_gives_are_missed(tmp_path, caps
 
 def test_the_presets_that_ask_for_masks():
     for name in ("demo", "r50-100ep", "r50-300ep", "r50-1000ep"):
-        resolved = resolve(name)
+        resolved = resolve_config(name)
         assert resolved.config.bgmask.probability == 0.1
         assert resolved.origin["bgmask.probability"] == f"preset {name}"
 
@@ -288,14 +288,14 @@ def test_a_dry_run_tells_of_the_masks(tiny, tmp_path, masks, capsys):
 def test_a_path_on_stdin_is_for_one_process(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("runs/masks\n"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    given = resolve(options={"bgmask": "-"}, schema=Config)
+    given = resolve_config(options={"bgmask": "-"}, schema=PretrainConfig)
     with pytest.raises(UsageError, match="Several processes"):
-        with_bank_named(given)
+        resolve_bank_path(given)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert with_bank_named(given).config.bgmask.bank == "runs/masks"
+    assert resolve_bank_path(given).config.bgmask.bank == "runs/masks"
     with pytest.raises(UsageError, match="nothing came"):
-        with_bank_named(given)
-    assert with_bank_named(resolve(options={"bgmask": "b"}, schema=Config)).config.bgmask.bank == "b"
+        resolve_bank_path(given)
+    assert resolve_bank_path(resolve_config(options={"bgmask": "b"}, schema=PretrainConfig)).config.bgmask.bank == "b"
 
 
 @pytest.mark.parametrize(
@@ -309,5 +309,5 @@ def test_a_path_on_stdin_is_for_one_process(monkeypatch):
 )
 def test_what_is_wrong_is_told_before_the_masks_come(monkeypatch, wrong, code):
     """They may take hours, in the command before this one in a pipe."""
-    monkeypatch.setattr("relicctl.commands.masking.named", lambda _: pytest.fail("waited for the masks"))
+    monkeypatch.setattr("relicctl.commands.masking.read_path_from_stdin", lambda _: pytest.fail("waited for the masks"))
     assert relicctl(["pretrain", *wrong, "--bgmask", "-"]) == code

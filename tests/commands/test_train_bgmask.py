@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from relicctl.cli import run as relicctl
 from relicctl.data import masks
 from relicctl.data.masks import MaskBank, MaskBankWriter
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.encoder import save_encoder
 from relicctl.errors import Terminated
 from relicctl.runs import RunFolder
 from relicctl.saliency import photos as saliency_photos
 from relicctl.saliency import prior_store, recipe
-from relicctl.saliency.measures import FIGURES
-from relicctl.saliency.nets import load_saliency
-from relicctl.saliency.prior_store import PriorStore
-from relicctl.saliency.priors import NAMES
-from relicctl.saliency.truth import DrawnTruth
+from relicctl.saliency.measures import METRICS
+from relicctl.saliency.nets import load_saliency_net
+from relicctl.saliency.prior_store import PriorCache
+from relicctl.saliency.priors import PRIOR_NAMES
+from relicctl.saliency.truth import SyntheticGroundTruth
 
 TINY = """
 model: {{arch: resnet, size: 32, encoder: {encoder}}}
@@ -114,7 +114,7 @@ def test_a_run_leaves_what_the_docs_promise(whole, tmp_path, tiny, capsys):
     ]  # fmt: skip
     for stage in results["stages"]:
         assert stage["images"] == 4
-        assert all(0 <= stage[name] <= 1 for name in FIGURES)
+        assert all(0 <= stage[name] <= 1 for name in METRICS)
     assert -1 <= results["prior_agreement"]["mean"] <= 1
     assert len(results["prior_agreement"]["pairs"]) == 6
     assert set(results["invalid_priors"].values()) == {0}
@@ -124,9 +124,9 @@ def test_a_run_leaves_what_the_docs_promise(whole, tmp_path, tiny, capsys):
     assert (whole / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert "data_fingerprint" in (whole / "config.yaml").read_text()
     assert {path.name for path in whole.iterdir()} >= {"priors", "stages", "checkpoints", "saliency.safetensors"}
-    bank, source = MaskBank.open(whole), open_source(EVAL)
-    assert list(bank.rows(source)) == list(range(12))
-    assert results["masks"]["foreground"] == pytest.approx(np.mean([bank.mask(row).mean() for row in range(12)]))
+    bank, source = MaskBank.open(whole), open_dataset(EVAL)
+    assert list(bank.find_rows(source)) == list(range(12))
+    assert results["masks"]["foreground"] == pytest.approx(np.mean([bank.load_mask(row).mean() for row in range(12)]))
     capsys.readouterr()
     assert resume(whole) == 0
     assert capsys.readouterr().out == f"{whole}\n"  # nothing else on stdout
@@ -167,8 +167,8 @@ def test_true_masks_teach_nothing(tiny, tmp_path, whole, monkeypatch):
     """Without them, and with wrong ones, the networks and the masks are the same to the bit; the figures are not."""
     assert train_bgmask(tiny, tmp_path / "without") == 0
     assert results_of(tmp_path / "without")["stages"] == []
-    right = DrawnTruth.mask
-    monkeypatch.setattr(DrawnTruth, "mask", lambda self, index: ~right(self, index))
+    right = SyntheticGroundTruth.load_mask
+    monkeypatch.setattr(SyntheticGroundTruth, "load_mask", lambda self, index: ~right(self, index))
     assert train_bgmask(tiny, tmp_path / "wrong", "--eval-data", EVAL) == 0
     for other in ("without", "wrong"):
         assert_same(whole, tmp_path / other, "sheet.png", "priors")
@@ -180,23 +180,23 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
     """They are read while stages are measured, and at no other time."""
     inside: list[bool] = []
     asked: list[bool] = []
-    right = DrawnTruth.mask
+    right = SyntheticGroundTruth.load_mask
 
-    def mask(self: DrawnTruth, index: int) -> np.ndarray:
+    def mask(self: SyntheticGroundTruth, index: int) -> np.ndarray:
         asked.append(bool(inside))
         return right(self, index)
 
     from relicctl.saliency.stages import StageTable
 
-    measuring = StageTable.add
+    measuring = StageTable.add_stage
 
     def add(self: StageTable, name: str, maps: Any) -> None:
         inside.append(True)
         measuring(self, name, maps)
         inside.pop()
 
-    monkeypatch.setattr(DrawnTruth, "mask", mask)
-    monkeypatch.setattr(StageTable, "add", add)
+    monkeypatch.setattr(SyntheticGroundTruth, "load_mask", mask)
+    monkeypatch.setattr(StageTable, "add_stage", add)
     assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL, "--set", f"model.priors={priors}") == 0
     assert len(asked) == 9 * 4
     assert all(asked)
@@ -211,11 +211,11 @@ def test_without_hints_priors_are_made_for_labels_alone(tiny, tmp_path, whole, m
     def refuse(*_: Any) -> None:
         raise AssertionError("priors were made for a network that takes none")
 
-    monkeypatch.setattr(saliency_photos, "prior_maps", refuse)
-    monkeypatch.setattr(recipe, "hints", refuse)
+    monkeypatch.setattr(saliency_photos, "compute_prior_maps", refuse)
+    monkeypatch.setattr(recipe, "build_prior_channels", refuse)
     assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL) == 0
     assert_same(whole, tmp_path / "run")
-    assert "hints" not in load_saliency(whole).metadata
+    assert "hints" not in load_saliency_net(whole).metadata
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +228,7 @@ def hinted(tmp_path_factory, encoder) -> Path:
 
 
 def test_a_network_that_is_given_the_priors_is_another(hinted, whole):
-    assert load_saliency(hinted).hints == len(NAMES)
+    assert load_saliency_net(hinted).hints == len(PRIOR_NAMES)
     assert network_of(hinted) != network_of(whole)
     rows, without = (results_of(run)["stages"] for run in (hinted, whole))
     assert rows[:7] == without[:7]  # to the labels
@@ -248,7 +248,7 @@ def test_masks_are_the_same_whether_their_priors_are_kept_or_made(tiny, tmp_path
         assert train_bgmask(tiny, run, *HINTS, *anew) == 0
         assert (run / "masks.bank").read_bytes() == (hinted / "masks.bank").read_bytes()
     assert train_bgmask(tiny, tmp_path / "some", *HINTS, "--set", "data.images=8") == 0  # of other rows
-    monkeypatch.setattr(saliency_photos, "prior_maps", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(saliency_photos, "compute_prior_maps", lambda *_: pytest.fail("made again"))
     assert train_bgmask(tiny, tmp_path / "kept", *HINTS) == 0
     assert (tmp_path / "kept" / "masks.bank").read_bytes() == (hinted / "masks.bank").read_bytes()
 
@@ -292,12 +292,12 @@ def kill_after(calls: int, owner: Any, name: str) -> Callable[[], None]:
 
 
 MOMENTS = {
-    "priors": (1, PriorStore, "_write"),
-    "first labels": (1, recipe, "fuse"),
+    "priors": (1, PriorCache, "_write"),
+    "first labels": (1, recipe, "fuse_priors"),
     "a round's steps": (2, RunFolder, "save"),
-    "a round's end": (4, recipe.checkpoint, "save"),
+    "a round's end": (4, recipe.checkpoint, "save_checkpoint"),
     "the final network's steps": (5, RunFolder, "save"),
-    "masks": (7, MaskBankWriter, "put"),
+    "masks": (7, MaskBankWriter, "write_mask"),
     "the sheet": (1, MaskBankWriter, "close"),
 }
 
@@ -327,7 +327,7 @@ def test_a_signal_while_priors_are_made_says_how_to_go_on(tiny, tmp_path, monkey
         raise stop
 
     run = tmp_path / "run"
-    monkeypatch.setattr(PriorStore, "fill", stopped)
+    monkeypatch.setattr(PriorCache, "fill", stopped)
     assert train_bgmask(tiny, run) == code
     error = capsys.readouterr().err
     assert f"relicctl train-bgmask --resume {run}" in error
@@ -363,11 +363,11 @@ def test_the_first_of_several_data_sets_gets_the_masks_and_others_can_later(tiny
     assert train_bgmask(tiny, run, "--data", "shapes:size=32,train=8,val=4", "--data", second) == 0
     assert results_of(run)["images"] == 8 + 6
     bank = MaskBank.open(run)
-    drawn = open_source("shapes:size=32,train=8,val=4")
-    assert list(bank.rows(drawn)) == list(range(8))
+    drawn = open_dataset("shapes:size=32,train=8,val=4")
+    assert list(bank.find_rows(drawn)) == list(range(8))
 
     assert resume(run, "--masks-for", second) == 0
-    assert list(MaskBank.open(run).rows(open_source(second))) == list(range(6))
+    assert list(MaskBank.open(run).find_rows(open_dataset(second))) == list(range(6))
     assert results_of(run)["masks"]["count"] == 6
     (aside,) = run.glob("masks-*.bank")
     assert MaskBank.open(aside).identity == bank.identity
@@ -400,7 +400,7 @@ def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
     Image.new("RGB", (20_000, 8), (0, 0, 200)).save(folder / "wide.png")
     Image.new("RGB", (1, 1)).save(folder / "point.png")
     assert train_bgmask(tiny, run, "--data", str(folder), "--set", f"model.priors={priors}") == 0
-    assert all(np.isfinite(tensor.float()).all() for tensor in load_saliency(run).state_dict().values())
+    assert all(np.isfinite(tensor.float()).all() for tensor in load_saliency_net(run).state_dict().values())
     results = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)  # a NaN would be one
     assert results["images"] == results["masks"]["count"] == 10
     assert sum(results["invalid_priors"].values()) > 0

@@ -15,12 +15,12 @@ from PIL import Image
 
 from relicctl.cli import run as relicctl
 from relicctl.commands import transfer as command
-from relicctl.config.resolve import resolve
+from relicctl.config.resolve import resolve_config
 from relicctl.encoder import save_encoder
 from relicctl.errors import Terminated
 from relicctl.evaluation import kept as keeping
 from relicctl.evaluation import logistic
-from relicctl.evaluation.metrics import OF_DATA
+from relicctl.evaluation.metrics import DATASET_METRICS
 
 DATA = "shapes:size=16,train=120,val=60"
 FAST = """
@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders,
     told = [*encoders, "--data", f"one={DATA}", *PROTOCOLS]
     assert compare("whole", *told) == 0
     solved, looked = [], []
-    whole_solve, whole_look = command.JUDGES["logistic"], command.Look.__call__
+    whole_solve, whole_look = command.FROZEN_PROTOCOLS["logistic"], command.FeatureExtractor.__call__
 
     def judge(*args, **kwargs):
         if len(solved) == 1:
@@ -132,8 +132,8 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders,
         looked.append(len(images.labels))
         return whole_look(self, images)
 
-    monkeypatch.setitem(command.JUDGES, "logistic", judge)
-    monkeypatch.setattr(command.Look, "__call__", look)
+    monkeypatch.setitem(command.FROZEN_PROTOCOLS, "logistic", judge)
+    monkeypatch.setattr(command.FeatureExtractor, "__call__", look)
     assert compare("cut", *told) == 130
     assert relicctl(["transfer", "--resume", str(tmp_path / "cut"), "--quiet"]) == 0
     assert solved == ["done", "killed", "done"]
@@ -147,7 +147,7 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp
 
     told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune"]
     assert compare("whole", *told) == 0
-    steps, loss = [], tuning.FinetuneTask.loss
+    steps, loss = [], tuning.FinetuneTask.compute_loss
 
     def killing(self, batch, step):
         steps.append(step)
@@ -155,7 +155,7 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp
             raise KeyboardInterrupt
         return loss(self, batch, step)
 
-    monkeypatch.setattr(tuning.FinetuneTask, "loss", killing)
+    monkeypatch.setattr(tuning.FinetuneTask, "compute_loss", killing)
     assert compare("cut", *told) == 130
     assert relicctl(["transfer", "--resume", str(tmp_path / "cut"), "--quiet"]) == 0
     assert steps == [*range(6), *range(5), 4, 5, *range(6)]
@@ -164,7 +164,7 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp
 
 def test_more_data_or_protocols_keep_what_is_there(encoders, compare, tmp_path, monkeypatch):
     assert compare("out", encoders[0], "--data", f"one={DATA}") == 0
-    monkeypatch.setattr(logistic, "solve", None)
+    monkeypatch.setattr(logistic, "fit_logistic_regression", None)
     more = [*PROTOCOLS[:2], "--resume", str(tmp_path / "out")]
     assert relicctl(["transfer", *more, "--quiet"]) == 0
     assert [c["protocol"] for c in results(tmp_path / "out")["cells"]] == ["logistic", "knn"]
@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_stops_it_with_two_sentences(encoders, compare, monk
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(keeping, "atomically", full)
+    monkeypatch.setattr(keeping, "write_atomically", full)
     assert compare("out", encoders[0], "--data", f"one={DATA}") == 1
     assert "No space left on device" in capsys.readouterr().err
 
@@ -268,8 +268,8 @@ def test_bad_input_gets_two_sentences_and_its_code(encoders, photos, monkeypatch
 
 
 def test_byols_suite_has_its_metrics_and_draws():
-    data = resolve("byol-suite").config.data
-    assert OF_DATA.keys() <= data.sets.keys()
+    data = resolve_config("byol-suite").config.data
+    assert DATASET_METRICS.keys() <= data.sets.keys()
     assert data.metrics == {}
     assert data.draw == {"sun397": (50, 50), "caltech101": (30,)}
 
@@ -326,7 +326,7 @@ def test_a_signal_says_how_to_go_on(encoders, compare, tmp_path, monkeypatch, ca
     def judge(*args, **kwargs):
         raise stop
 
-    monkeypatch.setitem(command.JUDGES, "logistic", judge)
+    monkeypatch.setitem(command.FROZEN_PROTOCOLS, "logistic", judge)
     assert compare("cut", encoders[0], "--data", f"one={DATA}") == code
     assert f"Go on with: relicctl transfer --resume {tmp_path / 'cut'}" in capsys.readouterr().err
 

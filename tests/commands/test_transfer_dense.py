@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(
     told = [encoders[0], "--baseline", encoders[1], "--data", f"x={DATA}"]
     assert compare(task, "whole", *told) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'whole'}\n"
-    steps, loss = [], TASKS[task].loss
+    steps, loss = [], TASKS[task].compute_loss
 
     def killing(self, batch, step):
         steps.append(step)
@@ -72,7 +72,7 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(
             raise KeyboardInterrupt
         return loss(self, batch, step)
 
-    monkeypatch.setattr(TASKS[task], "loss", killing)
+    monkeypatch.setattr(TASKS[task], "compute_loss", killing)
     assert compare(task, "cut", *told) == 130
     assert relicctl(["transfer", "--task", task, "--resume", str(tmp_path / "cut"), "--quiet"]) == 0
     assert steps == [0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]

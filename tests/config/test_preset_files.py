@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from relicctl.config import presets
-from relicctl.config.presets import preset_header, preset_names, preset_path, preset_text
-from relicctl.config.resolve import resolve
+from relicctl.config.presets import find_preset, list_presets, read_preset, read_preset_header
+from relicctl.config.resolve import resolve_config
 from relicctl.errors import UsageError
 
 NAMES = {
@@ -22,24 +22,24 @@ NAMES = {
 
 
 def test_all_are_there() -> None:
-    assert set(preset_names()) == NAMES
+    assert set(list_presets()) == NAMES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_resolves_and_explains_itself(name: str) -> None:
-    resolved = resolve(name)
+    resolved = resolve_config(name)
     assert resolved.preset == name
     assert f"preset {name}" in resolved.origin.values()
-    first, *rest = preset_header(name).splitlines()
+    first, *rest = read_preset_header(name).splitlines()
     assert first.endswith(".")
     assert f"--preset {name} " in " ".join(rest) + " "
     for part in ("Hardware: ", "Time: ", "Result: "):
         assert any(line.startswith(part) for line in rest), part
-    assert max(map(len, preset_text(name).splitlines())) <= 110
+    assert max(map(len, read_preset(name).splitlines())) <= 110
 
 
 def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
-    base = resolve("r50-1000ep").config
+    base = resolve_config("r50-1000ep").config
     for name, arch, width in [
         ("r50x2-1000ep", "resnet50", 2),
         ("r50x4-1000ep", "resnet50", 4),
@@ -49,9 +49,9 @@ def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
         ("r200x2-1000ep", "resnet200", 2),
     ]:
         model = base.model.model_copy(update={"arch": arch, "width": width})
-        assert resolve(name).config == base.model_copy(update={"model": model})
-    short = resolve("r50-100ep").config
-    swav = resolve("r50-2large6small").config
+        assert resolve_config(name).config == base.model_copy(update={"model": model})
+    short = resolve_config("r50-100ep").config
+    swav = resolve_config("r50-2large6small").config
     assert (swav.views.large.count, swav.views.small.count) == (2, 6)
     assert swav.optim == short.optim
 
@@ -66,7 +66,7 @@ def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
     ],
 )
 def test_lengths_follow_byol(name: str, epochs: int, batch: int, base_lr: float, decay: float, ema: float) -> None:
-    config = resolve(name).config
+    config = resolve_config(name).config
     optim = config.optim
     assert (optim.epochs, optim.batch_size, optim.base_lr, optim.weight_decay, config.target.ema) == (
         epochs, batch, base_lr, decay, ema,
@@ -85,7 +85,7 @@ def test_lengths_follow_byol(name: str, epochs: int, batch: int, base_lr: float,
 )
 def test_unknown_names_are_answered(name: str, advice: str) -> None:
     with pytest.raises(UsageError) as refused:
-        preset_path(name)
+        find_preset(name)
     assert advice in refused.value.fix
 
 
@@ -93,11 +93,11 @@ def test_presets_inside_the_package_come_first(tmp_path: Path, monkeypatch: pyte
     """As in an installed wheel, where the folder lies in the package and no checkout surrounds it."""
     package = tmp_path / "site-packages" / "relicctl"
     (package / "config").mkdir(parents=True)
-    shutil.copytree(preset_path("demo").parent, package / "presets")
+    shutil.copytree(find_preset("demo").parent, package / "presets")
     monkeypatch.setattr(presets, "__file__", str(package / "config" / "presets.py"))
-    presets._folder.cache_clear()
+    presets._find_presets_folder.cache_clear()
     try:
-        assert preset_path("demo").parent == package / "presets"
-        assert set(preset_names()) == NAMES
+        assert find_preset("demo").parent == package / "presets"
+        assert set(list_presets()) == NAMES
     finally:
-        presets._folder.cache_clear()
+        presets._find_presets_folder.cache_clear()

@@ -11,27 +11,27 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relicctl.config.plain_yaml import load, load_mapping
+from relicctl.config.plain_yaml import load_mapping, parse_yaml
 from relicctl.config.resolve import (
-    allowed,
     dump_yaml,
     flatten,
-    leaves,
+    format_allowed_values,
+    get_config_fields,
     load_run_config,
-    rebase,
-    resolve,
+    resolve_config,
+    resolve_from_run,
 )
-from relicctl.config.schema import Config
+from relicctl.config.schema import PretrainConfig
 from relicctl.errors import UsageError
 
 
-def value(config: Config, name: str) -> Any:
+def value(config: PretrainConfig, name: str) -> Any:
     return flatten(config.model_dump())[name]
 
 
 def refusal(**given: Any) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        resolve(**given)
+        resolve_config(**given)
     assert caught.value.code == 2
     assert caught.value.what.endswith(".")
     assert caught.value.fix.endswith((".", "?"))
@@ -53,18 +53,18 @@ def test_later_layers_win_and_are_remembered(tmp_path: Path) -> None:
     ]
     for mask in range(16):
         present = [layer for bit, layer in enumerate(layers) if mask >> bit & 1]
-        resolved = resolve(**{k: v for _, given, _, _ in present for k, v in given.items()})
+        resolved = resolve_config(**{k: v for _, given, _, _ in present for k, v in given.items()})
         expected = (present[-1][2], present[-1][3]) if present else (0, "default")
         assert (resolved.config.seed, resolved.origin["seed"]) == expected
 
 
 def test_the_last_assignment_wins() -> None:
-    assert resolve(sets=["loss.beta=1", "loss.beta=2"]).config.loss.beta == 2
+    assert resolve_config(sets=["loss.beta=1", "loss.beta=2"]).config.loss.beta == 2
 
 
 def test_every_value_has_an_origin() -> None:
-    resolved = resolve("demo", sets=["loss.beta=2"], options={"data": "x", "val": None})
-    assert list(resolved.origin) == list(leaves())
+    resolved = resolve_config("demo", sets=["loss.beta=2"], options={"data": "x", "val": None})
+    assert list(resolved.origin) == list(get_config_fields())
     assert resolved.origin["loss.beta"] == "--set"
     assert resolved.origin["data.train"] == "--data"
     assert resolved.origin["model.arch"] == "preset demo"
@@ -83,14 +83,14 @@ def test_dumped_configs_read_back_the_same(
     tmp_path_factory: pytest.TempPathFactory,
     train: str | None, beta: float, epochs: int, negatives: Any, low: float, origins: bool,
 ) -> None:  # fmt: skip
-    config = Config(
+    config = PretrainConfig(
         data={"train": train},
         loss={"beta": beta, "negatives": negatives},
         optim={"epochs": epochs},
         views={"large": {"area": (low, 1.0)}},
     )  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
-    origin = dict.fromkeys(leaves(), "somewhere") if origins else None
+    origin = dict.fromkeys(get_config_fields(), "somewhere") if origins else None
     path.write_text(dump_yaml(config, origin), encoding="utf-8", errors="surrogatepass", newline="")
     assert load_run_config(path) == config
 
@@ -116,7 +116,7 @@ def test_dumped_configs_read_back_the_same(
     ],
 )
 def test_assignments_are_typed(text: str, expected: Any) -> None:
-    assert value(resolve(sets=[text]).config, text.partition("=")[0].strip()) == expected
+    assert value(resolve_config(sets=[text]).config, text.partition("=")[0].strip()) == expected
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_wrong_values_name_key_value_and_what_is_allowed(text: str, shown: str, 
     assert error.fix.startswith(f"Give {allowed_}: ")
 
 
-@pytest.mark.parametrize("name", list(leaves()))
+@pytest.mark.parametrize("name", list(get_config_fields()))
 def test_what_is_allowed_can_be_said_of_every_key(name: str) -> None:
-    assert allowed(name)
+    assert format_allowed_values(name)
 
 
 @pytest.mark.parametrize("text", ["loss.beta", "=3", ""])
@@ -181,14 +181,14 @@ def test_options_are_named_in_refusals() -> None:
 def test_a_file_may_nest_or_dot_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("loss: {beta: 3}\noptim.epochs: 20\nviews:\n  large.count: 3\n")
-    config = resolve(config_file=file).config
+    config = resolve_config(config_file=file).config
     assert (config.loss.beta, config.optim.epochs, config.views.large.count) == (3, 20, 3)
 
 
 def test_a_file_may_extend_a_preset(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("extends: r101-1000ep\nmodel: {width: 2}\n")
-    resolved = resolve(config_file=file)
+    resolved = resolve_config(config_file=file)
     assert (resolved.config.model.arch, resolved.config.model.width) == ("resnet101", 2)
     assert resolved.origin["model.arch"] == "preset r101-1000ep"
     assert resolved.origin["optim.base_lr"] == "preset r50-1000ep"
@@ -196,7 +196,7 @@ def test_a_file_may_extend_a_preset(tmp_path: Path) -> None:
 
 
 def test_the_record_in_a_run_config_is_no_setting(tmp_path: Path) -> None:
-    config = resolve("demo").config
+    config = resolve_config("demo").config
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config) + yaml.safe_dump({"run": {"version": "0", "preset": "demo"}}))
     assert load_run_config(file) == config
@@ -239,12 +239,12 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_mapping(tmp_path / "c.yaml") == {}
-    assert resolve(config_file=tmp_path / "c.yaml").config == Config()
+    assert resolve_config(config_file=tmp_path / "c.yaml").config == PretrainConfig()
 
 
 def test_numbers_with_an_exponent_are_numbers() -> None:
-    assert load("[1e-3, -2E+4, 1.5e6, 3.e-1]") == [1e-3, -2e4, 1.5e6, 0.3]
-    assert load("[e-3, 1e, 1e-3x]") == ["e-3", "1e", "1e-3x"]
+    assert parse_yaml("[1e-3, -2E+4, 1.5e6, 3.e-1]") == [1e-3, -2e4, 1.5e6, 0.3]
+    assert parse_yaml("[e-3, 1e, 1e-3x]") == ["e-3", "1e", "1e-3x"]
 
 
 # ---------------------------------------------------------------- objectives
@@ -252,11 +252,11 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 
 def test_relic_is_what_it_is_unless_the_user_says_otherwise(tmp_path: Path) -> None:
     for preset in (None, "cifar10-r18", "r50-2large6small"):
-        resolved = resolve(preset, sets=["objective=relic"])
+        resolved = resolve_config(preset, sets=["objective=relic"])
         config = resolved.config
         assert (config.views.large.count, config.views.small.count, config.loss.negatives) == (2, 0, "all")
         assert resolved.origin["loss.negatives"] == "objective relic"
-    resolve(sets=["objective=relic", "views.large.count=2"])
+    resolve_config(sets=["objective=relic", "views.large.count=2"])
     assert "relic" in refusal(sets=["objective=relic", "views.large.count=4"]).what
     file = tmp_path / "c.yaml"
     file.write_text("loss: {negatives: 5}\n")
@@ -285,11 +285,11 @@ def test_what_an_objective_never_reads_is_not_taken_in_silence(objective: str, t
 
 def test_a_run_goes_on_with_its_own_config_and_what_the_user_adds(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(dump_yaml(resolve("demo", sets=["seed=5"]).config) + "run: {version: '0'}\n")
-    now = resolve("cifar10-r18", sets=["checkpoint.keep=7"], options={"device": "cpu"})
-    both = rebase(now, file)
+    file.write_text(dump_yaml(resolve_config("demo", sets=["seed=5"]).config) + "run: {version: '0'}\n")
+    now = resolve_config("cifar10-r18", sets=["checkpoint.keep=7"], options={"device": "cpu"})
+    both = resolve_from_run(now, file)
     assert both.config.seed == 5
-    assert both.config.model == resolve("demo").config.model
+    assert both.config.model == resolve_config("demo").config.model
     assert (both.config.checkpoint.keep, both.config.runtime.device) == (7, "cpu")
     assert (both.origin["seed"], both.origin["checkpoint.keep"]) == ("run", "--set")
 
@@ -297,7 +297,7 @@ def test_a_run_goes_on_with_its_own_config_and_what_the_user_adds(tmp_path: Path
 def test_origins_do_not_depend_on_the_order_of_keys() -> None:
     sets = ["loss.beta=1", "seed=3", "optim.epochs=20"]
     shuffled = random.Random(0).sample(sets, 3)
-    assert resolve(sets=sets) == resolve(sets=shuffled)
+    assert resolve_config(sets=sets) == resolve_config(sets=shuffled)
 
 
 def test_a_file_without_end_is_read_to_a_bound(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from relicctl.config.resolve import flatten, leaves
-from relicctl.config.schema import Config
+from relicctl.config.resolve import flatten, get_config_fields
+from relicctl.config.schema import PretrainConfig
 from relicctl.errors import UsageError
 
 # The names that pipelines rely on.
@@ -40,20 +40,20 @@ CONTRACT = {
 
 def test_the_promised_names_hold() -> None:
     promised = {section + name for section, names in CONTRACT.items() for name in names}
-    assert promised - set(leaves()) == set()
+    assert promised - set(get_config_fields()) == set()
 
 
 def test_every_key_says_what_it_means() -> None:
-    assert [name for name, field in leaves().items() if not field.description] == []
+    assert [name for name, field in get_config_fields().items() if not field.description] == []
 
 
 def test_leaves_are_all_there_is() -> None:
-    assert list(leaves()) == list(flatten(Config().model_dump()))
+    assert list(get_config_fields()) == list(flatten(PretrainConfig().model_dump()))
 
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Config().optim.epochs = 3  # type: ignore[misc]
+        PretrainConfig().optim.epochs = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_config_cannot_be_changed() -> None:
 )
 def test_wrong_types_ranges_and_names_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Config(**content)
+        PretrainConfig(**content)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_wrong_types_ranges_and_names_are_refused(content: dict[str, Any]) -> No
 )
 def test_contradictions_are_refused(content: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError) as refused:
-        Config(**content)
+        PretrainConfig(**content)
     assert named in refused.value.what
 
 
 def test_only_sampled_negatives_need_a_batch() -> None:
-    Config(**{"optim": {"batch_size": 2}, "loss": {"negatives": "all"}})
-    Config(**{"optim": {"batch_size": 2}, "objective": "byol"})
-    Config(**{"optim": {"batch_size": 11}})
+    PretrainConfig(**{"optim": {"batch_size": 2}, "loss": {"negatives": "all"}})
+    PretrainConfig(**{"optim": {"batch_size": 2}, "objective": "byol"})
+    PretrainConfig(**{"optim": {"batch_size": 11}})

@@ -26,12 +26,12 @@ def tensors():
 
 
 def write(path, tensors, step=5):
-    checkpoint.save(path, tensors, {"step": step, "facts": {"knn20": 0.5}})
+    checkpoint.save_checkpoint(path, tensors, {"step": step, "facts": {"knn20": 0.5}})
     return path
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, tensors):
-    read, header = checkpoint.load(write(tmp_path / "c.safetensors", tensors))
+    read, header = checkpoint.load_checkpoint(write(tmp_path / "c.safetensors", tensors))
     assert header == {"step": 5, "facts": {"knn20": 0.5}}
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -44,7 +44,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, keep):
     path = write(tmp_path / "c.safetensors", tensors)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(BrokenCheckpoint):
-        checkpoint.load(path)
+        checkpoint.load_checkpoint(path)
 
 
 def test_any_flipped_bit_of_the_data_is_noticed(tmp_path, tensors):
@@ -56,7 +56,7 @@ def test_any_flipped_bit_of_the_data_is_noticed(tmp_path, tensors):
         broken[position] ^= 16
         path.write_bytes(bytes(broken))
         with pytest.raises(BrokenCheckpoint, match="damaged"):
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
 
 
 def test_foreign_newer_and_pickled_files_are_refused(tmp_path, tensors, monkeypatch):
@@ -65,31 +65,31 @@ def test_foreign_newer_and_pickled_files_are_refused(tmp_path, tensors, monkeypa
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(2)}, foreign)
     with pytest.raises(BrokenCheckpoint, match="not a checkpoint"):
-        checkpoint.load(foreign)
+        checkpoint.load_checkpoint(foreign)
 
     pickled = tmp_path / "pickled.safetensors"
     pickled.write_bytes(pickle.dumps({"step": 1}))
     with pytest.raises(BrokenCheckpoint):
-        checkpoint.load(pickled)
+        checkpoint.load_checkpoint(pickled)
 
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
     newer = write(tmp_path / "newer.safetensors", tensors)
     monkeypatch.undo()
     with pytest.raises(BrokenCheckpoint, match="newer"):
-        checkpoint.load(newer)
+        checkpoint.load_checkpoint(newer)
 
 
 def test_the_newest_whole_checkpoint_is_taken_with_a_warning_for_the_broken_one(tmp_path, tensors):
-    write(tmp_path / checkpoint.file_name(10), tensors, 10)
-    write(tmp_path / checkpoint.file_name(20), tensors, 20)
-    newest = write(tmp_path / checkpoint.file_name(30), tensors, 30)
+    write(tmp_path / checkpoint.format_checkpoint_name(10), tensors, 10)
+    write(tmp_path / checkpoint.format_checkpoint_name(20), tensors, 20)
+    newest = write(tmp_path / checkpoint.format_checkpoint_name(30), tensors, 30)
     newest.write_bytes(newest.read_bytes()[:50])
     warnings: list[str] = []
-    path, _, header = checkpoint.newest_valid(tmp_path, warnings.append)
-    assert (path.name, header["step"]) == (checkpoint.file_name(20), 20)
+    path, _, header = checkpoint.load_newest_valid(tmp_path, warnings.append)
+    assert (path.name, header["step"]) == (checkpoint.format_checkpoint_name(20), 20)
     assert len(warnings) == 1
     assert newest.name in warnings[0]
-    assert checkpoint.newest_valid(tmp_path / "nothing", warnings.append) is None
+    assert checkpoint.load_newest_valid(tmp_path / "nothing", warnings.append) is None
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
@@ -101,7 +101,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.atomically(path, half)
+        checkpoint.write_atomically(path, half)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -119,10 +119,13 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, tensors):
 
 def test_prune_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, tensors):
     for step in (1, 2, 3):
-        write(tmp_path / checkpoint.file_name(step), tensors, step)
-    (tmp_path / f".{checkpoint.file_name(4)}.123.tmp").write_bytes(b"half")
-    checkpoint.prune(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.file_name(2), checkpoint.file_name(3)]
+        write(tmp_path / checkpoint.format_checkpoint_name(step), tensors, step)
+    (tmp_path / f".{checkpoint.format_checkpoint_name(4)}.123.tmp").write_bytes(b"half")
+    checkpoint.prune_checkpoints(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        checkpoint.format_checkpoint_name(2),
+        checkpoint.format_checkpoint_name(3),
+    ]
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
@@ -145,21 +148,21 @@ def test_an_optimiser_goes_on_as_if_never_stopped(name):
 
     first, parameters = build(start)
     steps(first, parameters, 3)
-    saved = {k: v.clone() for k, v in checkpoint.optimizer_tensors(first).items()}
+    saved = {k: v.clone() for k, v in checkpoint.flatten_optimizer_state(first).items()}
     second, parameters = build([p.detach() for p in parameters])
-    checkpoint.restore_optimizer(second, saved)
+    checkpoint.load_optimizer_state(second, saved)
     steps(second, parameters, 3)
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
     assert json.dumps(sorted(saved))  # names are plain text
 
 
 def test_what_the_disk_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
-    path = tmp_path / checkpoint.file_name(1)
-    checkpoint.save(path, {"x": torch.zeros(1)}, {"step": 1})
+    path = tmp_path / checkpoint.format_checkpoint_name(1)
+    checkpoint.save_checkpoint(path, {"x": torch.zeros(1)}, {"step": 1})
 
     def unreadable(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "safe_open", unreadable)
     with pytest.raises(RunFailed, match="cannot be read"):
-        checkpoint.newest_valid(tmp_path, pytest.fail)
+        checkpoint.load_newest_valid(tmp_path, pytest.fail)

@@ -18,7 +18,7 @@ from relicctl.core import hardware
 def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, tiles, vectors, amd, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors, raising=False)
-    monkeypatch.setattr(hardware, "_made_by_amd", lambda: amd)
+    monkeypatch.setattr(hardware, "_is_amd_cpu", lambda: amd)
     assert hardware.pick_precision("auto", torch.device("cpu")) == precision
 
 

@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from relicctl.config.resolve import resolve
+from relicctl.config.resolve import resolve_config
 from relicctl.core import loop
 from relicctl.core.distributed import World
-from relicctl.core.loop import Plan, Progress, restore, snapshot, train
-from relicctl.data.augment import Photometric
+from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
+from relicctl.data.augment import AugmentConfig
 from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import Feed, ViewPlan, ViewSize
+from relicctl.data.feed import CropSpec, ViewLoader, ViewSpec
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesSource
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import Diverged, UsageError
-from relicctl.pretraining import Pretraining
+from relicctl.pretraining import PretrainTask
 
 CPU = torch.device("cpu")
 
 
 class Batches:
-    waited = 0.0
+    data_wait_seconds = 0.0
 
-    def from_step(self, step, stop):
+    def iter_from_step(self, step, stop):
         for number in range(step, stop):
             yield torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
 
@@ -37,21 +37,21 @@ class Line:
 
     def __init__(self, spoil=lambda step, loss: loss):
         torch.manual_seed(0)
-        self.state = nn.Linear(3, 1)
-        self.optimizer = torch.optim.SGD(self.state.parameters(), 0.1, momentum=0.9)
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
         self.spoil = spoil
 
-    def loss(self, batch, step):
-        loss = (self.state(batch) - batch.sum(1, keepdim=True)).square().mean()
+    def compute_loss(self, batch, step):
+        loss = (self.model(batch) - batch.sum(1, keepdim=True)).square().mean()
         return {"loss": self.spoil(step, loss), "other": loss.detach() * 2}
 
-    def learning_rate(self, step):
+    def get_learning_rate(self, step):
         return 0.1 / (step + 1)
 
     def after_step(self, step):
         pass
 
-    def describe(self, step):
+    def compute_metrics(self, step):
         return {"ema": 0.5}
 
 
@@ -59,22 +59,22 @@ class Journal:
     def __init__(self):
         self.records, self.saved = [], {}
 
-    def metrics(self, record):
+    def write_metrics(self, record):
         self.records.append({k: v for k, v in record.items() if k not in ("images_per_s", "data_wait", "eta_s")})
 
     def save(self, step, tensors, header):
         self.saved[step] = {name: t.clone() for name, t in tensors.items()}, dict(header)
 
-    def last_checkpoint(self):
+    def get_last_checkpoint(self):
         return f"step {max(self.saved)}" if self.saved else None
 
 
 def plan(total=20, **more):
-    return Plan(total, 10, 4, **{"log_every": 4, "checkpoint_every": 3, **more})
+    return LoopConfig(total, 10, 4, **{"log_every": 4, "checkpoint_every": 3, **more})
 
 
 def run(task, journal, progress=None, **more):
-    return train(task, Batches(), plan(**more), journal, progress=progress or Progress(), device=CPU)
+    return train(task, Batches(), plan(**more), journal, state=progress or TrainState(), device=CPU)
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_line():
@@ -97,8 +97,10 @@ def test_from_any_checkpoint_the_run_goes_on_as_if_never_stopped(cut):
     run(task, whole)
     resumed, journal = Line(), Journal()
     tensors, header = whole.saved[cut]
-    run(resumed, journal, restore(resumed, tensors, header, "here"))
-    for a, b in zip(snapshot(task, Progress())[0].values(), snapshot(resumed, Progress())[0].values(), strict=True):
+    run(resumed, journal, restore_state(resumed, tensors, header, "here"))
+    for a, b in zip(
+        snapshot_state(task, TrainState())[0].values(), snapshot_state(resumed, TrainState())[0].values(), strict=True
+    ):
         assert torch.equal(a, b)
     assert journal.records == [record for record in whole.records if record["step"] > cut]
 
@@ -122,7 +124,7 @@ def inf_gradient(step, loss):
 def test_the_first_step_that_is_not_finite_is_named_and_nothing_bad_is_saved(spoil):
     journal = Journal()
     task = Line(spoil)
-    task.learning_rate = lambda step: 0.0 if step == 2 else 1e-3
+    task.get_learning_rate = lambda step: 0.0 if step == 2 else 1e-3
     task.optimizer.param_groups[0]["momentum"] = 0.0
     with pytest.raises(Diverged) as error:
         run(task, journal)
@@ -137,11 +139,11 @@ def test_a_checkpoint_of_other_networks_is_refused_before_anything_is_loaded():
     journal = Journal()
     run(Line(), journal)
     task = Line()
-    task.state = nn.Linear(4, 1)
-    before = task.state.weight.clone()
+    task.model = nn.Linear(4, 1)
+    before = task.model.weight.clone()
     with pytest.raises(UsageError, match="another architecture"):
-        restore(task, *journal.saved[3], "here")
-    assert torch.equal(task.state.weight, before)
+        restore_state(task, *journal.saved[3], "here")
+    assert torch.equal(task.model.weight, before)
 
 
 def test_an_ordinary_step_reads_nothing_back_from_the_device(monkeypatch):
@@ -157,31 +159,31 @@ def test_an_ordinary_step_reads_nothing_back_from_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, spy)
 
     class Listening(Journal):
-        def metrics(self, record):
+        def write_metrics(self, record):
             asked.append("log line")
 
     before_the_log = []
     for steps in (1, 6):
         asked.clear()
         task, feed = tiny_pretraining()
-        times = Plan(total=7, steps_per_epoch=4, batch_size=8, log_every=steps)
-        train(task, feed, times, Listening(), progress=Progress(), device=CPU)
+        times = LoopConfig(total=7, steps_per_epoch=4, batch_size=8, log_every=steps)
+        train(task, feed, times, Listening(), state=TrainState(), device=CPU)
         before_the_log.append(asked[: asked.index("log line")])
     assert "item" in before_the_log[0]  # the spies see what a log line reads
     assert before_the_log[0] == before_the_log[1]
 
 
-def tiny_pretraining() -> tuple[Pretraining, Feed]:
+def tiny_pretraining() -> tuple[PretrainTask, ViewLoader]:
     sets = ["model.arch=resnet18", "model.width=0.125", "model.stem=cifar", "optim.batch_size=8", "loss.negatives=3"]
-    source = ShapesSource.from_spec("shapes:size=16,train=32,val=8", "train")
+    source = ShapesDataset.from_spec("shapes:size=16,train=32,val=8", "train")
     sampler = Sampler(0, len(source), 8)
-    views = ViewPlan((ViewSize(2, 16, (0.2, 1.0)), ViewSize(1, 8, (0.1, 0.3))), (0.75, 1.33), Photometric())
-    feed = Feed(
+    views = ViewSpec((CropSpec(2, 16, (0.2, 1.0)), CropSpec(1, 8, (0.1, 0.3))), (0.75, 1.33), AugmentConfig())
+    feed = ViewLoader(
         source, sampler, views, seed=0, device=CPU, world=World(), cache="device", workers=0,
         bad=BadImages(len(source), 0.1),
     )  # fmt: skip
-    config = resolve(sets=sets).config
-    task = Pretraining(config, classes=0, steps_per_epoch=4, total_steps=99, device=CPU, precision="bf16")
+    config = resolve_config(sets=sets).config
+    task = PretrainTask(config, classes=0, steps_per_epoch=4, total_steps=99, device=CPU, precision="bf16")
     return task, feed
 
 
@@ -211,7 +213,7 @@ def test_a_scheduler_and_torchrun_may_both_send_sigterm():
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('one', signals.received, flush=True)\n"
-        "    now[0] += StopSignals.TWICE_SECONDS + 0.1\n"
+        "    now[0] += StopSignals.REPEAT_SECONDS + 0.1\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('never', flush=True)\n"
     )

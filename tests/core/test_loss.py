@@ -180,7 +180,7 @@ def test_pair_by_pair_equals_all_at_once(monkeypatch, n, invariance):
     keys = {"negatives": n, "invariance": invariance, "generator": draw}
     draw.manual_seed(3)
     at_once = value_and_gradient(relic(online, target, **keys)["loss"], online)
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 10)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 10)
     draw.manual_seed(3)
     assert_same(at_once, value_and_gradient(relic(online, target, **keys)["loss"], online))
     with torch.no_grad():
@@ -207,9 +207,9 @@ def test_fetched_vectors_equal_the_matrix_of_all(monkeypatch, invariance, device
         return value_and_gradient(sum(halves) / 2, online)
 
     by_matrix = found()
-    monkeypatch.setattr(loss_module, "FETCH_FROM", 0)
+    monkeypatch.setattr(loss_module, "GATHER_MIN_RATIO", 0)
     if device == "as on a GPU":
-        monkeypatch.setattr(loss_module, "PAIRS_IN_TURN", ())
+        monkeypatch.setattr(loss_module, "PAIRWISE_DEVICES", ())
     monkeypatch.setattr(loss_module, "_sum_terms", counted := Counted(loss_module._sum_terms))
     assert_same(by_matrix, found())
     at_once = 1 if invariance == "transposed" else 2
@@ -231,16 +231,16 @@ class Half:
     def __init__(self, online, target, rank):
         self.parts, self.target_parts, self.rank = online.chunk(2, 1), target.chunk(2, 1), rank
 
-    def online(self, mine):
+    def gather_online(self, mine):
         unit = [torch.nn.functional.normalize(part, dim=-1) / TEMPERATURE for part in self.parts]
         torch.testing.assert_close(mine, unit[self.rank])
         return torch.cat(unit, 1)
 
-    def target(self, mine):
+    def gather_target(self, mine):
         assert not mine.requires_grad
         return torch.nn.functional.normalize(torch.cat(self.target_parts, 1).detach(), dim=-1)
 
-    def rows(self, local):
+    def get_offset_and_total(self, local):
         return self.rank * local, 2 * local
 
 
@@ -333,7 +333,7 @@ def test_negatives_are_never_oneself_and_never_twice(total, n):
 def test_every_set_of_negatives_is_equally_likely(monkeypatch, by_order):
     """Chi-square over the 10 sets of 2 out of 5 others, and over rows; 0.1 % critical values."""
     if by_order:
-        monkeypatch.setattr(loss_module, "FLOYD_UP_TO", 0)
+        monkeypatch.setattr(loss_module, "FLOYD_MAX_RATIO", 0)
     draws = 6000
     drawn = sample_negatives(draws, 1, 6, 6, 2, torch.Generator().manual_seed(0))[:, 0]
     for row in range(6):

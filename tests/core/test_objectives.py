@@ -55,7 +55,7 @@ def simclr_loop(z, temperature):
 @pytest.mark.parametrize("views", [2, 3])
 def test_simclr_equals_the_loop(monkeypatch, views, one_by_one):
     if one_by_one:
-        monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 1)
+        monkeypatch.setattr(objectives, "MAX_LOGITS", 1)
     z = random(views, 5, 4)
     assert_same_with_gradient(simclr_loss(z, temperature=0.2)["loss"], simclr_loop(z, 0.2), z)
 
@@ -76,10 +76,10 @@ def test_simclr_of_two_halves_equals_the_joined_batch():
         def __init__(self, rank):
             self.rank = rank
 
-        def online(self, mine):
+        def gather_online(self, mine):
             return F.normalize(z, dim=-1)
 
-        def rows(self, local):
+        def get_offset_and_total(self, local):
             return self.rank * local, 2 * local
 
     halves = [simclr_loss(z.chunk(2, 1)[r], temperature=0.2, gather=Half(r))["loss"] for r in range(2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from relicctl.core.optim import LARS, build_optimizer, parameter_groups
+from relicctl.core.optim import LARS, build_optimizer, build_param_groups
 
 
 def lars_in_numpy(params, gradients, lrs, momentum, weight_decay, trust):
@@ -106,7 +106,7 @@ def test_biases_and_batchnorm_are_spared_from_decay(name):
 def test_frozen_parameters_and_empty_groups_are_left_out():
     net = nn.Linear(3, 4)
     net.bias.requires_grad_(False)
-    (group,) = parameter_groups(net.named_parameters(), 0.1)
+    (group,) = build_param_groups(net.named_parameters(), 0.1)
     assert group["params"][0] is net.weight
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from relicctl.core.picked import picked_products
+from relicctl.core.picked import gather_dot
 
 
 def example():
@@ -17,21 +17,21 @@ def example():
 def test_products_are_those_of_the_matrix_of_all():
     anchors, others, picked = example()
     matrix = torch.einsum("and,bmd->abnm", anchors, others)
-    torch.testing.assert_close(picked_products(anchors, others, picked), matrix.gather(-1, picked))
+    torch.testing.assert_close(gather_dot(anchors, others, picked), matrix.gather(-1, picked))
 
 
 def test_gradients_are_numerically_right():
     anchors, others, picked = example()
-    assert torch.autograd.gradcheck(picked_products, (anchors, others, picked))
+    assert torch.autograd.gradcheck(gather_dot, (anchors, others, picked))
     for fixed in (0, 1):
         inputs = [anchors, others, picked]
         inputs[fixed] = inputs[fixed].detach()
-        assert torch.autograd.gradcheck(picked_products, inputs)
+        assert torch.autograd.gradcheck(gather_dot, inputs)
 
 
 def test_views_and_transposes_are_taken_as_they_come():
     anchors, others, picked = example()
     assert torch.equal(
-        picked_products(anchors.mT.contiguous().mT, others, picked.transpose(0, 1).contiguous().transpose(0, 1)),
-        picked_products(anchors, others, picked),
+        gather_dot(anchors.mT.contiguous().mT, others, picked.transpose(0, 1).contiguous().transpose(0, 1)),
+        gather_dot(anchors, others, picked),
     )

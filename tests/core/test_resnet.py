@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from relicctl.core.models.resnet import ARCHITECTURES, build_encoder, seeded
+from relicctl.core.models.resnet import ARCHITECTURES, build_encoder, fork_seeded_rng
 
 TORCHVISION = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -104,7 +104,7 @@ def reference_same(x, weight, stride):
 @pytest.mark.parametrize("size", [32, 33, 47])
 @pytest.mark.parametrize("stem", ["imagenet", "stride2", "cifar"])
 def test_same_padding_is_tensorflow_s(size, stem):
-    with seeded(0):
+    with fork_seeded_rng(0):
         encoder = build_encoder("resnet50", 0.125, stem, "same").eval()
     seen = []
     for module in encoder.modules():
@@ -132,9 +132,9 @@ def test_same_max_pool_ignores_what_is_beyond_the_border(size):
 
 
 def test_both_paddings_have_the_same_parameters():
-    with seeded(0):
+    with fork_seeded_rng(0):
         one = build_encoder("resnet50", 0.125)
-    with seeded(0):
+    with fork_seeded_rng(0):
         other = build_encoder("resnet50", 0.125, padding="same")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert list(one.state_dict()) == list(other.state_dict())
@@ -142,7 +142,7 @@ def test_both_paddings_have_the_same_parameters():
 
 def test_weights_are_a_pure_function_of_the_seed():
     def weights(seed):
-        with seeded(seed):
+        with fork_seeded_rng(seed):
             return build_encoder("resnet18", 0.125).conv1.weight
 
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_activation_checkpointing_changes_nothing(arch):
     """Not the gradients, and not the running statistics, which a second forward would move once more."""
 
     def trained(activation_checkpointing):
-        with seeded(0):
+        with fork_seeded_rng(0):
             encoder = build_encoder(arch, 0.125, activation_checkpointing=activation_checkpointing)
         for step in range(2):
             encoder(images(4, seed=step)).square().mean().backward()

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from relicctl.core.models.heads import MLPHead
-from relicctl.core.models.resnet import build_encoder, seeded
+from relicctl.core.models.resnet import build_encoder, fork_seeded_rng
 from relicctl.core.models.siamese import Siamese
 
 
 def pair(predictor=True, target=True, seed=0):
-    with seeded(seed):
+    with fork_seeded_rng(seed):
         encoder = build_encoder("resnet18", 0.125, "cifar")
         projector = MLPHead(encoder.feature_dim, 16, 8)
         return Siamese(encoder, projector, MLPHead(8, 16, 8) if predictor else None, target)
@@ -72,7 +72,7 @@ def test_target_is_the_moving_average_of_the_online_parameters():
 
 def test_moving_average_leaves_running_statistics_alone():
     net = pair()
-    net.online_forward([views(2, 8)])
+    net.forward_online([views(2, 8)])
     before = [b.clone() for b in net.target.buffers()]
     net.update_target(0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, net.target.buffers(), strict=True))
@@ -81,7 +81,7 @@ def test_moving_average_leaves_running_statistics_alone():
 def test_online_forward_keeps_views_and_images_in_place():
     net = pair().eval()  # with running statistics every image is on its own
     large, small = views(2, 16), views(3, 8, seed=1)
-    features, outputs = net.online_forward([large, small])
+    features, outputs = net.forward_online([large, small])
     assert features.shape == (5, 3, net.online["encoder"].feature_dim)
     assert outputs.shape == (5, 3, 8)
     for v, (group, k) in enumerate([(large, 0), (large, 1), (small, 0), (small, 1), (small, 2)]):
@@ -94,7 +94,7 @@ def test_online_forward_keeps_views_and_images_in_place():
 
 def test_without_predictor_the_projection_comes_out():
     net = pair(predictor=False, target=False).eval()
-    features, outputs = net.online_forward([views(2, 8)])
+    features, outputs = net.forward_online([views(2, 8)])
     torch.testing.assert_close(outputs[1], net.online["projector"](features[1]))
     assert net.target is None
 
@@ -104,7 +104,7 @@ def test_one_encoder_forward_per_size_and_one_head_forward():
     batches = {"encoder": [], "projector": [], "predictor": []}
     for name, seen in batches.items():
         net.online[name].register_forward_hook(lambda m, args, out, seen=seen: seen.append(len(args[0])))
-    net.online_forward([views(2, 16), views(3, 8)])
+    net.forward_online([views(2, 16), views(3, 8)])
     assert batches == {"encoder": [6, 9], "projector": [15], "predictor": [15]}
 
 
@@ -113,12 +113,12 @@ def test_target_forward_uses_the_batch_and_statistics_of_its_own():
     x = views(2, 8)
     online_buffers = [b.clone() for b in net.online.buffers()]
     target_buffers = [b.clone() for b in net.target.buffers()]
-    out = net.target_forward(x)
+    out = net.forward_target(x)
     assert out.shape == (2, 3, 8)
     assert not out.requires_grad
     torch.testing.assert_close(out, net.online["projector"](net.online["encoder"](x.flatten(0, 1))).view(2, 3, 8))
     net = pair()
-    net.target_forward(x)
+    net.forward_target(x)
     assert all(torch.equal(a, b) for a, b in zip(online_buffers, net.online.buffers(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(target_buffers, net.target.buffers(), strict=True)), (
         "batch mode moves every running statistic"
@@ -127,8 +127,8 @@ def test_target_forward_uses_the_batch_and_statistics_of_its_own():
 
 def test_gradient_reaches_the_online_network_alone():
     net = pair()
-    _, outputs = net.online_forward([views(2, 8), views(1, 4)])
-    (outputs[:2] - net.target_forward(views(2, 8))).square().sum().backward()
+    _, outputs = net.forward_online([views(2, 8), views(1, 4)])
+    (outputs[:2] - net.forward_target(views(2, 8))).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.online.parameters() if p.ndim > 1)
     assert all(p.grad is None for p in net.target.parameters())
 
@@ -139,7 +139,7 @@ def test_channels_last_views_reach_the_encoder_as_they_are(network):
     seen = []
     getattr(net, network)["encoder"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     x = views(2, 8).flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 3))
-    net.online_forward([x]) if network == "online" else net.target_forward(x)
+    net.forward_online([x]) if network == "online" else net.forward_target(x)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert seen[0].data_ptr() == x.data_ptr(), "no copy"
 
@@ -147,7 +147,7 @@ def test_channels_last_views_reach_the_encoder_as_they_are(network):
 def test_any_module_serves_as_projector():
     encoder = build_encoder("resnet18", 0.125, "cifar")
     net = Siamese(encoder, nn.Linear(encoder.feature_dim, 10), None, target=False)
-    assert net.online_forward([views(2, 8)])[1].shape == (2, 3, 10)
+    assert net.forward_online([views(2, 8)])[1].shape == (2, 3, 10)
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_norm():
@@ -156,14 +156,14 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_n
     weights = torch.randn(3, 6, 8)
 
     def build(microbatch):
-        with seeded(0):
+        with fork_seeded_rng(0):
             encoder = build_encoder("resnet18", 0.125, "stride2")
             return Siamese(encoder, MLPHead(64, 16, 8), MLPHead(8, 16, 8), True, microbatch)
 
     cached, plain = build(2), build(None)
-    outputs = cached.online_forward(views)[1]
+    outputs = cached.forward_online(views)[1]
     (outputs * weights).sum().backward()
-    parts = [plain.online_forward([view[:, i : i + 2] for view in views])[1] for i in (0, 2, 4)]
+    parts = [plain.forward_online([view[:, i : i + 2] for view in views])[1] for i in (0, 2, 4)]
     (torch.cat(parts, 1) * weights).sum().backward()
 
     assert torch.equal(outputs, torch.cat(parts, 1))
@@ -171,8 +171,8 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_n
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
     for (name, p), q in zip(cached.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(p, q), name
-    expected = torch.cat([plain.target_forward(views[0][:, i : i + 2]) for i in (0, 2, 4)], 1)
-    assert torch.equal(cached.target_forward(views[0]), expected)
+    expected = torch.cat([plain.forward_target(views[0][:, i : i + 2]) for i in (0, 2, 4)], 1)
+    assert torch.equal(cached.forward_target(views[0]), expected)
 
 
 def test_compiling_is_for_training_alone():

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from relicctl.core.models.resnet import build_encoder, seeded
+from relicctl.core.models.resnet import build_encoder, fork_seeded_rng
 from relicctl.core.models.saliency_net import build_saliency_net
-from relicctl.core.models.u2net import DilatedU, ResidualU
+from relicctl.core.models.u2net import RSU, RSU4F
 
 OUTPUTS = {"u2netp": 7, "resnet": 5}
 
 
 def small(arch, hints=0):
-    with seeded(0):
+    with fork_seeded_rng(0):
         encoder = build_encoder("resnet18", 0.125) if arch == "resnet" else None
         return build_saliency_net(arch, encoder, hints)
 
@@ -32,7 +32,7 @@ def test_the_sizes_are_the_papers(arch, parameters):
 @pytest.mark.parametrize(("height", "levels"), [(7, 6), (4, 3)])
 def test_a_residual_u_halves_its_maps_level_by_level(height, levels):
     seen = []
-    block = ResidualU(3, height, 4, 8)
+    block = RSU(3, height, 4, 8)
     for convolution in block.down:
         convolution.register_forward_hook(lambda _, __, out: seen.append(out.shape[-1]))
     assert block(torch.randn(2, 3, 64, 64)).shape == (2, 8, 64, 64)
@@ -40,7 +40,7 @@ def test_a_residual_u_halves_its_maps_level_by_level(height, levels):
 
 
 def test_the_dilated_u_keeps_its_resolution():
-    block = DilatedU(3, 4, 8)
+    block = RSU4F(3, 4, 8)
     dilations = [layer.dilation[0] for layer in block.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert dilations == [1, 1, 2, 4, 8, 4, 2, 1]
     assert block(torch.randn(2, 3, 5, 7)).shape == (2, 8, 5, 7)
@@ -90,7 +90,7 @@ def test_the_fused_output_is_made_of_the_side_outputs_alone():
 @pytest.mark.parametrize(("size", "dilation"), [(1, 1), (1, 8), (2, 2), (2, 4), (3, 4)])
 def test_bfloat16_convolutions_of_a_few_pixels_have_the_gradients_of_float32(size, dilation):
     """Such maps lie at the bottom of every U, where a CPU's kernels of other strides are known to fail."""
-    with seeded(0):
+    with fork_seeded_rng(0):
         layer = nn.Conv2d(16, 16, 3, padding=dilation, dilation=dilation).to(memory_format=torch.channels_last)
         x, along = torch.randn(2, 16, 16, size, size)
     found = {}

@@ -19,8 +19,8 @@ from PIL import Image
 
 from relicctl.data import archives
 from relicctl.data.archives import open_container
-from relicctl.data.images import BadImage
-from relicctl.data.sources import open_source
+from relicctl.data.images import BadImageError
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
 
 FILES = {f"{name}.jpg": os.urandom(100 + number) for number, name in enumerate(["a", "b/c", "b/d e"])}
@@ -44,14 +44,14 @@ def write_tar(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMA
 
 def contents(path: Path) -> dict[str, bytes]:
     container = open_container(str(path))
-    return {name: container.read(os.fsencode(name), member) for name, member in list(container.index())}
+    return {name: container.read(os.fsencode(name), member) for name, member in list(container.iter_images())}
 
 
 def refusal(path: Path) -> str:
     """The one member's reason why it cannot be read."""
     container = open_container(str(path))
-    [(name, member)] = container.index()
-    with pytest.raises(BadImage) as bad:
+    [(name, member)] = container.iter_images()
+    with pytest.raises(BadImageError) as bad:
         container.read(os.fsencode(name), member)
     return bad.value.reason
 
@@ -95,29 +95,29 @@ def test_the_kind_is_told_by_content(tmp_path):
 def test_workers_read_what_the_parent_reads(tmp_path, method):
     files = {f"{n}.png": _png(n) for n in range(20)}
     for path in (write_zip(tmp_path / "a.zip", files), write_tar(tmp_path / "a.tar", files)):
-        source = open_source(str(path))
+        source = open_dataset(str(path))
         before = [source.load(index) for index in range(20)]  # the parent's file is open when workers start
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert all(map(np.array_equal, pool.map(source.load, range(20)), before))
 
 
 def test_threads_share_more_archives_than_may_be_open(tmp_path):
-    count = archives._OPEN_FILES + 10
+    count = archives._MAX_OPEN_FILES + 10
     for number in range(count):
         write_tar(tmp_path / f"{number:03d}.tar", {"x.png": bytes([number])})
-    source = open_source(f"{tmp_path}/{{000..{count - 1:03d}}}.tar")
+    source = open_dataset(f"{tmp_path}/{{000..{count - 1:03d}}}.tar")
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with ThreadPoolExecutor(8) as pool:
         order = np.random.default_rng(0).integers(0, count, 2000).tolist()
         assert list(pool.map(source.read, order)) == [bytes([number]) for number in order]
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + archives._OPEN_FILES
+        assert len(os.listdir("/proc/self/fd")) <= before + archives._MAX_OPEN_FILES
 
 
 def test_a_replaced_archive_is_noticed(tmp_path):
     path = write_zip(tmp_path / "a.zip", FILES)
     container = open_container(str(path))
-    name, member = next(iter(container.index()))
+    name, member = next(iter(container.iter_images()))
     write_zip(path, {"other.jpg": b"longer than before" * 100})
     with pytest.raises(DataError, match="has changed"):
         container.read(os.fsencode(name), member)
@@ -139,7 +139,7 @@ UNWANTED = [".hidden.jpg", "a/._fork.jpg", ".git/x.jpg", "__MACOSX/x.jpg", "read
 def test_only_safe_names_are_listed(tmp_path, write):
     path = write(tmp_path / "a", dict.fromkeys([*ESCAPES, *UNWANTED], b"evil") | {"./b//ok.JPG": b"good"})
     container = open_container(str(path))
-    [(name, member)] = container.index()
+    [(name, member)] = container.iter_images()
     assert name == "b/ok.JPG"
     assert container.read(os.fsencode(name), member) == b"good"
 
@@ -168,12 +168,12 @@ def test_folders_follow_links_but_not_in_circles(tmp_path):
     (tmp_path / "root/gone.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "root/pipe.jpg")
     container = open_container(str(tmp_path / "root"))
-    found = dict(container.index())
+    found = dict(container.iter_images())
     assert "cats/inner/x.jpg" in found
     assert len(found) <= 6
     assert container.read(b"cats/inner/x.jpg", found["cats/inner/x.jpg"]) == b"x"
     assert "pipe.jpg" not in found
-    with pytest.raises(BadImage, match="cannot be read"):
+    with pytest.raises(BadImageError, match="cannot be read"):
         container.read(b"gone.jpg", found["gone.jpg"])
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_header_does_not_hide_the_rest_of_a_tar(tmp_path):
 def test_what_is_no_archive_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as error:
-        list(open_container(str(tmp_path / name)).index())
+        list(open_container(str(tmp_path / name)).iter_images())
     assert "no zip or tar archive" in error.value.what
 
 
@@ -277,10 +277,10 @@ def test_damage_raises_nothing_but_our_errors(tmp_path, write, data):
     path.write_bytes(damaged)
     try:
         container = open_container(str(path))
-        entries = list(container.index())
+        entries = list(container.iter_images())
     except DataError:
         return
     for name, member in entries:
         assert ".." not in name.split("/")
-        with contextlib.suppress(BadImage):
+        with contextlib.suppress(BadImageError):
             assert len(container.read(name.encode("utf-8", "surrogateescape"), member)) == member.size

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.config.schema import PhotometricViews
+from relicctl.config.schema import PhotometricConfig
 from relicctl.data.augment import (
-    JITTER,
-    MEAN,
-    STD,
-    Photometric,
-    Photometry,
-    apply_photometry,
-    blur_radius,
-    draw_photometry,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER_OPS,
+    AugmentConfig,
+    AugmentParams,
+    apply_augmentations,
+    compute_blur_radius,
+    draw_augment_params,
 )
-from relicctl.data.resample import gaussian_bands
+from relicctl.data.resample import make_gaussian_matrices
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -89,7 +89,7 @@ def literal_chain(image, draw):
         image = blur(image, float(draw.sigma))
     if draw.solarize:
         image = np.where(image < 0.5, image, 1 - image)
-    return (np.clip(image, 0, 1) - MEAN) / STD
+    return (np.clip(image, 0, 1) - IMAGENET_MEAN) / IMAGENET_STD
 
 
 # -- the images: noise, a photo's smoothness, greys, pure colours, black and white --
@@ -116,8 +116,8 @@ def pixels(tensor):
     return tensor.movedim(-3, -1).double().numpy()
 
 
-def draw(views=4, batch=30, *, step=1, seed=0, spec=Photometric(), rows=None):  # noqa: B008
-    return draw_photometry(spec, seed, step, np.arange(batch) if rows is None else rows, views)
+def draw(views=4, batch=30, *, step=1, seed=0, spec=AugmentConfig(), rows=None):  # noqa: B008
+    return draw_augment_params(spec, seed, step, np.arange(batch) if rows is None else rows, views)
 
 
 def nothing(drawn, **but):
@@ -129,10 +129,10 @@ def nothing(drawn, **but):
 
 
 def test_the_whole_chain_is_the_plain_one_for_every_order_of_the_jitter():
-    drawn = draw(views=4, batch=24, spec=Photometric(jitter=0.9, blur=(0.7, 0.5), solarize=(0.2, 0.5)))
+    drawn = draw(views=4, batch=24, spec=AugmentConfig(jitter=0.9, blur=(0.7, 0.5), solarize=(0.2, 0.5)))
     drawn = replace(drawn, order=np.stack([np.roll(ORDERS, 6 * view, axis=0) for view in range(4)]))
     images = pictures(96, 24).reshape(4, 24, 24, 24, 3)
-    ours = pixels(apply_photometry(torch.from_numpy(images), drawn))
+    ours = pixels(apply_augmentations(torch.from_numpy(images), drawn))
     for place in np.ndindex(4, 24):
         np.testing.assert_allclose(ours[place], literal_chain(images[place] / 255, drawn[place]), atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_every_jitter_operation_is_the_plain_one(operation, strong):
     images = pictures(20, 16, seed=operation)
     reach = (0.4, 0.4, 0.2, 0.2)[operation] * strong
     strengths = np.random.default_rng(1).uniform(-reach, reach, 20) + (operation in (CONTRAST, SATURATION))
-    ours = JITTER[operation](planes(images), torch.from_numpy(strengths).float()[:, None, None, None])
+    ours = JITTER_OPS[operation](planes(images), torch.from_numpy(strengths).float()[:, None, None, None])
     for image, strength, result in zip(images, strengths, pixels(ours), strict=True):
         np.testing.assert_allclose(result, REFERENCES[operation](image / 255, strength), atol=2e-6)
 
@@ -151,56 +151,56 @@ def test_every_jitter_operation_is_the_plain_one(operation, strong):
 def test_neutral_strengths_change_nothing():
     images = planes(pictures(20, 16))
     for operation, neutral in ((BRIGHTNESS, 0.0), (CONTRAST, 1.0), (SATURATION, 1.0), (HUE, 0.0), (HUE, 1.0)):
-        ours = JITTER[operation](images.clone(), torch.full((20, 1, 1, 1), neutral))
+        ours = JITTER_OPS[operation](images.clone(), torch.full((20, 1, 1, 1), neutral))
         torch.testing.assert_close(ours, images, atol=1e-6, rtol=0)
 
 
 def test_a_third_of_a_turn_exchanges_the_channels():
     images = planes(pictures(20, 16))
-    turned = JITTER[HUE](images.clone(), torch.full((20, 1, 1, 1), 1 / 3))
+    turned = JITTER_OPS[HUE](images.clone(), torch.full((20, 1, 1, 1), 1 / 3))
     torch.testing.assert_close(turned, images.roll(1, dims=1), atol=1e-6, rtol=0)
 
 
 def test_images_that_drew_nothing_are_only_normalised():
     drawn = draw()
     images = torch.from_numpy(pictures(120, 24)).view(4, 30, 24, 24, 3)
-    plain = pixels(apply_photometry(images, nothing(drawn)))
-    np.testing.assert_allclose(plain, (images.double().numpy() / 255 - MEAN) / STD, atol=1e-6)
+    plain = pixels(apply_augmentations(images, nothing(drawn)))
+    np.testing.assert_allclose(plain, (images.double().numpy() / 255 - IMAGENET_MEAN) / IMAGENET_STD, atol=1e-6)
     for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
         gate = getattr(drawn, name)
-        touched = pixels(apply_photometry(images, nothing(drawn, **{name: gate})))
+        touched = pixels(apply_augmentations(images, nothing(drawn, **{name: gate})))
         assert (touched[~gate] == plain[~gate]).all()
         assert (touched[gate] != plain[gate]).any(axis=(1, 2, 3)).mean() > 0.5
 
 
 def test_the_rows_of_a_batch_do_not_know_each_other():
     drawn, images = draw(views=2, batch=12), torch.from_numpy(pictures(24, 24)).view(2, 12, 24, 24, 3)
-    together = apply_photometry(images, drawn)
+    together = apply_augmentations(images, drawn)
     for first, last in ((0, 5), (5, 12)):
-        apart = apply_photometry(images[:, first:last], drawn[:, first:last])
+        apart = apply_augmentations(images[:, first:last], drawn[:, first:last])
         torch.testing.assert_close(apart, together[:, first:last], atol=1e-6, rtol=0)
 
 
 def test_every_layout_and_type_gives_the_same_float32():
     drawn, images = draw(views=2, batch=10), torch.from_numpy(pictures(20, 24)).view(2, 10, 24, 24, 3)
-    expected = apply_photometry(images, drawn)
+    expected = apply_augmentations(images, drawn)
     assert expected.dtype == torch.float32
     assert expected.shape == (2, 10, 3, 24, 24)
     assert expected.is_contiguous()
     upright = images.movedim(-1, 2)
     for same in (upright, upright.contiguous(), images.float() / 255, upright.contiguous().float() / 255):
-        assert torch.equal(apply_photometry(same, drawn), expected)
+        assert torch.equal(apply_augmentations(same, drawn), expected)
     coarse = (images.float() / 255).half()
-    assert torch.equal(apply_photometry(coarse, drawn), apply_photometry(coarse.float(), drawn))
+    assert torch.equal(apply_augmentations(coarse, drawn), apply_augmentations(coarse.float(), drawn))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(apply_photometry(images, drawn), expected)
+        assert torch.equal(apply_augmentations(images, drawn), expected)
 
 
 def test_float_planes_are_overwritten_and_uint8_is_kept():
     images = torch.from_numpy(pictures(20, 24)).view(2, 10, 24, 24, 3)
     before, floats = images.clone(), images.movedim(-1, 2).contiguous().float() / 255
-    assert apply_photometry(floats, draw(views=2, batch=10)).data_ptr() == floats.data_ptr()
-    apply_photometry(images, draw(views=2, batch=10))
+    assert apply_augmentations(floats, draw(views=2, batch=10)).data_ptr() == floats.data_ptr()
+    apply_augmentations(images, draw(views=2, batch=10))
     assert torch.equal(images, before)
 
 
@@ -209,8 +209,8 @@ def test_float_planes_are_overwritten_and_uint8_is_kept():
 
 @pytest.mark.parametrize(("side", "taps"), [(224, 23), (96, 9), (32, 3)])
 def test_the_blur_has_byols_taps(side, taps):
-    assert 2 * blur_radius(side) + 1 == taps
-    middle = gaussian_bands(torch.tensor([2.0]), side, blur_radius(side))[0, side // 2]
+    assert 2 * compute_blur_radius(side) + 1 == taps
+    middle = make_gaussian_matrices(torch.tensor([2.0]), side, compute_blur_radius(side))[0, side // 2]
     assert int((middle > 0).sum()) == taps
     assert middle.sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -220,7 +220,7 @@ def test_the_blur_is_the_plain_one(side):
     images, sigmas = pictures(5, side), np.array([[0.1, 0.5, 1.0, 1.5, 2.0]])
     drawn = draw(views=1, batch=5)
     drawn = nothing(drawn, blur=np.ones_like(drawn.blur), sigma=sigmas)
-    ours = pixels(apply_photometry(torch.from_numpy(images)[None], drawn, mean=(0, 0, 0), std=(1, 1, 1)))[0]
+    ours = pixels(apply_augmentations(torch.from_numpy(images)[None], drawn, mean=(0, 0, 0), std=(1, 1, 1)))[0]
     for image, sigma, result in zip(images, sigmas[0], ours, strict=True):
         np.testing.assert_allclose(result, blur(image / 255, sigma), atol=2e-6)
 
@@ -228,7 +228,7 @@ def test_the_blur_is_the_plain_one(side):
 def test_beyond_the_border_the_blur_sees_zeros():
     drawn = draw(views=1, batch=1)
     drawn = nothing(drawn, blur=np.ones_like(drawn.blur), sigma=np.full((1, 1), 2.0))
-    white = apply_photometry(torch.ones(1, 1, 3, 40, 40), drawn, mean=(0, 0, 0), std=(1, 1, 1))[0, 0, 0]
+    white = apply_augmentations(torch.ones(1, 1, 3, 40, 40), drawn, mean=(0, 0, 0), std=(1, 1, 1))[0, 0, 0]
     torch.testing.assert_close(white[2:-2, 2:-2], torch.ones(36, 36), atol=1e-6, rtol=0)
     assert white[0, 20].item() == pytest.approx(white[20, -1].item())
     assert white[0, 20].item() < 0.65
@@ -241,13 +241,13 @@ def test_draws_of_some_rows_are_those_rows_of_the_global_draw():
     whole = draw(views=6, batch=64)
     for rows in (np.arange(16, 32), np.array([5]), np.array([63, 0, 7])):
         part = draw(views=6, rows=rows)
-        for field in fields(Photometry):
+        for field in fields(AugmentParams):
             assert (getattr(part, field.name) == getattr(whole, field.name)[:, rows]).all(), field.name
 
 
 def test_draws_of_a_view_do_not_depend_on_how_many_there_are():
     few, many = draw(views=2), draw(views=6)
-    for field in fields(Photometry):
+    for field in fields(AugmentParams):
         assert (getattr(few, field.name) == getattr(many[:2], field.name)).all(), field.name
 
 
@@ -296,13 +296,13 @@ def test_all_orders_of_the_jitter_are_equally_likely():
 
 def test_the_draws_of_one_image_are_independent():
     drawn = draw(views=1, batch=20_000, seed=7)
-    columns = [getattr(drawn, f.name)[0] for f in fields(Photometry) if f.name not in ("order", "blur", "solarize")]
+    columns = [getattr(drawn, f.name)[0] for f in fields(AugmentParams) if f.name not in ("order", "blur", "solarize")]
     off_diagonal = np.corrcoef(np.stack(columns).astype(float)) - np.eye(len(columns))
     assert np.abs(off_diagonal).max() < 4.5 / math.sqrt(20_000)
 
 
 def test_the_defaults_are_the_configs():
-    assert asdict(Photometric()) == PhotometricViews().model_dump()
+    assert asdict(AugmentConfig()) == PhotometricConfig().model_dump()
 
 
 # -- CUDA --
@@ -312,10 +312,10 @@ def test_the_defaults_are_the_configs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_result_is_the_same_and_the_host_never_waits():
     drawn, images = draw(), torch.from_numpy(pictures(120, 32)).view(4, 30, 32, 32, 3)
-    expected, there = apply_photometry(images, drawn), images.cuda()
+    expected, there = apply_augmentations(images, drawn), images.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours = apply_photometry(there, drawn)
+        ours = apply_augmentations(there, drawn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(ours.cpu(), expected, atol=1e-4, rtol=0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from relicctl.data import augment
-from relicctl.data.augment import MEAN, STD, Photometric, Photometry, draw_photometry
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, AugmentParams, draw_augment_params
 
 
 def pictures(views: int, batch: int, *side: int) -> torch.Tensor:
@@ -28,10 +28,10 @@ def pictures(views: int, batch: int, *side: int) -> torch.Tensor:
     return torch.from_numpy(images.astype(np.uint8))
 
 
-def draws(views: int, batch: int) -> Photometry:
+def draws(views: int, batch: int) -> AugmentParams:
     """Strong ones, and every order of the jitter."""
-    spec = Photometric(jitter=0.9, saturation=0.6, hue=0.4, blur=(0.7, 0.3), solarize=(0.2, 0.5))
-    drawn = draw_photometry(spec, 0, 1, np.arange(batch), views)
+    spec = AugmentConfig(jitter=0.9, saturation=0.6, hue=0.4, blur=(0.7, 0.3), solarize=(0.2, 0.5))
+    drawn = draw_augment_params(spec, 0, 1, np.arange(batch), views)
     orders = np.resize(np.array(list(itertools.permutations(range(4)))), (views, batch, 4))
     return replace(drawn, order=orders)
 
@@ -44,12 +44,15 @@ def compare() -> None:
         interleaved = pictures(views, batch, *side).movedim(-1, 2)
         planes = interleaved.contiguous()
         for images in (interleaved, planes, planes.float().div(255)):
-            assert kernels.fits(images)
+            assert kernels.is_supported(images)
             drawn = draws(views, batch)
-            made, expected = kernels.apply(images, drawn, MEAN, STD), augment._apply(images.clone(), drawn, MEAN, STD)
+            made, expected = (
+                kernels.apply(images, drawn, IMAGENET_MEAN, IMAGENET_STD),
+                augment._apply_torch(images.clone(), drawn, IMAGENET_MEAN, IMAGENET_STD),
+            )
             torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
-    assert not kernels.fits(planes[:, :5])
-    assert not kernels.fits(planes[..., :11])
+    assert not kernels.is_supported(planes[:, :5])
+    assert not kernels.is_supported(planes[..., :11])
 
 
 def test_the_kernels_are_the_plain_operations():

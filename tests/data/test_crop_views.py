@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from relicctl.data.augment import Photometric
-from relicctl.data.feed import DECODED_AT_ONCE, ViewPlan, ViewSize, _Chunks, crop_views
+from relicctl.data.augment import AugmentConfig
+from relicctl.data.feed import IMAGES_PER_DECODE, CropSpec, ViewSpec, _ChunkDataset, crop_views
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesSource
+from relicctl.data.shapes import ShapesDataset
 
-PLAN = ViewPlan((ViewSize(2, 24, (0.14, 1.0)), ViewSize(1, 16, (0.05, 0.14))), (3 / 4, 4 / 3), Photometric())
+PLAN = ViewSpec((CropSpec(2, 24, (0.14, 1.0)), CropSpec(1, 16, (0.05, 0.14))), (3 / 4, 4 / 3), AugmentConfig())
 
 
 def empty(images: int) -> list[np.ndarray]:
-    return [np.empty((s.count, images, s.size, s.size, 3), np.uint8) for s in PLAN.sizes]
+    return [np.empty((s.count, images, s.size, s.size, 3), np.uint8) for s in PLAN.crops]
 
 
 def test_images_of_any_size_are_cropped_together_as_alone():
@@ -30,10 +30,10 @@ def test_images_of_any_size_are_cropped_together_as_alone():
 
 
 def test_a_unit_is_its_rows_wherever_it_is_cut():
-    source = ShapesSource.from_spec("shapes:train=40,val=4", "train")
-    units = _Chunks(source, Sampler(0, 40, 20), PLAN, 0)
+    source = ShapesDataset.from_spec("shapes:train=40,val=4", "train")
+    units = _ChunkDataset(source, Sampler(0, 40, 20), PLAN, 0)
     whole, used, _ = units[(1, 0, 20)]
-    assert len(used) > DECODED_AT_ONCE  # several groups, the last one short
+    assert len(used) > IMAGES_PER_DECODE  # several groups, the last one short
     first, last = units[(1, 0, 3)], units[(1, 3, 20)]
     assert np.array_equal(np.concatenate([first[1], last[1]]), used)
     for view, a, b in zip(whole, first[0], last[0], strict=True):

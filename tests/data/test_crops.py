@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from relicctl.core.counted import Stream, counted_uniform
-from relicctl.data.crops import crop_boxes, device_crops, eval_box, host_crops
+from relicctl.core.counted import Stream, draw_uniform
+from relicctl.data.crops import crop_on_device, crop_on_host, draw_crop_boxes, make_eval_box
 
 LARGE, SMALL, ASPECT = (0.14, 1.0), (0.05, 0.14), (3 / 4, 4 / 3)
 
 
 def boxes_of(indices, heights, widths, *, seed=3, epoch=5, first_view=0, count=4, area=LARGE, aspect=ASPECT):
-    return crop_boxes(
+    return draw_crop_boxes(
         seed, epoch, np.asarray(indices), np.asarray(heights), np.asarray(widths),
         first_view=first_view, count=count, area=area, aspect=aspect,
     )  # fmt: skip
@@ -27,7 +27,7 @@ def boxes_of(indices, heights, widths, *, seed=3, epoch=5, first_view=0, count=4
 
 def literal_box(seed, epoch, index, height, width, view, area, aspect):
     """torchvision's RandomResizedCrop.get_params, fed with the counted draws."""
-    u = counted_uniform(seed, Stream.GEOMETRY, epoch, index, view, n=22)
+    u = draw_uniform(seed, Stream.GEOMETRY, epoch, index, view, n=22)
     for k in range(10):
         target = height * width * (area[0] + (area[1] - area[0]) * u[k])
         ratio = math.exp(math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * u[10 + k])
@@ -123,15 +123,15 @@ def test_an_evaluation_box_is_the_centre_of_the_resized_image():
     image = np.asarray(Image.fromarray(noise(40, 60)).resize((640, 448), Image.Resampling.BICUBIC))
     resized = Image.fromarray(image).resize((366, 256), Image.Resampling.BICUBIC)
     usual = np.asarray(resized.crop((71, 16, 295, 240))).astype(int)
-    box = eval_box(448, 640, 0.875)
+    box = make_eval_box(448, 640, 0.875)
     assert box.tolist() == [124, 28, 392, 392]
-    ours = host_crops(image, box[None], 224)[0].astype(int)
+    ours = crop_on_host(image, box[None], 224)[0].astype(int)
     assert np.abs(ours - usual)[4:-4, 4:-4].mean() < 1.0  # 640 / 448 * 256 is no whole number of pixels
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (33, 32), (375, 500)])
 def test_an_evaluation_box_is_a_centred_square_inside(height, width):
-    left, top, w, h = eval_box(height, width, 0.875)
+    left, top, w, h = make_eval_box(height, width, 0.875)
     assert w == h == max(1, round(0.875 * min(height, width)))
     assert 0 <= (width - w - left) - left <= 1
     assert 0 <= (height - h - top) - top <= 1
@@ -144,7 +144,7 @@ def test_an_evaluation_box_is_a_centred_square_inside(height, width):
 def test_host_crops_are_pillows(size, area):
     image = noise(375, 500)
     boxes = boxes_of([1], [375], [500], count=12, area=area)[0]
-    crops = host_crops(image, boxes, size)
+    crops = crop_on_host(image, boxes, size)
     assert crops.dtype == np.uint8
     assert crops.shape == (12, size, size, 3)
     off = np.abs(crops - two_pass_pillow(image, boxes, size))
@@ -157,7 +157,7 @@ def test_host_crops_are_pillows(size, area):
 def test_device_crops_are_pillows_but_for_rounding(size, area):
     images = np.stack([noise(120, 160, seed) for seed in range(8)])
     boxes = boxes_of(np.arange(8), np.full(8, 120), np.full(8, 160), area=area)
-    crops = device_crops(torch.from_numpy(images).movedim(-1, 1), boxes, size)
+    crops = crop_on_device(torch.from_numpy(images).movedim(-1, 1), boxes, size)
     assert crops.dtype == torch.float32
     assert crops.shape == (4, 8, 3, size, size)
     assert crops.min() >= 0
@@ -173,8 +173,8 @@ def test_extreme_images_are_resized_too(shape):
     image = noise(*shape)
     box = np.array([[0, 0, shape[1], shape[0]]], dtype=np.int32)
     pillow = two_pass_pillow(image, box, 32)
-    assert np.abs(host_crops(image, box, 32) - pillow).max() <= 2
-    ours = device_crops(torch.from_numpy(image).movedim(-1, 0)[None], box[None], 32)
+    assert np.abs(crop_on_host(image, box, 32) - pillow).max() <= 2
+    ours = crop_on_device(torch.from_numpy(image).movedim(-1, 0)[None], box[None], 32)
     assert np.abs(ours[:, 0].movedim(1, -1).double().numpy() * 255 - pillow).max() <= 1.5
 
 
@@ -183,9 +183,9 @@ def test_pixels_outside_the_box_do_not_matter():
     box = np.array([[20, 10, 25, 30]], dtype=np.int32)
     alone = np.zeros_like(image)
     alone[10:40, 20:45] = image[10:40, 20:45]
-    assert (host_crops(image, box, 24) == host_crops(alone, box, 24)).all()
+    assert (crop_on_host(image, box, 24) == crop_on_host(alone, box, 24)).all()
     planes = torch.from_numpy(np.stack([image, alone])).movedim(-1, 1)
-    both = device_crops(planes, np.stack([box, box]), 24)
+    both = crop_on_device(planes, np.stack([box, box]), 24)
     assert torch.equal(both[:, 0], both[:, 1])
 
 
@@ -193,24 +193,24 @@ def test_a_box_of_the_output_size_is_copied():
     image = noise(40, 50)
     box = np.array([[7, 3, 32, 32]], dtype=np.int32)
     cut = image[3:35, 7:39]
-    assert (host_crops(image, box, 32)[0] == cut).all()
-    ours = device_crops(torch.from_numpy(image).movedim(-1, 0)[None], box[None], 32)[0, 0]
+    assert (crop_on_host(image, box, 32)[0] == cut).all()
+    ours = crop_on_device(torch.from_numpy(image).movedim(-1, 0)[None], box[None], 32)[0, 0]
     torch.testing.assert_close(ours * 255, torch.from_numpy(cut).movedim(-1, 0).float(), atol=1e-3, rtol=0)
 
 
 def test_read_only_images_are_cropped_without_complaint():
     image = noise(40, 50)
     box = np.array([[0, 0, 50, 40]], dtype=np.int32)
-    expected = host_crops(image, box, 16)
+    expected = crop_on_host(image, box, 16)
     image.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (host_crops(image, box, 16) == expected).all()
+        assert (crop_on_host(image, box, 16) == expected).all()
 
 
 def test_device_crops_stay_in_float32_under_autocast():
     images = torch.from_numpy(noise(32, 32)).movedim(-1, 0)[None]
     boxes = boxes_of([0], [32], [32])
-    expected = device_crops(images, boxes, 24)
+    expected = crop_on_device(images, boxes, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(device_crops(images, boxes, 24), expected)
+        assert torch.equal(crop_on_device(images, boxes, 24), expected)

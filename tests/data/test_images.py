@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from relicctl.data import images
-from relicctl.data.images import BadImage, decode_rgb
+from relicctl.data.images import BadImageError, decode_rgb
 
 LOSSLESS = {
     "PNG": {},
@@ -173,7 +173,7 @@ def test_a_cut_file_is_refused_or_whole(pixels, form):
     for kept in [*range(0, len(data) - 40, max(1, len(data) // 40)), *range(len(data) - 40, len(data))]:
         try:
             assert np.array_equal(decode_rgb(data[:kept]), whole)
-        except BadImage:
+        except BadImageError:
             refused += 1
     assert refused >= 40
 
@@ -189,7 +189,7 @@ def test_damage_raises_nothing_but_bad_image(data):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
         decoded = decode_rgb(bytes(damaged))
-    except BadImage:
+    except BadImageError:
         return
     assert decoded.dtype == np.uint8
     assert decoded.shape[2] == 3
@@ -199,7 +199,7 @@ def test_damage_raises_nothing_but_bad_image(data):
 def test_what_is_no_image_is_refused_with_a_stable_reason(data):
     reasons = set()
     for _ in range(2):
-        with pytest.raises(BadImage) as bad:
+        with pytest.raises(BadImageError) as bad:
             decode_rgb(data)
         reasons.add(bad.value.reason)
     assert len(reasons) == 1
@@ -216,25 +216,25 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def test_bombs_are_refused_by_their_header(pixels, monkeypatch):
-    with pytest.raises(BadImage, match="pixels"):
+    with pytest.raises(BadImageError, match="pixels"):
         decode_rgb(png_claiming(60000, 60000))
     data = encode(Image.fromarray(pixels), "PNG")
     monkeypatch.setattr(images, "MAX_PIXELS", 60 * 40)
     assert decode_rgb(data).shape == (60, 40, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 60 * 40 - 1)
-    with pytest.raises(BadImage, match="40 x 60 pixels"):
+    with pytest.raises(BadImageError, match="40 x 60 pixels"):
         decode_rgb(data)
 
 
 def test_a_reason_survives_the_way_from_a_worker():
-    assert pickle.loads(pickle.dumps(BadImage("cut short"))).reason == "cut short"
+    assert pickle.loads(pickle.dumps(BadImageError("cut short"))).reason == "cut short"
 
 
 @pytest.mark.realdata
 def test_real_photos_decode_as_pillow_does(realdata_dir):
-    from relicctl.data.sources import open_source
+    from relicctl.data.sources import open_dataset
 
-    source = open_source(str(realdata_dir / "imagenette128-val.zip"))
+    source = open_dataset(str(realdata_dir / "imagenette128-val.zip"))
     for index in range(0, len(source), 400):
         reference = Image.open(io.BytesIO(source.read(index))).convert("RGB")
         assert np.array_equal(source.load(index), np.asarray(reference))

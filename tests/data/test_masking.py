@@ -12,26 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from relicctl.core.counted import Stream, counted_uniform
+from relicctl.core.counted import Stream, draw_uniform
 from relicctl.core.distributed import World
-from relicctl.data.augment import MEAN, STD, Photometric
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from relicctl.data.bad_images import BadImages
-from relicctl.data.crops import host_crops
-from relicctl.data.feed import Feed, ViewPlan, ViewSize, _boxes, choose_cache
+from relicctl.data.crops import crop_on_host
+from relicctl.data.feed import CropSpec, ViewLoader, ViewSpec, _draw_view_boxes, resolve_cache
 from relicctl.data.images import decode_rgb, decode_rgba
-from relicctl.data.masking import FILLS, AlphaMasks, BankMasks, Cutout, Masking, scaled
+from relicctl.data.masking import FILL_COLORS, AlphaMasks, BackgroundFill, BackgroundRemoval, BankMasks, resize_mask
 from relicctl.data.masks import MaskBank
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesSource
-from relicctl.data.sources import Source, open_source
+from relicctl.data.shapes import ShapesDataset
+from relicctl.data.sources import ImageDataset, open_dataset
 
 LIMITS = (0.01, 0.99)
 COUNT, BATCH = 24, 8
-STILL = Photometric(flip=0, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
-PLAN = ViewPlan((ViewSize(3, 24, (0.3, 1.0)), ViewSize(2, 16, (0.05, 0.3))), (3 / 4, 4 / 3), STILL)
+STILL = AugmentConfig(flip=0, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+PLAN = ViewSpec((CropSpec(3, 24, (0.3, 1.0)), CropSpec(2, 16, (0.05, 0.3))), (3 / 4, 4 / 3), STILL)
 
 
-class Photos(Source):
+class Photos(ImageDataset):
     """Noise of many sizes, or of one; sample 5 is broken if so wished."""
 
     spec = "photos"
@@ -42,7 +42,7 @@ class Photos(Source):
     def __len__(self) -> int:
         return COUNT
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return f"{index}.png"
 
     def read(self, index: int) -> bytes | np.ndarray:
@@ -70,26 +70,30 @@ def bank(tmp_path_factory) -> MaskBank:
     path = tmp_path_factory.mktemp("run") / "masks.bank"
     with MaskBank.create(path, Photos(), made_by="a test") as writer:
         for index in range(COUNT):
-            writer.put(index, mask_of(index))
+            writer.write_mask(index, mask_of(index))
     return MaskBank.open(path)
 
 
-def masking_of(bank: MaskBank, probability: float = 0.4, fill: str = "mean", source: Source | None = None) -> Masking:
-    return Masking(BankMasks(bank, bank.rows(source or Photos()), LIMITS), probability, fill)  # type: ignore[arg-type]
+def masking_of(
+    bank: MaskBank, probability: float = 0.4, fill: str = "mean", source: ImageDataset | None = None
+) -> BackgroundRemoval:
+    return BackgroundRemoval(BankMasks(bank, bank.find_rows(source or Photos()), LIMITS), probability, fill)  # type: ignore[arg-type]
 
 
-def feed_of(source: Source, masking: Masking | None, cache: str = "none", workers: int = 0, **more) -> Feed:
+def feed_of(
+    source: ImageDataset, masking: BackgroundRemoval | None, cache: str = "none", workers: int = 0, **more
+) -> ViewLoader:
     settings = {"world": World(), "seed": 7, **more}
-    return Feed(
+    return ViewLoader(
         source, Sampler(7, len(source), BATCH), PLAN, device=torch.device("cpu"), cache=cache, workers=workers,
         bad=BadImages(len(source), 0.5), masking=masking, **settings,
     )  # fmt: skip
 
 
-def views_of(feed: Feed, step: int = 0, stop: int = 6) -> list[torch.Tensor]:
+def views_of(feed: ViewLoader, step: int = 0, stop: int = 6) -> list[torch.Tensor]:
     """In [0, 255], per size [steps, V, B, 3, s, s]."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    batches = [batch.views for batch in feed.from_step(step, stop)]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    batches = [batch.views for batch in feed.iter_from_step(step, stop)]
     return [255 * (torch.stack(size) * std + mean) for size in zip(*batches, strict=True)]
 
 
@@ -118,9 +122,9 @@ def test_a_crop_edited_is_the_crop_of_the_filled_image(height, width, shape, ran
     for fill in ((124, 116, 104), rng.integers(0, 256, image.shape, dtype=np.uint8)):
         filled = literal(image, mask, fill)
         crop = image[top : top + h, left : left + w].copy()
-        Cutout(mask, height, width, np.array(fill, dtype=np.uint8))(crop, left, top)
+        BackgroundFill(mask, height, width, np.array(fill, dtype=np.uint8))(crop, left, top)
         assert np.array_equal(crop, filled[top : top + h, left : left + w])
-    assert np.array_equal(scaled(mask, height, width), (literal(0 * image + 1, mask, (0, 0, 0)) == 1)[..., 0])
+    assert np.array_equal(resize_mask(mask, height, width), (literal(0 * image + 1, mask, (0, 0, 0)) == 1)[..., 0])
 
 
 @pytest.mark.parametrize("fill", ["mean", "gray", "noise"])
@@ -130,51 +134,53 @@ def test_a_batch_is_a_literal_loop_over_samples_and_views(bank, fill):
     large, small = views_of(feed_of(source, masking))
     sampler, masked = Sampler(7, COUNT, BATCH), 0
     for step in range(6):
-        epoch, samples = sampler.epoch(step), sampler.batch(step)
+        epoch, samples = sampler.get_epoch(step), sampler.get_batch_indices(step)
         for row, sample in enumerate(samples.tolist()):
             image = source.load(sample)
             height, width = image.shape[:2]
-            boxes = _boxes(PLAN, 7, epoch, np.array([sample]), np.array([height]), np.array([width]))
+            boxes = _draw_view_boxes(PLAN, 7, epoch, np.array([sample]), np.array([height]), np.array([width]))
             for view in range(3):
                 shown = image
-                if counted_uniform(7, Stream.MASK, epoch, sample, view, n=1)[0] < 0.4 and usable(sample):
-                    colour = masking.filling(7, epoch, sample, view, height, width)
+                if draw_uniform(7, Stream.MASK, epoch, sample, view, n=1)[0] < 0.4 and usable(sample):
+                    colour = masking.make_fill_values(7, epoch, sample, view, height, width)
                     shown = literal(image, mask_of(sample), colour if fill == "noise" else tuple(colour))
                     masked += 1
-                expected = host_crops(shown, boxes[0][0, view][None], 24)[0]
+                expected = crop_on_host(shown, boxes[0][0, view][None], 24)[0]
                 np.testing.assert_allclose(large[step, view, row].permute(1, 2, 0), expected, atol=1e-3)
-            expected = host_crops(image, boxes[1][0], 16)
+            expected = crop_on_host(image, boxes[1][0], 16)
             np.testing.assert_allclose(small[step, :, row].permute(0, 2, 3, 1), expected, atol=1e-3)
     assert 20 < masked < 6 * BATCH * 3 * 0.6
 
 
 def test_what_the_background_becomes():
-    assert FILLS["mean"].tolist() == [124, 116, 104]
-    assert np.abs((FILLS["mean"] / 255 - np.array(MEAN)) / np.array(STD)).max() < 0.01  # 0 after normalising
-    assert FILLS["gray"].tolist() == [128] * 3
-    masking = Masking(AlphaMasks(LIMITS), 0.5, "noise")
-    noise = masking.filling(0, 0, 1, 0, 101, 203)
+    assert FILL_COLORS["mean"].tolist() == [124, 116, 104]
+    assert (
+        np.abs((FILL_COLORS["mean"] / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)).max() < 0.01
+    )  # 0 after normalising
+    assert FILL_COLORS["gray"].tolist() == [128] * 3
+    masking = BackgroundRemoval(AlphaMasks(LIMITS), 0.5, "noise")
+    noise = masking.make_fill_values(0, 0, 1, 0, 101, 203)
     assert noise.shape == (101, 203, 3)
-    assert np.array_equal(noise, masking.filling(0, 0, 1, 0, 101, 203))
+    assert np.array_equal(noise, masking.make_fill_values(0, 0, 1, 0, 101, 203))
     assert np.abs(np.bincount(noise.ravel(), minlength=256) / noise.size * 256 - 1).max() < 0.3
     for other in ((1, 0, 1, 0), (0, 1, 1, 0), (0, 0, 2, 0), (0, 0, 1, 1)):
-        assert (noise == masking.filling(*other, 101, 203)).mean() < 0.02
+        assert (noise == masking.make_fill_values(*other, 101, 203)).mean() < 0.02
 
 
 # The draws.
 
 
 def test_each_large_view_draws_by_itself_with_the_probability():
-    masking = Masking(AlphaMasks(LIMITS), 0.1, "mean")
-    drawn = masking.draw(3, 2, np.arange(50_000), 4)
+    masking = BackgroundRemoval(AlphaMasks(LIMITS), 0.1, "mean")
+    drawn = masking.draw_masked_views(3, 2, np.arange(50_000), 4)
     assert abs(drawn.mean() - 0.1) < 0.002
     assert np.abs(drawn.mean(0) - 0.1).max() < 0.005
     both = (drawn[:, 0] & drawn[:, 1]).mean()
     assert abs(both - 0.01) < 0.002
-    assert (drawn != masking.draw(3, 3, np.arange(50_000), 4)).mean() > 0.1  # another epoch, other draws
+    assert (drawn != masking.draw_masked_views(3, 3, np.arange(50_000), 4)).mean() > 0.1  # another epoch, other draws
     some = np.array([77, 3, 40_000])
-    assert np.array_equal(masking.draw(3, 2, some, 4), drawn[some])  # whoever else is in the batch
-    assert np.array_equal(masking.draw(3, 2, some, 2), drawn[some, :2])
+    assert np.array_equal(masking.draw_masked_views(3, 2, some, 4), drawn[some])  # whoever else is in the batch
+    assert np.array_equal(masking.draw_masked_views(3, 2, some, 2), drawn[some, :2])
 
 
 @pytest.mark.parametrize("cache", ["none", "memory", "device"])
@@ -186,7 +192,7 @@ def test_probability_0_is_no_masks_bit_for_bit_and_1_masks_every_usable_image(ba
     assert torch.equal(small, plain[1])
     sampler = Sampler(7, COUNT, BATCH)
     for step in range(6):
-        for row, sample in enumerate(sampler.batch(step).tolist()):
+        for row, sample in enumerate(sampler.get_batch_indices(step).tolist()):
             for view in range(3):
                 assert torch.equal(large[step, view, row], plain[0][step, view, row]) != usable(sample)
 
@@ -199,12 +205,12 @@ def test_limits_are_of_the_foregrounds_share(tmp_path):
         masks[index] = mask.reshape(128, 128)
     with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index, mask in masks.items():
-            writer.put(index, mask)
+            writer.write_mask(index, mask)
     bank = MaskBank.open(tmp_path)
-    of_bank = BankMasks(bank, bank.rows(source), LIMITS)
+    of_bank = BankMasks(bank, bank.find_rows(source), LIMITS)
     expected = [index % 7 in (2, 3, 4) for index in range(COUNT)]
     image = np.zeros((128, 128, 3), np.uint8)
-    assert of_bank.usable().tolist() == expected
+    assert of_bank.is_usable().tolist() == expected
     assert [of_bank.read(index, image) is not None for index in range(COUNT)] == expected
     alpha = AlphaMasks(LIMITS)
     pictures = [np.dstack([image, 255 * masks[index].astype(np.uint8)]) for index in range(COUNT)]
@@ -255,22 +261,22 @@ def test_a_subset_finds_its_own_masks(bank):
 
 
 def test_the_demo_datas_own_masks_leave_the_object(tmp_path):
-    source = ShapesSource.from_spec("shapes:train=16", "train")
+    source = ShapesDataset.from_spec("shapes:train=16", "train")
     with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index in range(16):
-            squashed = Image.fromarray(source.mask(index)).resize((128, 128), Image.Resampling.NEAREST)
-            writer.put(index, np.asarray(squashed))
+            squashed = Image.fromarray(source.load_mask(index)).resize((128, 128), Image.Resampling.NEAREST)
+            writer.write_mask(index, np.asarray(squashed))
     bank = MaskBank.open(tmp_path)
     for index in range(16):
-        assert np.array_equal(scaled(bank.mask(index), 48, 48), source.mask(index))
+        assert np.array_equal(resize_mask(bank.load_mask(index), 48, 48), source.load_mask(index))
 
 
 def test_masks_count_when_it_is_settled_what_is_kept_decoded(monkeypatch):
     source, cpu = Photos(one_size=True), torch.device("cpu")
     decoded = COUNT * 60 * 44 * 3
-    monkeypatch.setattr("relicctl.data.feed.free_host_memory", lambda: 4 * decoded)
-    assert choose_cache("auto", source, cpu) == "device"
-    assert choose_cache("auto", source, cpu, True) == "none"
+    monkeypatch.setattr("relicctl.data.feed.get_free_host_memory", lambda: 4 * decoded)
+    assert resolve_cache("auto", source, cpu) == "device"
+    assert resolve_cache("auto", source, cpu, True) == "none"
 
 
 # Alpha channels.
@@ -340,7 +346,7 @@ def cutouts(tmp_path) -> Path:
 
 
 def test_alpha_masks_are_the_same_on_every_road(cutouts):
-    source, masking = open_source(str(cutouts)), Masking(AlphaMasks(LIMITS), 1.0, "gray")
+    source, masking = open_dataset(str(cutouts)), BackgroundRemoval(AlphaMasks(LIMITS), 1.0, "gray")
     plain, host = views_of(feed_of(source, None)), views_of(feed_of(source, masking))
     for cache, workers in (("none", 1), ("memory", 0), ("memory", 1)):
         assert all(map(torch.equal, host, views_of(feed_of(source, masking, cache, workers)))), (cache, workers)
@@ -349,5 +355,5 @@ def test_alpha_masks_are_the_same_on_every_road(cutouts):
     assert torch.equal(plain[1], host[1])
     sampler = Sampler(7, 12, BATCH)
     for step in range(6):
-        for row, sample in enumerate(sampler.batch(step).tolist()):
+        for row, sample in enumerate(sampler.get_batch_indices(step).tolist()):
             assert torch.equal(plain[0][step, :, row], host[0][step, :, row]) == (sample % 3 != 0)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from relicctl.data.masks import FLUSH_EVERY, HEADER, MaskBank, _Layout
-from relicctl.data.shapes import ShapesSource
-from relicctl.data.sources import Source, open_source
+from relicctl.data.shapes import ShapesDataset
+from relicctl.data.sources import ImageDataset, open_dataset
 from relicctl.errors import DataError, RelicError, RunFailed
 
 COUNT = 40
 
 
-class Named(Source):
+class Named(ImageDataset):
     """Samples that are names only."""
 
     spec = "named"
@@ -32,7 +32,7 @@ class Named(Source):
     def __len__(self) -> int:
         return len(self.names)
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return self.names[index]
 
     def read(self, index: int) -> bytes:
@@ -47,10 +47,10 @@ def source_of(count: int = COUNT) -> Named:
     return Named([f"class/{number * 7919 % 1000:03d}.jpg" for number in range(count)])
 
 
-def fill(path: Path, source: Source) -> MaskBank:
+def fill(path: Path, source: ImageDataset) -> MaskBank:
     with MaskBank.create(path, source, made_by="a test") as writer:
-        for index in writer.missing().tolist():
-            writer.put(index, mask_of(index))
+        for index in writer.find_missing().tolist():
+            writer.write_mask(index, mask_of(index))
     return MaskBank.open(path)
 
 
@@ -68,38 +68,40 @@ def test_what_was_put_in_comes_out_whatever_the_order(tmp_path):
     source = source_of()
     with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index in np.random.default_rng(1).permutation(COUNT).tolist():
-            writer.put(index, mask_of(index))
+            writer.write_mask(index, mask_of(index))
     bank = MaskBank.open(tmp_path)  # the folder will do
-    rows = bank.rows(source)
+    rows = bank.find_rows(source)
     for index in range(COUNT):
-        assert np.array_equal(bank.mask(int(rows[index])), mask_of(index))
-        assert bank.foreground(int(rows[index])) == mask_of(index).mean()
+        assert np.array_equal(bank.load_mask(int(rows[index])), mask_of(index))
+        assert bank.get_foreground_ratio(int(rows[index])) == mask_of(index).mean()
     assert bank.made_by == "a test"
-    assert np.array_equal(bank.foreground(rows), [mask_of(index).mean() for index in range(COUNT)])
+    assert np.array_equal(bank.get_foreground_ratio(rows), [mask_of(index).mean() for index in range(COUNT)])
 
 
 def test_rows_go_by_name_in_any_order_and_selection(bank_file):
     bank, source = MaskBank.open(bank_file), source_of()
     chosen = np.random.default_rng(2).permutation(COUNT)[:17]
-    for other in (source.select(chosen), Named([source.key(int(i)) for i in chosen])):
-        rows = bank.rows(other)
-        assert all(np.array_equal(bank.mask(int(row)), mask_of(int(i))) for row, i in zip(rows, chosen, strict=True))
+    for other in (source.select(chosen), Named([source.get_name(int(i)) for i in chosen])):
+        rows = bank.find_rows(other)
+        assert all(
+            np.array_equal(bank.load_mask(int(row)), mask_of(int(i))) for row, i in zip(rows, chosen, strict=True)
+        )
 
 
 def test_samples_without_a_mask_are_counted_with_an_example_and_the_way_on(bank_file):
     source = Named([*source_of().names, "new/1.jpg", "new/2.jpg"])
     with pytest.raises(DataError) as refused:
-        MaskBank.open(bank_file).rows(source)
+        MaskBank.open(bank_file).find_rows(source)
     assert "no mask for 2 of the 42 images" in refused.value.what
     assert "new/1.jpg" in refused.value.what
     assert "--masks-for named" in refused.value.fix
 
 
 def test_drawn_pictures_of_another_seed_are_other_data_though_their_names_are_equal(tmp_path):
-    bank = fill(tmp_path / "masks.bank", open_source("shapes:train=40"))
-    assert len(bank.rows(open_source("shapes:train=30,size=64"))) == 30  # the same objects
+    bank = fill(tmp_path / "masks.bank", open_dataset("shapes:train=40"))
+    assert len(bank.find_rows(open_dataset("shapes:train=30,size=64"))) == 30  # the same objects
     with pytest.raises(DataError, match="no mask for 30 of the 30"):
-        bank.rows(open_source("shapes:train=30,seed=1"))
+        bank.find_rows(open_dataset("shapes:train=30,seed=1"))
 
 
 def test_the_same_masks_make_the_same_file_and_others_another_identity(tmp_path):
@@ -107,7 +109,7 @@ def test_the_same_masks_make_the_same_file_and_others_another_identity(tmp_path)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
     with MaskBank.create(tmp_path / "other", source_of(), made_by="a test") as writer:
         for index in range(COUNT):
-            writer.put(index, mask_of(index) if index else ~mask_of(index))
+            writer.write_mask(index, mask_of(index) if index else ~mask_of(index))
     assert one.identity == same.identity != MaskBank.open(tmp_path / "other").identity
 
 
@@ -126,7 +128,7 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
         "from pathlib import Path; from test_masks import MaskBank, mask_of, source_of\n"
         f"writer = MaskBank.create(Path(sys.argv[1]), source_of({count}), made_by='a test')\n"
         f"for index in range({count}):\n"
-        "    writer.put(index, mask_of(index % 40)); print(index, flush=True)\n"
+        "    writer.write_mask(index, mask_of(index % 40)); print(index, flush=True)\n"
         "    if index > 1100: break\n"
         "input()"
     )
@@ -146,14 +148,14 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
     with pytest.raises(DataError, match="not finished"):
         MaskBank.open(path)
     writer = MaskBank.create(path, source_of(count), made_by="a test")
-    first = int(writer.missing()[0])
+    first = int(writer.find_missing()[0])
     assert first > seen - FLUSH_EVERY
-    assert np.array_equal(writer.missing(), np.arange(first, count))
-    for index in writer.missing().tolist():
-        writer.put(index, mask_of(index % 40))
+    assert np.array_equal(writer.find_missing(), np.arange(first, count))
+    for index in writer.find_missing().tolist():
+        writer.write_mask(index, mask_of(index % 40))
     writer.close()
     bank = MaskBank.open(path)
-    assert all(np.array_equal(bank.mask(row), mask_of(row % 40)) for row in range(0, count, 101))
+    assert all(np.array_equal(bank.load_mask(row), mask_of(row % 40)) for row in range(0, count, 101))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -161,23 +163,23 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
 def test_what_another_maker_left_is_not_mixed_in(tmp_path, other):
     path, part = tmp_path / "masks.bank", tmp_path / "masks.bank.part"
     with MaskBank.create(path, source_of(), made_by="a test") as writer:
-        writer.put(3, mask_of(3))
+        writer.write_mask(3, mask_of(3))
     if other == "nonsense":
         part.write_bytes(b"nonsense")
     if other == "cut":
         os.truncate(part, HEADER + 100)
     source = source_of() if other != "data" else Named([f"{n}x" for n in range(COUNT)])
     again = MaskBank.create(path, source, made_by="another" if other == "maker" else "a test")
-    assert len(again.missing()) == COUNT
+    assert len(again.find_missing()) == COUNT
     again.close()
 
 
 def test_a_mask_may_be_written_again(tmp_path):
     with MaskBank.create(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
         for index in range(COUNT):
-            writer.put(index, ~mask_of(index))
+            writer.write_mask(index, ~mask_of(index))
         for index in range(COUNT):
-            writer.put(index, mask_of(index))
+            writer.write_mask(index, mask_of(index))
     assert (tmp_path / "masks.bank").read_bytes() == fill(tmp_path / "two", source_of()).path.read_bytes()
 
 
@@ -185,8 +187,8 @@ def test_a_mask_may_be_written_again(tmp_path):
 def test_only_masks_are_taken(tmp_path, mask):
     with MaskBank.create(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
         with pytest.raises(ValueError, match="a mask is bool"):
-            writer.put(0, mask)
-        assert len(writer.missing()) == COUNT
+            writer.write_mask(0, mask)
+        assert len(writer.find_missing()) == COUNT
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
@@ -262,7 +264,7 @@ def test_a_pickled_bank_is_its_path(bank_file):
     bank = MaskBank.open(bank_file)
     assert len(pickle.dumps(bank)) < 1000
     twin = pickle.loads(pickle.dumps(bank))
-    assert np.array_equal(twin.mask(5), bank.mask(5))
+    assert np.array_equal(twin.load_mask(5), bank.load_mask(5))
 
 
 def test_a_bank_replaced_under_a_run_is_told(tmp_path):
@@ -273,14 +275,14 @@ def test_a_bank_replaced_under_a_run_is_told(tmp_path):
 
 
 def test_masks_are_not_held_in_memory(tmp_path):
-    source = ShapesSource.from_spec("shapes:train=3000", "train")
+    source = ShapesDataset.from_spec("shapes:train=3000", "train")
     mask = np.zeros((128, 128), bool)
     tracemalloc.start()
     try:
         with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
             for index in range(3000):
-                writer.put(index, mask)
-        MaskBank.open(tmp_path).rows(source)
+                writer.write_mask(index, mask)
+        MaskBank.open(tmp_path).find_rows(source)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

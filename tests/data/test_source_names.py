@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relicctl.data.source_names import PackedNames, expand_braces, image_name
+from relicctl.data.source_names import PackedNames, expand_braces, normalize_image_name
 from relicctl.errors import DataError
 
 
@@ -55,8 +55,8 @@ def test_a_mistyped_range_is_refused(text):
 
 @given(st.text(alphabet="ab./\\:C", max_size=12))
 def test_no_name_leads_out_of_its_root(name):
-    usable = image_name(name + ".jpg")
+    usable = normalize_image_name(name + ".jpg")
     if usable is not None:
         assert not os.path.isabs(usable)
         assert os.path.normpath(os.path.join("/root", usable)).startswith("/root/")
-        assert image_name(usable) == usable
+        assert normalize_image_name(usable) == usable

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
 
 
@@ -51,13 +51,13 @@ def stl10(tmp_path, monkeypatch) -> Path:
 
 def refused(spec: str, **options) -> DataError:
     with pytest.raises(DataError) as error:
-        open_source(spec, **options)
+        open_dataset(spec, **options)
     return error.value
 
 
 def test_files_are_read_by_our_decoder_with_torchvisions_labels(dtd):
-    source = open_source(f"torchvision:DTD:{dtd}")
-    assert [source.key(index) for index in range(2)] == [
+    source = open_dataset(f"torchvision:DTD:{dtd}")
+    assert [source.get_name(index) for index in range(2)] == [
         "dtd/dtd/images/woven/train.jpg",
         "dtd/dtd/images/banded/train.jpg",
     ]
@@ -65,14 +65,14 @@ def test_files_are_read_by_our_decoder_with_torchvisions_labels(dtd):
     assert source.labels.tolist() == [1, 0]
     assert isinstance(source.read(0), bytes)
     assert [source.load(index)[0, 0, 0] for index in range(2)] == [1, 2]
-    assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()
+    assert pickle.loads(pickle.dumps(source)).compute_fingerprint() == source.compute_fingerprint()
 
 
 def test_the_split_follows_the_use_unless_it_is_named(dtd):
     values = {
-        "train": open_source(f"torchvision:DTD:{dtd}", split="train"),
-        "val": open_source(f"torchvision:DTD:{dtd}", split="val"),
-        "test": open_source(f"torchvision:DTD:{dtd}#test", split="train"),
+        "train": open_dataset(f"torchvision:DTD:{dtd}", split="train"),
+        "val": open_dataset(f"torchvision:DTD:{dtd}", split="val"),
+        "test": open_dataset(f"torchvision:DTD:{dtd}#test", split="train"),
     }
     assert {name: source.load(0)[0, 0, 0] for name, source in values.items()} == {
         "train": 1,
@@ -85,7 +85,7 @@ def test_the_split_follows_the_use_unless_it_is_named(dtd):
 
 
 def test_arrays_are_served_as_rows_columns_channels(stl10):
-    source = open_source(f"torchvision:STL10:{stl10}")
+    source = open_dataset(f"torchvision:STL10:{stl10}")
     stored = np.fromfile(stl10 / "stl10_binary/train_X.bin", dtype=np.uint8).reshape(3, 3, 96, 96)
     image = source.load(2)
     assert np.array_equal(image, stored[2].transpose(2, 1, 0))
@@ -94,13 +94,13 @@ def test_arrays_are_served_as_rows_columns_channels(stl10):
     assert source.load(2).any()
     assert source.classes == tuple("abcdefghij")
     assert source.labels.tolist() == [0, 9, 2]
-    assert len(open_source(f"torchvision:STL10:{stl10}", split="val")) == 2
-    assert len({source.key(index) for index in range(3)}) == 3
+    assert len(open_dataset(f"torchvision:STL10:{stl10}", split="val")) == 2
+    assert len({source.get_name(index) for index in range(3)}) == 3
 
 
 @pytest.mark.parametrize(("split", "count"), [("unlabeled", 2), ("train+unlabeled", 5)])
 def test_samples_without_a_class_make_the_data_unlabelled(stl10, split, count):
-    source = open_source(f"torchvision:STL10:{stl10}#{split}")
+    source = open_dataset(f"torchvision:STL10:{stl10}#{split}")
     assert len(source) == count
     assert source.labels is None
     assert source.classes == ()
@@ -115,11 +115,11 @@ def test_training_is_told_from_test_by_a_flag_and_grey_becomes_rgb(tmp_path, mon
             self.targets = [3, 1]
 
     monkeypatch.setattr(datasets, "USPS", USPS)
-    train, val = (open_source(f"torchvision:USPS:{tmp_path}", split=split) for split in ("train", "val"))
+    train, val = (open_dataset(f"torchvision:USPS:{tmp_path}", split=split) for split in ("train", "val"))
     assert np.array_equal(train.load(0), np.full((16, 16, 3), 7))
     assert np.array_equal(val.load(0), np.full((16, 16, 3), 8))
     assert train.classes == ("0", "1", "2", "3")
-    assert np.array_equal(open_source(f"torchvision:USPS:{tmp_path}#test").load(0), val.load(0))
+    assert np.array_equal(open_dataset(f"torchvision:USPS:{tmp_path}#test").load(0), val.load(0))
     for foreign in ("unlabeled", "val"):  # whoever names val wants images to choose on, and gets none of the test's
         assert foreign in refused(f"torchvision:USPS:{tmp_path}#{foreign}").what
 
@@ -134,7 +134,7 @@ def test_stdout_is_left_for_results(tmp_path, monkeypatch, capsys):
 def test_data_without_splits_are_not_used_twice(tmp_path):
     for kind in ("Forest", "River"):
         save(tmp_path / f"eurosat/2750/{kind}/1.jpg", 1)
-    assert open_source(f"torchvision:EuroSAT:{tmp_path}").classes == ("Forest", "River")
+    assert open_dataset(f"torchvision:EuroSAT:{tmp_path}").classes == ("Forest", "River")
     error = refused(f"torchvision:EuroSAT:{tmp_path}", split="val")
     assert "eval.holdout" in error.fix
 
@@ -145,7 +145,7 @@ def test_caltech101s_files_are_numbered_by_class_and_its_background_is_none(tmp_
         ["BACKGROUND_Google/image_0001", "ant/image_0001", "ant/image_0002", "bee/image_0001"]
     ):
         save(base / f"{path}.jpg", number)
-    source = open_source(f"torchvision:Caltech101:{tmp_path}")
+    source = open_dataset(f"torchvision:Caltech101:{tmp_path}")
     assert (source.classes, source.labels.tolist()) == (("ant", "bee"), [0, 0, 1])
     assert [source.load(index)[0, 0, 0] for index in range(3)] == [1, 2, 3]
 
@@ -155,13 +155,13 @@ def test_sun397_is_in_one_order_whatever_the_file_system_lists(tmp_path, monkeyp
     for number, path in enumerate(["a/abbey/sun_b", "b/balcony/exterior/sun_a", "a/abbey/sun_a"]):
         save(base / f"{path}.jpg", number)
     (base / "ClassName.txt").write_text("/a/abbey\n/b/balcony/exterior\n")
-    source = open_source(f"torchvision:SUN397:{tmp_path}")
+    source = open_dataset(f"torchvision:SUN397:{tmp_path}")
     assert source.classes == ("abbey", "balcony/exterior")
     assert source.labels.tolist() == [0, 0, 1]
     assert [source.load(index)[0, 0, 0] for index in range(3)] == [2, 0, 1]
     listing = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(listing(self, pattern))))
-    assert open_source(f"torchvision:SUN397:{tmp_path}").fingerprint() == source.fingerprint()
+    assert open_dataset(f"torchvision:SUN397:{tmp_path}").compute_fingerprint() == source.compute_fingerprint()
 
 
 @pytest.mark.parametrize("wrong", ["CIFAR11", "cifar10", "Cifar-10"])

@@ -6,7 +6,7 @@ import pytest
 from handmade_voc import write_voc
 from torchvision import datasets
 
-from relicctl.data.source_voc import voc_folder
+from relicctl.data.source_voc import find_voc_folder
 from relicctl.errors import DataError
 
 LISTS = {"train": {"1": ["cat"]}, "trainval": {"1": ["cat"]}, "test": {"2": ["dog"]}}
@@ -16,18 +16,18 @@ def test_the_folder_of_the_year_is_found_and_nothing_unpacked_twice(tmp_path, mo
     folder = write_voc(tmp_path / "VOCdevkit/VOC2007", LISTS)
     monkeypatch.setattr(datasets, "VOCDetection", None)
     for download in (False, True):
-        assert voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", download) == str(folder)
+        assert find_voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", download) == str(folder)
 
 
 @pytest.mark.parametrize("spec", ["torchvision:DTD", "VOCdevkit/VOC2007", "shapes:size=16", "torchvision"])
 def test_other_data_are_none_of_its_business(spec):
-    assert voc_folder(spec, False) is None
+    assert find_voc_folder(spec, False) is None
 
 
 @pytest.mark.parametrize("year", ["", "#test", "#2006", "#2007-test"])
 def test_the_year_must_be_told(year):
     with pytest.raises(DataError, match="VOCDetection#2007"):
-        voc_folder(f"torchvision:VOCDetection{year}", False)
+        find_voc_folder(f"torchvision:VOCDetection{year}", False)
 
 
 def test_both_archives_of_2007_are_asked_for(tmp_path, monkeypatch):
@@ -37,8 +37,8 @@ def test_both_archives_of_2007_are_asked_for(tmp_path, monkeypatch):
         "VOCDetection",
         lambda root, year, image_set, download: asked.append((root, year, image_set, download)),
     )
-    voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", True)
-    voc_folder(f"torchvision:VOCDetection:{tmp_path}#2012", True)
+    find_voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", True)
+    find_voc_folder(f"torchvision:VOCDetection:{tmp_path}#2012", True)
     root = str(tmp_path)
     assert asked == [(root, "2007", "trainval", True), (root, "2007", "test", True), (root, "2012", "trainval", True)]
 
@@ -48,5 +48,5 @@ def test_what_is_not_there_names_the_download(tmp_path, lists):
     if lists:
         write_voc(tmp_path / "VOCdevkit/VOC2007", lists)
     with pytest.raises(DataError, match="not complete") as error:
-        voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", False)
+        find_voc_folder(f"torchvision:VOCDetection:{tmp_path}#2007", False)
     assert "--download" in error.value.fix

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.data.images import BadImage
-from relicctl.data.sources import open_source
+from relicctl.data.images import BadImageError
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
 
 
@@ -56,7 +56,7 @@ MAKERS = [make_folder, make_zip, make_tar]
 
 
 def keys(source) -> list[str]:
-    return [source.key(index) for index in range(len(source))]
+    return [source.get_name(index) for index in range(len(source))]
 
 
 def classes(source) -> list[str]:
@@ -65,7 +65,7 @@ def classes(source) -> list[str]:
 
 def refused(spec: object, **options) -> DataError:
     with pytest.raises(DataError) as error:
-        open_source(str(spec), **options)
+        open_dataset(str(spec), **options)
     assert error.value.what.endswith(".")
     assert error.value.fix.endswith(".")
     return error.value
@@ -76,7 +76,7 @@ def refused(spec: object, **options) -> DataError:
 
 def test_packing_does_not_matter(tmp_path):
     """A folder, a zip and a tar of the same files are the same data."""
-    sources = [open_source(str(make(tmp_path / "data", TREE))) for make in MAKERS]
+    sources = [open_dataset(str(make(tmp_path / "data", TREE))) for make in MAKERS]
     for source in sources:
         assert keys(source) == sorted(TREE)
         assert [source.read(index) for index in range(4)] == [TREE[name] for name in sorted(TREE)]
@@ -84,23 +84,25 @@ def test_packing_does_not_matter(tmp_path):
         assert classes(source) == ["Ant", "cat", "cat", "dog"]
         assert source.labels.dtype == np.int64
         assert [source.load(index)[0, 0, 0] for index in range(4)] == [4, 1, 2, 3]
-    assert len({source.fingerprint() for source in sources}) == 1
+    assert len({source.compute_fingerprint() for source in sources}) == 1
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_mount_point_does_not_matter(tmp_path, make, monkeypatch):
-    here = open_source(str(make(tmp_path / "here", TREE)))
+    here = open_dataset(str(make(tmp_path / "here", TREE)))
     (tmp_path / "elsewhere").mkdir()
     there = make(tmp_path / "elsewhere/data", TREE)
     monkeypatch.chdir(there.parent)
-    relative = open_source(there.name)
-    assert relative.fingerprint() == here.fingerprint() == open_source(str(there)).fingerprint()
+    relative = open_dataset(there.name)
+    assert (
+        relative.compute_fingerprint() == here.compute_fingerprint() == open_dataset(str(there)).compute_fingerprint()
+    )
     assert keys(relative) == keys(here)
 
 
 @pytest.mark.parametrize("change", ["name", "size", "label", "order", "number"])
 def test_the_fingerprint_tells_data_apart(tmp_path, change):
-    original = open_source(str(make_zip(tmp_path / "a", TREE)))
+    original = open_dataset(str(make_zip(tmp_path / "a", TREE)))
     tree = dict(TREE)
     if change == "name":
         tree["cat/0.png"] = tree.pop("cat/1.png")
@@ -110,16 +112,16 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
         tree = {name.replace("cat/", "cat/cat/"): data for name, data in tree.items()}
     elif change == "number":
         del tree["cat/1.png"]
-    other = open_source(str(make_zip(tmp_path / "b", tree)))
+    other = open_dataset(str(make_zip(tmp_path / "b", tree)))
     if change == "order":
         other = other.select([3, 2, 1, 0])
-    assert other.fingerprint() != original.fingerprint()
-    assert original.select(range(4)).fingerprint() == original.fingerprint()
+    assert other.compute_fingerprint() != original.compute_fingerprint()
+    assert original.select(range(4)).compute_fingerprint() == original.compute_fingerprint()
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_selection_is_a_source_of_those_samples(tmp_path, make):
-    source = open_source(str(make(tmp_path / "data", TREE)))
+    source = open_dataset(str(make(tmp_path / "data", TREE)))
     some = source.select(np.array([3, 1, 2]))
     assert keys(some) == ["dog/3.png", "cat/1.png", "cat/deep/er/2.png"]
     assert classes(some) == ["dog", "cat", "cat"]
@@ -133,12 +135,12 @@ def test_a_selection_is_a_source_of_those_samples(tmp_path, make):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_sources_survive_pickling(tmp_path, make):
-    source = open_source(str(make(tmp_path / "data", TREE)))
+    source = open_dataset(str(make(tmp_path / "data", TREE)))
     source.load(0)
     for one in (source, source.select([1, 2])):
         copy = pickle.loads(pickle.dumps(one))
         assert keys(copy) == keys(one)
-        assert copy.fingerprint() == one.fingerprint()
+        assert copy.compute_fingerprint() == one.compute_fingerprint()
         assert np.array_equal(copy.load(1), one.load(1))
 
 
@@ -166,7 +168,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("make", [make_folder, make_zip])
 def test_the_class_is_the_first_folder_level(tmp_path, layout, make):
     names, expected = LAYOUTS[layout]
-    source = open_source(str(make(tmp_path / "data", dict.fromkeys(names, png(0)))))
+    source = open_dataset(str(make(tmp_path / "data", dict.fromkeys(names, png(0)))))
     if expected is None:
         assert source.labels is None
         assert source.classes == ()
@@ -182,7 +184,7 @@ def test_splits_are_not_taken_for_classes(tmp_path, wrapper):
     error = refused(path)
     assert "Train, test" in error.what
     named = error.fix.removeprefix("Name one of them, for example ").removesuffix(".")
-    assert classes(open_source(named)) == ["cat", "dog"]
+    assert classes(open_dataset(named)) == ["cat", "dog"]
 
 
 # ---------------------------------------------------------------- folders within, and several at once
@@ -192,25 +194,25 @@ def test_splits_are_not_taken_for_classes(tmp_path, wrapper):
 @pytest.mark.parametrize("folder", ["in/train", "in/train/", "/in/train"])
 def test_a_folder_within_can_be_named(tmp_path, make, folder):
     tree = {f"in/{split}/{name}": data for split in ("train", "trainer") for name, data in TREE.items()}
-    inner = open_source(f"{make(tmp_path / 'data', tree)}#{folder}")
+    inner = open_dataset(f"{make(tmp_path / 'data', tree)}#{folder}")
     assert keys(inner) == sorted(TREE)
     assert inner.classes == ("Ant", "cat", "dog")
     assert inner.read(0) == TREE["Ant/4.png"]
 
 
 def test_a_path_may_hold_the_signs_of_the_notation(tmp_path):
-    assert keys(open_source(str(make_zip(tmp_path / "a#b{1,2}", TREE)))) == sorted(TREE)
-    assert keys(open_source(f"{make_zip(tmp_path / 'a#b', TREE)}#cat")) == ["1.png", "deep/er/2.png"]
+    assert keys(open_dataset(str(make_zip(tmp_path / "a#b{1,2}", TREE)))) == sorted(TREE)
+    assert keys(open_dataset(f"{make_zip(tmp_path / 'a#b', TREE)}#cat")) == ["1.png", "deep/er/2.png"]
 
 
 def test_shards_are_one_source(tmp_path):
     for number in range(8, 12):
         make_tar(tmp_path / f"s-{number:02d}", {"cat/x.png": png(number), "dog/x.png": png(100 + number)})
-    source = open_source(f"{tmp_path}/s-{{08..11}}.tar")
+    source = open_dataset(f"{tmp_path}/s-{{08..11}}.tar")
     assert keys(source)[:2] == ["s-08.tar/cat/x.png", "s-08.tar/dog/x.png"]
     assert classes(source) == ["cat", "dog"] * 4
     assert [source.load(index)[0, 0, 0] for index in range(8)] == [8, 108, 9, 109, 10, 110, 11, 111]
-    cats = open_source(f"{tmp_path}/s-{{08,10}}.tar#cat")
+    cats = open_dataset(f"{tmp_path}/s-{{08,10}}.tar#cat")
     assert keys(cats) == ["s-08.tar/cat/x.png", "s-10.tar/cat/x.png"]
     assert [cats.load(index)[0, 0, 0] for index in range(2)] == [8, 10]
     assert cats.labels is None
@@ -219,7 +221,7 @@ def test_shards_are_one_source(tmp_path):
 def test_folders_and_archives_mix(tmp_path):
     make_folder(tmp_path / "a", {"cat/1.png": png(1)})
     make_zip(tmp_path / "b", {"dog/1.png": png(2)})
-    source = open_source(f"{tmp_path}/{{a,b.zip}}")
+    source = open_dataset(f"{tmp_path}/{{a,b.zip}}")
     assert keys(source) == ["a/cat/1.png", "b.zip/dog/1.png"]
     assert [source.load(index)[0, 0, 0] for index in range(2)] == [1, 2]
     assert classes(source) == ["cat", "dog"]
@@ -273,9 +275,9 @@ def test_what_must_not_be_read_is_said(tmp_path, monkeypatch):
 
 
 def test_a_bad_file_is_bad_alone(tmp_path):
-    source = open_source(str(make_zip(tmp_path / "data", TREE | {"cat/0.png": b"broken"})))
+    source = open_dataset(str(make_zip(tmp_path / "data", TREE | {"cat/0.png": b"broken"})))
     index = keys(source).index("cat/0.png")
-    with pytest.raises(BadImage):
+    with pytest.raises(BadImageError):
         source.load(index)
     assert source.load(index + 1).shape == (3, 4, 3)
 
@@ -287,9 +289,9 @@ def test_names_in_any_encoding_are_read_and_can_be_printed(tmp_path):
         Path(os.fsdecode(odd)).write_bytes(png(5))
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.load(0)[0, 0, 0] == 5
-    assert source.key(0) == "cat/\\xff\\xe4.png"
+    assert source.get_name(0) == "cat/\\xff\\xe4.png"
 
 
 # ---------------------------------------------------------------- the real files
@@ -297,11 +299,11 @@ def test_names_in_any_encoding_are_read_and_can_be_printed(tmp_path):
 
 @pytest.mark.realdata
 def test_the_real_archives_open(realdata_dir):
-    source = open_source(str(realdata_dir / "cifar10-train.zip"))
+    source = open_dataset(str(realdata_dir / "cifar10-train.zip"))
     assert len(source) == 50_000
     assert len(source.classes) == 10
     assert np.bincount(source.labels).tolist() == [5000] * 10
     assert source.load(49_999).shape == (32, 32, 3)
     assert "splits" in refused(realdata_dir / "dtd10.zip").what
-    assert len(open_source(f"{realdata_dir / 'dtd10.zip'}#test").classes) == 10
-    assert open_source(f"{realdata_dir / 'ecssd-dev.zip'}#images").labels is None
+    assert len(open_dataset(f"{realdata_dir / 'dtd10.zip'}#test").classes) == 10
+    assert open_dataset(f"{realdata_dir / 'ecssd-dev.zip'}#images").labels is None

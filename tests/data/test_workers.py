@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from relicctl.data.workers import working
+from relicctl.data.workers import run_workers
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_an_exception_on_the_way_leaves_no_worker_behind(workers):
 
     def interrupted() -> None:
         loader = DataLoader(range(100), batch_size=None, num_workers=workers, worker_init_fn=deaf)  # type: ignore[arg-type]
-        with working(loader) as items:
+        with run_workers(loader) as items:
             held.append(items)
             assert next(items) == 0
             assert len(multiprocessing.active_children()) == workers
@@ -46,7 +46,7 @@ def test_a_death_that_torch_hears_of_at_the_end_hides_no_error():
 
     def failing() -> None:
         loader = DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=deaf)  # type: ignore[arg-type]
-        with working(loader) as items:
+        with run_workers(loader) as items:
             leave = items._shutdown_workers  # type: ignore[attr-defined]
 
             def hear_of_a_death_before_the_workers_are_told() -> None:

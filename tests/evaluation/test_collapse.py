@@ -9,35 +9,35 @@ from relicctl.evaluation import collapse
 
 
 def test_rank_of_known_matrices():
-    assert collapse.rank_me(torch.eye(16)) == pytest.approx(16, rel=1e-3)
-    assert collapse.rank_me(torch.ones(16, 8)) == pytest.approx(1, rel=1e-3)
+    assert collapse.compute_rankme(torch.eye(16)) == pytest.approx(16, rel=1e-3)
+    assert collapse.compute_rankme(torch.ones(16, 8)) == pytest.approx(1, rel=1e-3)
     two = torch.zeros(10, 6)
     two[0, 0] = two[1, 1] = 3
-    assert collapse.rank_me(two) == pytest.approx(2, rel=1e-3)
+    assert collapse.compute_rankme(two) == pytest.approx(2, rel=1e-3)
 
 
 def test_spread_is_one_on_the_sphere_and_zero_in_a_point():
     torch.manual_seed(0)
-    assert collapse.spread(torch.randn(4000, 64)) == pytest.approx(1, abs=0.02)
-    assert collapse.spread(torch.ones(10, 64) * 5) == pytest.approx(0, abs=1e-6)
+    assert collapse.compute_normalized_std(torch.randn(4000, 64)) == pytest.approx(1, abs=0.02)
+    assert collapse.compute_normalized_std(torch.ones(10, 64) * 5) == pytest.approx(0, abs=1e-6)
 
 
 HEALTHY = {"rank_me": 40.0, "deviation": 0.9, "entropy": 1.5}
 
 
 def test_warnings_come_with_collapse_only():
-    assert collapse.warning(HEALTHY, rows=64, candidates=11) is None
-    assert "spread" in str(collapse.warning(HEALTHY | {"deviation": 0.01}, rows=64))
-    assert "dimension" in str(collapse.warning(HEALTHY | {"rank_me": 1.2}, rows=64))
-    assert collapse.warning(HEALTHY | {"rank_me": 1.2}, rows=2) is None  # two images cannot span more
+    assert collapse.get_collapse_warning(HEALTHY, rows=64, candidates=11) is None
+    assert "spread" in str(collapse.get_collapse_warning(HEALTHY | {"deviation": 0.01}, rows=64))
+    assert "dimension" in str(collapse.get_collapse_warning(HEALTHY | {"rank_me": 1.2}, rows=64))
+    assert collapse.get_collapse_warning(HEALTHY | {"rank_me": 1.2}, rows=2) is None  # two images cannot span more
     blind = HEALTHY | {"entropy": math.log(11)}
-    assert "blind guess among 11" in str(collapse.warning(blind, rows=64, candidates=11))
-    assert collapse.warning(blind, rows=64) is None  # an objective without a likelihood
+    assert "blind guess among 11" in str(collapse.get_collapse_warning(blind, rows=64, candidates=11))
+    assert collapse.get_collapse_warning(blind, rows=64) is None  # an objective without a likelihood
 
 
 def test_the_watch_warns_once_after_two_lines_in_a_row():
     said: list[str] = []
-    watch = collapse.CollapseWatch(said.append, rows=64)
+    watch = collapse.CollapseMonitor(said.append, rows=64)
     sick = HEALTHY | {"deviation": 0.0}
     for step, figures in enumerate([sick, HEALTHY, sick, {"knn20": 0.1}, sick, sick, sick]):
         watch(step, figures)

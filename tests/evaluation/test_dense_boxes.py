@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.config.dense import DetectionData
-from relicctl.data.images import BadImage
-from relicctl.data.shapes import ShapesSource
+from relicctl.config.dense import DetectionDataConfig
+from relicctl.data.images import BadImageError
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.boxes import VOC, open_boxed
+from relicctl.evaluation.dense.boxes import VOC_CLASSES, open_detection_data
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 
@@ -47,20 +47,20 @@ def write(root, part, content) -> None:
 
 
 def opened(spec, warn=lambda text: None, **config):
-    return open_boxed("x", str(spec), DetectionData(**config), warn)
+    return open_detection_data("x", str(spec), DetectionDataConfig(**config), warn)
 
 
 def test_boxes_go_with_their_images_and_are_clipped(coco):
     train, val = opened(coco)
     assert train.classes == ("dog", "cat")
-    assert [train.key(i) for i in range(len(train))] == ["train-0.png", "train-2.png"]  # no box, nothing to learn
+    assert [train.get_name(i) for i in range(len(train))] == ["train-0.png", "train-2.png"]  # no box, nothing to learn
     assert len(val) == 3
-    assert train.target(0).corners.tolist() == [[20, 10, 30, 20]]
-    found = train.target(1)
+    assert train.load_target(0).corners.tolist() == [[20, 10, 30, 20]]
+    found = train.load_target(1)
     assert found.corners.tolist() == [[1, 2, 11, 7], [0, 0, 9, 9], [3, 3, 7, 7]]
     assert found.labels.tolist() == [1, 0, 1]
     assert found.ignored.tolist() == [False, False, True]
-    assert len(val.target(1).labels) == 0
+    assert len(val.load_target(1).labels) == 0
     assert (train.load(1) == 2).all()
 
 
@@ -84,7 +84,7 @@ def test_archives_and_other_layouts_are_the_same(coco, tmp_path):
     whole = opened(coco)
     for spec in (f"{tmp_path}/coco.zip#coco", flat, rooted):
         for ours, theirs in zip(whole, opened(spec), strict=True):
-            assert [ours.key(i) for i in range(len(ours))] == [theirs.key(i) for i in range(len(theirs))]
+            assert [ours.get_name(i) for i in range(len(ours))] == [theirs.get_name(i) for i in range(len(theirs))]
             np.testing.assert_array_equal(ours.boxes.corners, theirs.boxes.corners)
             np.testing.assert_array_equal(ours.load(1), theirs.load(1))
 
@@ -104,10 +104,10 @@ def test_vocs_xml_counts_from_one_and_difficult_ones_are_ignored(tmp_path):
         size = "<size><width>30</width><height>20</height><depth>3</depth></size>"
         (root / f"Annotations/{stem}.xml").write_text(f"<annotation>{size}{things}</annotation>")
     train, val = opened(root)
-    assert train.classes == VOC
-    assert [VOC[label] for label in val.target(0).labels] == ["dog", "cat"]
-    assert val.target(0).corners.tolist() == [[0, 2, 10, 20]] * 2
-    assert val.target(0).ignored.tolist() == [False, True]
+    assert train.classes == VOC_CLASSES
+    assert [VOC_CLASSES[label] for label in val.load_target(0).labels] == ["dog", "cat"]
+    assert val.load_target(0).corners.tolist() == [[0, 2, 10, 20]] * 2
+    assert val.load_target(0).ignored.tolist() == [False, True]
     (root / "Annotations/b.xml").write_text("<annotation>")
     with pytest.raises(DataError, match=r"b\.xml"):
         opened(root)
@@ -115,13 +115,13 @@ def test_vocs_xml_counts_from_one_and_difficult_ones_are_ignored(tmp_path):
 
 def test_the_demo_datas_boxes_enclose_their_objects_closely():
     _, val = opened("shapes:size=32,train=20,val=20")
-    source = ShapesSource.from_spec("shapes:size=32,train=20,val=20", "val")
+    source = ShapesDataset.from_spec("shapes:size=32,train=20,val=20", "val")
     for index in range(20):
-        (left, top, right, bottom), mask = val.target(index).corners[0].astype(int), source.mask(index)
+        (left, top, right, bottom), mask = val.load_target(index).corners[0].astype(int), source.load_mask(index)
         inner = mask[top:bottom, left:right]
         assert inner.sum() == mask.sum()
         assert inner[0].any() and inner[-1].any() and inner[:, 0].any() and inner[:, -1].any()  # noqa: PT018
-        assert val.target(index).labels.tolist() == [source.labels[index]]
+        assert val.load_target(index).labels.tolist() == [source.labels[index]]
 
 
 def test_boxes_that_are_none_are_left_out_or_too_many(coco):
@@ -138,7 +138,7 @@ def test_boxes_that_are_none_are_left_out_or_too_many(coco):
 
 def test_an_image_of_another_size_than_its_boxes_is_bad(coco):
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(coco / "train2017/train-0.png")
-    with pytest.raises(BadImage, match="20 x 30"):
+    with pytest.raises(BadImageError, match="20 x 30"):
         opened(coco)[0].load(0)
 
 

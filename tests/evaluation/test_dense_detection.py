@@ -10,30 +10,30 @@ import torch
 from handmade_runs import lively_encoder
 
 from relicctl.config.dense import DetectionConfig
-from relicctl.config.resolve import resolve
+from relicctl.config.resolve import resolve_config
 from relicctl.core.distributed import World
-from relicctl.data.augment import MEAN, STD
-from relicctl.data.shapes import ShapesSource
-from relicctl.evaluation.dense.average_precision import Found, average_precision
-from relicctl.evaluation.dense.boxes import Boxes, of_shapes
-from relicctl.evaluation.dense.detection import DetectionTask, Flip, build_detector, listed
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.shapes import ShapesDataset
+from relicctl.evaluation.dense.average_precision import Detections, compute_average_precision
+from relicctl.evaluation.dense.boxes import Boxes, build_shapes_detection
+from relicctl.evaluation.dense.detection import DetectionTask, DetectionTransform, build_detector, collate_detection
 
 QUICK = ["head.channels=8", "head.hidden=16", "images.short=[32, 40]", "images.long=48", "head.regions=8",
          "head.proposals_train=20", "head.proposals_test=20", "head.anchors=[4, 8, 12, 16, 24]"]  # fmt: skip
 
 
 def describe(encoder):
-    encoder.metadata = {"mean": json.dumps(MEAN), "std": json.dumps(STD)}
+    encoder.metadata = {"mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
     return encoder
 
 
 def config(*sets: str) -> DetectionConfig:
-    return resolve(sets=[*QUICK, *sets], schema=DetectionConfig).config
+    return resolve_config(sets=[*QUICK, *sets], schema=DetectionConfig).config
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return of_shapes(ShapesSource.from_spec("shapes:size=32,train=8,val=12", "val"))
+    return build_shapes_detection(ShapesDataset.from_spec("shapes:size=32,train=8,val=12", "val"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def task(encoder, *sets: str) -> DetectionTask:
 
 
 def batch(shapes):
-    return listed([Flip(0)(shapes.load(row), shapes.target(row), np.ones(6)) for row in range(3)])
+    return collate_detection(
+        [DetectionTransform(0)(shapes.load(row), shapes.load_target(row), np.ones(6)) for row in range(3)]
+    )
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
@@ -67,12 +69,12 @@ def test_the_pyramid_stands_on_every_kind_of_encoder(arch, stem, padding):
 def test_a_steps_loss_is_a_function_of_the_step_alone(encoder, shapes):
     learner = task(encoder)
     torch.manual_seed(1)
-    first = learner.loss(batch(shapes), 5)
+    first = learner.compute_loss(batch(shapes), 5)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again = learner.loss(batch(shapes), 5)
+    again = learner.compute_loss(batch(shapes), 5)
     assert torch.equal(torch.get_rng_state(), state)
-    other = learner.loss(batch(shapes), 6)
+    other = learner.compute_loss(batch(shapes), 6)
     assert torch.equal(first["loss"], again["loss"])
     assert not torch.equal(first["loss"], other["loss"])
     parts = [value for name, value in first.items() if name != "loss"]
@@ -83,11 +85,11 @@ def test_a_steps_loss_is_a_function_of_the_step_alone(encoder, shapes):
 @pytest.mark.parametrize(("sets", "moves"), [(["model.norm=batch"], True), ([], False), (["model.frozen=true"], False)])
 def test_frozen_norms_stay(encoder, shapes, sets, moves):
     learner = task(encoder, *sets, "optim.warmup_steps=0")
-    learner.state.train()
-    before = {name: t.clone() for name, t in learner.state.state_dict().items()}
-    learner.loss(batch(shapes), 0)["loss"].backward()
+    learner.model.train()
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    learner.compute_loss(batch(shapes), 0)["loss"].backward()
     learner.optimizer.step()
-    moved = {name for name, t in learner.state.state_dict().items() if not torch.equal(t, before[name])}
+    moved = {name for name, t in learner.model.state_dict().items() if not torch.equal(t, before[name])}
     assert ("backbone.body.layer1.0.bn1.running_mean" in moved) == moves
     assert ("backbone.body.layer1.0.conv1.weight" in moved) == ("model.frozen=true" not in sets)
     assert "backbone.fpn.inner_blocks.0.0.weight" in moved
@@ -99,31 +101,31 @@ def test_boxes_flip_with_their_image():
     boxes = Boxes(
         np.array([[3, 2, 9, 5], [0, 0, 1, 1]], np.float32), np.array([4, 0]), np.array([False, True]), np.ones(2)
     )
-    flipped, target = Flip(0.5)(image, boxes, np.zeros(6))
+    flipped, target = DetectionTransform(0.5)(image, boxes, np.zeros(6))
     assert target["labels"].tolist() == [5]
     left, top, right, bottom = target["boxes"][0].int().tolist()
     assert (flipped[:, top:bottom, left:right] == 255).all()
     assert flipped.sum() == image.sum()
-    same, target = Flip(0.5)(image, boxes, np.ones(6))
+    same, target = DetectionTransform(0.5)(image, boxes, np.ones(6))
     assert target["boxes"].tolist() == [[3, 2, 9, 5]]
     np.testing.assert_array_equal(same.permute(1, 2, 0).numpy(), image)
 
 
-def found_as(shapes, rows, moved: float = 0.0, score=lambda row: 0.9) -> dict[int, Found]:
+def found_as(shapes, rows, moved: float = 0.0, score=lambda row: 0.9) -> dict[int, Detections]:
     return {
-        row: Found(shapes.target(row).corners + moved, np.array([score(row)]), shapes.target(row).labels)
+        row: Detections(shapes.load_target(row).corners + moved, np.array([score(row)]), shapes.load_target(row).labels)
         if row in rows
-        else Found(np.empty((0, 4)), np.empty(0), np.empty(0, int))
+        else Detections(np.empty((0, 4)), np.empty(0), np.empty(0, int))
         for row in range(len(shapes))
     }
 
 
 def test_average_precision_of_all_none_and_shifted_boxes(shapes):
     everything = range(len(shapes))
-    assert average_precision(shapes, found_as(shapes, everything)) == {"ap": 1.0, "ap50": 1.0, "ap75": 1.0}
-    assert average_precision(shapes, found_as(shapes, [])) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
-    shifted = average_precision(shapes, found_as(shapes, everything, moved=1.0))
-    overlaps = [overlap(c := shapes.target(row).corners[0], c + 1) for row in everything]
+    assert compute_average_precision(shapes, found_as(shapes, everything)) == {"ap": 1.0, "ap50": 1.0, "ap75": 1.0}
+    assert compute_average_precision(shapes, found_as(shapes, [])) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+    shifted = compute_average_precision(shapes, found_as(shapes, everything, moved=1.0))
+    overlaps = [overlap(c := shapes.load_target(row).corners[0], c + 1) for row in everything]
     assert shifted["ap50"] == pytest.approx(literal(shapes, overlaps, 0.5), abs=1e-9)
     assert shifted["ap75"] == pytest.approx(literal(shapes, overlaps, 0.75), abs=1e-9)
     assert 0 < shifted["ap"] < 1
@@ -137,7 +139,7 @@ def overlap(a, b) -> float:
 
 def literal(shapes, overlaps, threshold: float) -> float:
     """Mean over classes of the mean over 101 recalls of the best precision at or beyond; equal scores in order."""
-    labels = np.array([shapes.target(row).labels[0] for row in range(len(shapes))])
+    labels = np.array([shapes.load_target(row).labels[0] for row in range(len(shapes))])
     means = []
     for label in np.unique(labels):
         hits = np.array([o >= threshold for o, own in zip(overlaps, labels, strict=True) if own == label])

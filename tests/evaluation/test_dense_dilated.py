@@ -6,7 +6,7 @@ import pytest
 import torch
 from handmade_runs import lively_encoder
 
-from relicctl.evaluation.dense.dilated import dilated, feature_map, stride
+from relicctl.evaluation.dense.dilated import compute_feature_map, dilate_last_stage, get_output_stride
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
@@ -17,10 +17,10 @@ def test_even_positions_are_the_features_of_the_encoder_as_it_was(arch, stem, pa
     encoder = lively_encoder(arch, 0.125, stem, padding).double()
     images = torch.randn(2, 3, *side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        sparse, dense = feature_map(encoder, images), feature_map(dilated(encoder), images)
+        sparse, dense = compute_feature_map(encoder, images), compute_feature_map(dilate_last_stage(encoder), images)
         torch.testing.assert_close(sparse.mean((2, 3)), encoder(images), rtol=0, atol=1e-12)
     torch.testing.assert_close(dense[..., ::2, ::2], sparse, rtol=0, atol=1e-12)
-    assert tuple(dense.shape[-2:]) == tuple(-(-s // stride(encoder)) for s in side)
+    assert tuple(dense.shape[-2:]) == tuple(-(-s // get_output_stride(encoder)) for s in side)
     assert not torch.allclose(dense[..., 1::2, ::2][..., :1, :1], sparse[..., :1, :1])
 
 
@@ -28,8 +28,8 @@ def test_the_encoder_itself_and_the_names_of_its_weights_stay():
     encoder = lively_encoder("resnet18", 0.125, "imagenet")
     images = torch.randn(1, 3, 64, 64)
     before = encoder(images)
-    surgery = dilated(encoder)
+    surgery = dilate_last_stage(encoder)
     assert torch.equal(encoder(images), before)
     assert list(surgery.state_dict()) == list(encoder.state_dict())
     surgery.load_state_dict(encoder.state_dict(), strict=True)
-    assert stride(encoder) == 16
+    assert get_output_stride(encoder) == 16

@@ -5,45 +5,46 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relicctl.config.dense import DetectionSchedule, Schedule, SegmentationCrop
+from relicctl.config.dense import DenseOptimConfig, DetectionOptimConfig, SegmentationCropConfig
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
-from relicctl.data.images import BadImage
+from relicctl.data.images import BadImageError
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesSource
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.feed import DenseFeed
-from relicctl.evaluation.dense.masks import ShapesMasks
-from relicctl.evaluation.dense.samples import Remembered
-from relicctl.evaluation.dense.segmentation import ScaleCropFlip, stacked
-from relicctl.evaluation.dense.training import step_rate
+from relicctl.evaluation.dense.feed import DenseLoader
+from relicctl.evaluation.dense.masks import ShapesSegmentationDataset
+from relicctl.evaluation.dense.samples import CachedDenseDataset
+from relicctl.evaluation.dense.segmentation import SegmentationTransform, collate_segmentation
+from relicctl.evaluation.dense.training import compute_multistep_lr
 
 
-class Damaged(ShapesMasks):
+class Damaged(ShapesSegmentationDataset):
     """Sample 3 cannot be decoded."""
 
     def load(self, index):
         if index == 3:
-            raise BadImage("damaged")
+            raise BadImageError("damaged")
         return super().load(index)
 
 
-def samples(kind=ShapesMasks):
-    return kind(ShapesSource.from_spec("shapes:size=16,train=12", "train"))
+def samples(kind=ShapesSegmentationDataset):
+    return kind(ShapesDataset.from_spec("shapes:size=16,train=12", "train"))
 
 
 def batches(of, start=0, *, workers=0, world=None, bad=None):
-    feed = DenseFeed(
-        of, Sampler(5, len(of), 4), ScaleCropFlip(SegmentationCrop(size=16)), stacked, seed=5,
+    feed = DenseLoader(
+        of, Sampler(5, len(of), 4), SegmentationTransform(SegmentationCropConfig(size=16)), collate_segmentation,
+        seed=5,
         device=torch.device("cpu"), world=world or World(), workers=workers, bad=bad or BadImages(12, 0.5),
     )  # fmt: skip
-    return [torch.cat([part.flatten() for part in batch]) for batch in feed.from_step(start, 6)]
+    return [torch.cat([part.flatten() for part in batch]) for batch in feed.iter_from_step(start, 6)]
 
 
 def test_workers_memory_and_the_step_it_starts_from_change_nothing():
     whole = batches(samples())
     assert len({tuple(batch.tolist()) for batch in whole}) == 6
-    for other in (batches(samples(), workers=2), batches(Remembered(samples()))):
+    for other in (batches(samples(), workers=2), batches(CachedDenseDataset(samples()))):
         assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], batches(samples(), 4), strict=True))
 
@@ -60,15 +61,15 @@ def test_what_cannot_be_decoded_is_replaced_and_told(workers):
     bad = BadImages(12, 0.5)
     of = samples(Damaged)
     replaced = batches(of, workers=workers, bad=bad)
-    assert bad.seen == {of.key(3)}
-    again = batches(Remembered(of), bad=BadImages(12, 0.5))
+    assert bad.seen == {of.get_name(3)}
+    again = batches(CachedDenseDataset(of), bad=BadImages(12, 0.5))
     assert all(torch.equal(a, b) for a, b in zip(replaced, again, strict=True))
     with pytest.raises(DataError, match="damaged"):
         batches(of, workers=workers, bad=BadImages(12, 0.01))
 
 
 def test_the_rate_rises_and_falls_in_steps():
-    flat = Schedule(steps=100, base_lr=1.0)
-    assert [step_rate(k, flat) for k in (0, 69, 70, 89, 90, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
-    warm = DetectionSchedule(steps=100, base_lr=1.0, warmup_steps=10, drops=())
-    assert [step_rate(k, warm) for k in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1, 1, 1]
+    flat = DenseOptimConfig(steps=100, base_lr=1.0)
+    assert [compute_multistep_lr(k, flat) for k in (0, 69, 70, 89, 90, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    warm = DetectionOptimConfig(steps=100, base_lr=1.0, warmup_steps=10, drops=())
+    assert [compute_multistep_lr(k, warm) for k in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1, 1, 1]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.config.dense import SegmentationData
-from relicctl.data.shapes import ShapesSource
+from relicctl.config.dense import SegmentationDataConfig
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.masks import open_masked
+from relicctl.evaluation.dense.masks import open_segmentation_data
 
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [9] * 759
 
@@ -54,7 +54,7 @@ def voc(tmp_path):
 
 
 def opened(spec, **config):
-    return open_masked("x", str(spec), SegmentationData(**config), lambda text: None)
+    return open_segmentation_data("x", str(spec), SegmentationDataConfig(**config), lambda text: None)
 
 
 def test_folders_with_palette_and_grey_masks(folders):
@@ -63,7 +63,7 @@ def test_folders_with_palette_and_grey_masks(folders):
     assert train.classes == ("0", "1", "2")
     for samples, first in ((train, 0), (val, 4)):
         for index in range(len(samples)):
-            np.testing.assert_array_equal(samples.target(index), mask(first + index))
+            np.testing.assert_array_equal(samples.load_target(index), mask(first + index))
             assert samples.load(index).shape == (20, 24, 3)
 
 
@@ -77,26 +77,26 @@ def test_vocs_layout_with_its_lists_in_an_archive(voc, tmp_path):
         train, val = opened(spec)
         assert train.classes[:2] == ("background", "aeroplane")
         assert len(train.classes) == 21
-        assert [train.key(i) for i in range(len(train))] == ["03.jpg", "00.jpg", "01.jpg"]
-        np.testing.assert_array_equal(train.target(0), mask(3))
-        np.testing.assert_array_equal(val.target(0), mask(5))
+        assert [train.get_name(i) for i in range(len(train))] == ["03.jpg", "00.jpg", "01.jpg"]
+        np.testing.assert_array_equal(train.load_target(0), mask(3))
+        np.testing.assert_array_equal(val.load_target(0), mask(5))
 
 
 def test_the_demo_data_have_a_class_where_the_object_is():
     train, val = opened("shapes:size=32,train=20,val=10")
-    source = ShapesSource.from_spec("shapes:size=32,train=20,val=10", "val")
+    source = ShapesDataset.from_spec("shapes:size=32,train=20,val=10", "val")
     assert (len(train), len(val), len(val.classes)) == (20, 10, 11)
     for index in range(10):
-        found = val.target(index)
+        found = val.load_target(index)
         assert set(np.unique(found)) == {0, source.labels[index] + 1}
-        np.testing.assert_array_equal(found > 0, source.mask(index))
+        np.testing.assert_array_equal(found > 0, source.load_mask(index))
 
 
 def test_another_mask_is_another_fingerprint(folders):
-    before = opened(folders)[0].fingerprint()
-    assert opened(folders)[0].fingerprint() == before
+    before = opened(folders)[0].compute_fingerprint()
+    assert opened(folders)[0].compute_fingerprint() == before
     Image.fromarray(np.zeros((20, 24), np.uint8)).save(folders / "train/masks/00.png")
-    assert opened(folders)[0].fingerprint() != before
+    assert opened(folders)[0].compute_fingerprint() != before
 
 
 def spoilt(folders, what):
@@ -160,4 +160,4 @@ def test_an_image_turned_by_its_exif_goes_with_an_upright_mask(folders):
     exif[0x0112] = 6
     Image.fromarray(np.zeros((24, 20, 3), np.uint8)).save(folders / "train/images/00.jpg", exif=exif)
     train, _ = opened(folders)
-    assert train.load(0).shape[:2] == train.target(0).shape
+    assert train.load(0).shape[:2] == train.load_target(0).shape

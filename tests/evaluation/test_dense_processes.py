@@ -14,9 +14,9 @@ from handmade_runs import lively_encoder
 from ports import free_ports
 
 from relicctl.config.dense import SegmentationConfig
-from relicctl.config.resolve import resolve
-from relicctl.core.distributed import World, join, leave
-from relicctl.data.augment import MEAN, STD
+from relicctl.config.resolve import resolve_config
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.evaluation.dense.segmentation import SegmentationTask
 
 TINY = ["head.channels=8", "head.dilation=1", "optim.base_lr=0.1"]
@@ -28,21 +28,21 @@ def train(world: World) -> dict[str, np.ndarray]:
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1
-    encoder.metadata = {"mean": json.dumps(MEAN), "std": json.dumps(STD)}
-    config = resolve(sets=TINY, schema=SegmentationConfig).config
+    encoder.metadata = {"mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
+    config = resolve_config(sets=TINY, schema=SegmentationConfig).config
     torch.set_default_dtype(torch.float64)
     task = SegmentationTask(encoder, 3, config, torch.device("cpu"), "fp32", world)
-    first, last = world.rows(4)
+    first, last = world.get_local_rows(4)
     for step in range(3):
         generator = np.random.default_rng(step)
         images = torch.from_numpy(generator.integers(0, 256, (4, 16, 16, 3), np.uint8))
         masks = torch.from_numpy(generator.integers(0, 3, (4, 16, 16)).astype(np.uint8))
         masks[0, 2:], masks[1, :7] = 255, 255
-        task.loss((images[first:last], masks[first:last]), step)["loss"].backward()
+        task.compute_loss((images[first:last], masks[first:last]), step)["loss"].backward()
         task.optimizer.step()
         task.optimizer.zero_grad()
     torch.set_default_dtype(torch.float32)
-    return {name: t.numpy() for name, t in task.state.state_dict().items()}
+    return {name: t.numpy() for name, t in task.model.state_dict().items()}
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -51,8 +51,8 @@ def work(rank: int, port: int, folder: str) -> None:
         "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    np.savez(Path(folder) / f"{rank}.npz", **train(join("cpu")))
-    leave()
+    np.savez(Path(folder) / f"{rank}.npz", **train(init_distributed("cpu")))
+    destroy_distributed()
 
 
 @pytest.mark.slow

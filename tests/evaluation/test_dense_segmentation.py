@@ -10,17 +10,17 @@ import torch
 from handmade_runs import lively_encoder
 from sklearn.metrics import jaccard_score
 
-from relicctl.config.dense import SegmentationConfig, SegmentationCrop
-from relicctl.config.resolve import resolve
+from relicctl.config.dense import SegmentationConfig, SegmentationCropConfig
+from relicctl.config.resolve import resolve_config
 from relicctl.core.distributed import World
-from relicctl.data.augment import MEAN, STD
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.evaluation.dense.segmentation import (
-    FILL,
-    ScaleCropFlip,
+    PAD_COLOR,
     SegmentationTask,
-    confusion_of,
-    intersection_over_union,
-    stacked,
+    SegmentationTransform,
+    collate_segmentation,
+    compute_confusion_matrix,
+    compute_iou,
 )
 
 QUICK = ["head.channels=8", "head.dilation=2", "crop.size=32", "runtime.device=cpu"]
@@ -29,12 +29,12 @@ QUICK = ["head.channels=8", "head.dilation=2", "crop.size=32", "runtime.device=c
 @pytest.fixture(scope="module")
 def encoder():
     encoder = lively_encoder("resnet18", 0.125, "stride2")
-    encoder.metadata = {"mean": json.dumps(MEAN), "std": json.dumps(STD)}
+    encoder.metadata = {"mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
     return encoder
 
 
 def task(encoder, *sets: str) -> SegmentationTask:
-    config = resolve(sets=[*QUICK, *sets], schema=SegmentationConfig).config
+    config = resolve_config(sets=[*QUICK, *sets], schema=SegmentationConfig).config
     return SegmentationTask(encoder, 4, config, torch.device("cpu"), "fp32", World())
 
 
@@ -52,7 +52,7 @@ def test_mean_intersection_over_union_is_scikit_learns():
     told = torch.where(torch.rand(truth.shape, generator=generator) < 0.6, truth, torch.randint(0, 5, truth.shape))
     truth[0, :4] = 255
     counted = truth != 255
-    shares = intersection_over_union(confusion_of(truth, told, 7))
+    shares = compute_iou(compute_confusion_matrix(truth, told, 7))
     there = ~shares.isnan()
     assert there.tolist() == [True] * 5 + [False] * 2
     expected = jaccard_score(truth[counted], told[counted], average=None)
@@ -61,16 +61,16 @@ def test_mean_intersection_over_union_is_scikit_learns():
 
 def test_the_loss_is_the_mean_over_pixels_that_count(encoder):
     learner, (images, masks) = task(encoder), batch()
-    loss = learner.loss((images, masks), 0)["loss"]
-    pixels = ((images / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
-    scores = torch.log_softmax(learner.state(pixels), 1)
+    loss = learner.compute_loss((images, masks), 0)["loss"]
+    pixels = ((images / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(0, 3, 1, 2)
+    scores = torch.log_softmax(learner.model(pixels), 1)
     counted = [-scores[i, int(masks[i, y, x]), y, x] for i, y, x in np.ndindex(*masks.shape) if masks[i, y, x] != 255]
     torch.testing.assert_close(loss, torch.stack(counted).mean(), rtol=0, atol=1e-5)
 
 
 def test_a_batch_in_which_nothing_counts_is_no_division_by_zero(encoder):
     learner = task(encoder)
-    loss = learner.loss((batch()[0], torch.full((3, 32, 32), 255, dtype=torch.uint8)), 0)["loss"]
+    loss = learner.compute_loss((batch()[0], torch.full((3, 32, 32), 255, dtype=torch.uint8)), 0)["loss"]
     loss.backward()
     assert loss.item() == 0
 
@@ -81,11 +81,11 @@ def test_a_batch_in_which_nothing_counts_is_no_division_by_zero(encoder):
 )
 def test_what_is_frozen_stays_as_it_is(encoder, sets, weights_move, statistics_move):
     learner = task(encoder, *sets, "optim.base_lr=0.1")
-    before = {name: t.clone() for name, t in learner.state.state_dict().items()}
-    learner.state.train()
-    learner.loss(batch(), 0)["loss"].backward()
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    learner.model.train()
+    learner.compute_loss(batch(), 0)["loss"].backward()
     learner.optimizer.step()
-    moved = {name for name, t in learner.state.state_dict().items() if not torch.equal(t, before[name])}
+    moved = {name for name, t in learner.model.state_dict().items() if not torch.equal(t, before[name])}
     assert ("encoder.layer1.0.conv1.weight" in moved) == weights_move
     assert ("encoder.layer1.0.bn1.running_mean" in moved) == statistics_move
     assert ("encoder.layer1.0.bn1.weight" in moved) == statistics_move
@@ -93,7 +93,9 @@ def test_what_is_frozen_stays_as_it_is(encoder, sets, weights_move, statistics_m
 
 
 def crop(image, mask, uniform, **told) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(t.numpy() for t in ScaleCropFlip(SegmentationCrop(**told))(image, mask, np.array(uniform)))
+    return tuple(
+        t.numpy() for t in SegmentationTransform(SegmentationCropConfig(**told))(image, mask, np.array(uniform))
+    )
 
 
 def test_image_and_mask_are_cropped_alike():
@@ -105,7 +107,7 @@ def test_image_and_mask_are_cropped_alike():
         there = labels != 255
         assert there.any()
         assert np.abs(square[..., 0].astype(int) - labels)[there].max() <= 2  # nearest against blended
-        assert (square[~there] == FILL).all()
+        assert (square[~there] == PAD_COLOR).all()
 
 
 def test_at_its_own_scale_nothing_is_resampled_and_a_flip_is_a_flip():
@@ -125,4 +127,4 @@ def test_a_smaller_image_lies_whole_in_the_square():
     assert (labels != 255).sum() == 20 * 24
     assert (labels[6:26, 8:] == 1).all()
     assert (square[6:26, 8:] == 7).all()
-    assert stacked([(torch.ones(2), torch.ones(1))])[0].shape == (1, 2)
+    assert collate_segmentation([(torch.ones(2), torch.ones(1))])[0].shape == (1, 2)

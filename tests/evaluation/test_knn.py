@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.evaluation.knn import knn_accuracy, knn_votes
-from relicctl.evaluation.probe import probe_accuracy
+from relicctl.evaluation.knn import compute_knn_accuracy, iter_knn_votes
+from relicctl.evaluation.probe import compute_probe_accuracy
 
 
 def literal_knn(bank, bank_labels, queries, labels, k, temperature=0.07):
@@ -30,7 +30,7 @@ def test_knn_equals_a_literal_loop(k):
     bank, queries = torch.randn(60, 8, generator=generator), torch.randn(40, 8, generator=generator)
     bank_labels = torch.randint(0, 4, (60,), generator=generator)
     labels = torch.randint(0, 4, (40,), generator=generator)
-    measured = knn_accuracy(bank, bank_labels, queries, labels, ks=(k,))[k]
+    measured = compute_knn_accuracy(bank, bank_labels, queries, labels, ks=(k,))[k]
     assert measured == pytest.approx(literal_knn(bank, bank_labels, queries, labels, k))
     assert 0 < measured < 1
 
@@ -39,7 +39,7 @@ def test_of_several_classes_each_is_ranked_by_the_mean_of_the_neighbours_that_co
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(60, 8, generator=generator), torch.randn(40, 8, generator=generator)
     labels = torch.randint(-1, 2, (60, 3), generator=generator).to(torch.int8)
-    found = torch.cat([votes[7] for _, votes in knn_votes(bank, labels, queries, 3, ks=(7, 100))])
+    found = torch.cat([votes[7] for _, votes in iter_knn_votes(bank, labels, queries, 3, ks=(7, 100))])
     similarity = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=-1)
     for q in range(40):
         nearest = similarity[q].topk(7)
@@ -51,7 +51,7 @@ def test_of_several_classes_each_is_ranked_by_the_mean_of_the_neighbours_that_co
 def test_k_may_exceed_the_bank():
     bank = torch.eye(3)
     labels = torch.arange(3)
-    assert knn_accuracy(bank, labels, bank, labels, ks=(2, 200)) == {2: 1.0, 200: 1.0}
+    assert compute_knn_accuracy(bank, labels, bank, labels, ks=(2, 200)) == {2: 1.0, 200: 1.0}
 
 
 def test_probe_finds_a_linear_rule_and_no_rule_in_noise():
@@ -59,13 +59,13 @@ def test_probe_finds_a_linear_rule_and_no_rule_in_noise():
     features = torch.randn(600, 10, generator=generator)
     labels = (features @ torch.randn(10, 3, generator=generator)).argmax(1)
     noise = labels[torch.randperm(600, generator=generator)]
-    assert probe_accuracy(features[:400], labels[:400], features[400:], labels[400:]) > 0.93
+    assert compute_probe_accuracy(features[:400], labels[:400], features[400:], labels[400:]) > 0.93
     chance = float(np.bincount(noise[400:]).max()) / 200
-    assert probe_accuracy(features[:400], noise[:400], features[400:], noise[400:]) < chance + 0.1
+    assert compute_probe_accuracy(features[:400], noise[:400], features[400:], noise[400:]) < chance + 0.1
 
 
 def test_probe_sends_no_gradient_into_the_features():
     features = torch.randn(20, 4, requires_grad=True)
     labels = torch.arange(20) % 2
-    probe_accuracy(features, labels, features, labels)
+    compute_probe_accuracy(features, labels, features, labels)
     assert features.grad is None

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from relicctl.config.linear import LinearConfig
-from relicctl.config.resolve import resolve
+from relicctl.config.linear import LinearEvalConfig
+from relicctl.config.resolve import resolve_config
 from relicctl.console import Console
-from relicctl.data.sources import Source
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError, RelicError
-from relicctl.evaluation.labelled import match, open_labelled
+from relicctl.evaluation.labelled import match_classes, open_train_test
 
 
-class Named(Source):
+class Named(ImageDataset):
     """One image per name in ``of``."""
 
     spec = "named"
@@ -23,7 +23,7 @@ class Named(Source):
     def __len__(self):
         return len(self.labels)
 
-    def key(self, index):
+    def get_name(self, index):
         return f"{self.classes[self.labels[index]]}/{index}"
 
     def read(self, index):
@@ -31,20 +31,20 @@ class Named(Source):
 
 
 def test_other_orders_missing_and_unknown_classes():
-    found = match(Named(["ant", "cat", "dog"], ["dog", "ant", "cat", "dog"]), ("bee", "cat", "dog"))
+    found = match_classes(Named(["ant", "cat", "dog"], ["dog", "ant", "cat", "dog"]), ("bee", "cat", "dog"))
     assert found.labels.tolist() == [2, 1, 2]
-    assert [found.source.key(i) for i in range(3)] == ["dog/0", "cat/2", "dog/3"]
-    assert (found.missing, found.foreign) == (("bee",), ("ant",))
+    assert [found.source.get_name(i) for i in range(3)] == ["dog/0", "cat/2", "dog/3"]
+    assert (found.missing_classes, found.unknown_classes) == (("bee",), ("ant",))
 
 
 def test_nothing_in_common_is_refused_with_both_sides():
     with pytest.raises(DataError, match=r"'bee'.*'ant'"):
-        match(Named(["ant", "cow"], ["ant", "cow"]), ("bee", "cat"))
+        match_classes(Named(["ant", "cow"], ["ant", "cow"]), ("bee", "cat"))
 
 
 def test_unlabelled_and_single_class_data_are_refused():
     with pytest.raises(DataError, match="two classes"):
-        match(Named(["ant"], ["ant"]), ("ant", "bee"))
+        match_classes(Named(["ant"], ["ant"]), ("ant", "bee"))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,6 @@ def test_unlabelled_and_single_class_data_are_refused():
     ],
 )
 def test_what_cannot_be_used_is_refused(keys, says):
-    config = resolve(schema=LinearConfig, base=keys).config
+    config = resolve_config(schema=LinearEvalConfig, base=keys).config
     with pytest.raises(RelicError, match=says):
-        open_labelled(config, False, Console(quiet=True))
+        open_train_test(config, False, Console(quiet=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.evaluation.logistic import Solutions, solve
+from relicctl.evaluation.logistic import LogisticModels, fit_logistic_regression
 
 LAMBDAS = (1e-6, 1e-3, 0.1, 10.0, 1e4)
 
@@ -35,7 +35,7 @@ def objective(logits: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, stren
 def test_objective_and_predictions_are_those_of_scikit_learn(shape):
     """The last shape has more features than images: separable, so that its optimum runs far away as lambda falls."""
     x, y = points(*shape)
-    found = solve(x, y, LAMBDAS, shape[2])
+    found = fit_logistic_regression(x, y, LAMBDAS, shape[2])
     assert found.converged.all()
     for r, strength in enumerate(LAMBDAS):
         model = reference(x, y.numpy(), strength)
@@ -47,55 +47,59 @@ def test_objective_and_predictions_are_those_of_scikit_learn(shape):
             half = torch.from_numpy(model.decision_function(x.double().numpy())) / 2
             logits = torch.stack([-half, half], 1)
         best = objective(logits, weight, y, strength)
-        ours = objective(found.logits(x)[r], found.weight[r], y, strength)
+        ours = objective(found.compute_logits(x)[r], found.weight[r], y, strength)
         assert ours == pytest.approx(found.objective[r].item(), rel=1e-9)
         assert ours <= best * (1 + 1e-5)
         assert ours == pytest.approx(best, rel=1e-5)
-        told = found.logits(x)[r].argmax(1).numpy()
+        told = found.compute_logits(x)[r].argmax(1).numpy()
         assert (told == model.predict(x.double().numpy())).mean() >= 0.999
 
 
 def test_sigmoids_are_one_vs_rest_of_scikit_learn():
     x, y = points()
     targets = torch.stack([y == 0, y != 1, (y == 2) | (y == 3)], 1)  # several classes an image
-    found = solve(x, targets, (0.1, 10.0), 3)
+    found = fit_logistic_regression(x, targets, (0.1, 10.0), 3)
     for r, strength in enumerate((0.1, 10.0)):
         for c in range(3):
             model = reference(x, targets[:, c].numpy().astype(int), strength)
             np.testing.assert_allclose(found.weight[r, c].numpy(), model.coef_[0], atol=2e-3 * abs(model.coef_).max())
             wanted = model.decision_function(x.double().numpy())
-            np.testing.assert_allclose(found.logits(x)[r, :, c].numpy(), wanted, atol=2e-3 * abs(wanted).max())
+            np.testing.assert_allclose(found.compute_logits(x)[r, :, c].numpy(), wanted, atol=2e-3 * abs(wanted).max())
 
 
 def test_each_sigmoid_is_fitted_to_the_images_that_count_for_it():
     x, y = points()
     targets = torch.stack([y == 0, y != 1], 1).to(torch.int8) * 2 - 1
-    assert torch.equal(solve(x, targets, (0.1,), 2).weight, solve(x, targets > 0, (0.1,), 2).weight)
+    assert torch.equal(
+        fit_logistic_regression(x, targets, (0.1,), 2).weight, fit_logistic_regression(x, targets > 0, (0.1,), 2).weight
+    )
     targets[::5, 0] = 0
-    found = solve(x, targets, (0.1, 10.0), 2)
+    found = fit_logistic_regression(x, targets, (0.1, 10.0), 2)
     assert found.converged.all()
     for c in range(2):
         counts = targets[:, c] != 0
-        alone = solve(x[counts], targets[counts, c, None] > 0, (0.1, 10.0), 1)
-        wanted = alone.logits(x)[:, :, 0]
-        torch.testing.assert_close(found.logits(x)[:, :, c], wanted, rtol=0, atol=2e-3 * wanted.abs().max().item())
+        alone = fit_logistic_regression(x[counts], targets[counts, c, None] > 0, (0.1, 10.0), 1)
+        wanted = alone.compute_logits(x)[:, :, 0]
+        torch.testing.assert_close(
+            found.compute_logits(x)[:, :, c], wanted, rtol=0, atol=2e-3 * wanted.abs().max().item()
+        )
 
 
 def test_classes_without_an_image_leave_the_others_as_they_are():
     x, y = points()
     targets = torch.stack([y == 0, y < 0, y >= 0], 1)  # some, none and all
-    found, alone = (solve(x, t, (0.1, 10.0), t.shape[1]) for t in (targets, targets[:, :1]))
+    found, alone = (fit_logistic_regression(x, t, (0.1, 10.0), t.shape[1]) for t in (targets, targets[:, :1]))
     assert found.converged.all()
-    assert not found.logits(x)[..., 1:].any()
-    torch.testing.assert_close(found.logits(x)[..., 0], alone.logits(x)[..., 0], rtol=0, atol=2e-3)
+    assert not found.compute_logits(x)[..., 1:].any()
+    torch.testing.assert_close(found.compute_logits(x)[..., 0], alone.compute_logits(x)[..., 0], rtol=0, atol=2e-3)
 
 
 def test_the_gradient_is_zero_at_every_lambda_of_the_sweep():
     x, y = points(count=120, features=8)
     lambdas = np.logspace(-6, 5, 45).tolist()
-    found = solve(x, y, lambdas, 4)
+    found = fit_logistic_regression(x, y, lambdas, 4)
     assert found.converged.all()
-    errors = found.logits(x).softmax(2) - torch.nn.functional.one_hot(y, 4)
+    errors = found.compute_logits(x).softmax(2) - torch.nn.functional.one_hot(y, 4)
     slope = errors.mT @ x.double() + torch.tensor(lambdas, dtype=torch.float64)[:, None, None] * found.weight
     start = torch.linalg.vector_norm((torch.full((120, 4), 0.25) - torch.nn.functional.one_hot(y, 4)).T @ x)
     assert (slope.square().sum((1, 2)).sqrt() < 1e-3 * start).all()
@@ -105,22 +109,22 @@ def test_the_gradient_is_zero_at_every_lambda_of_the_sweep():
 
 def test_order_and_start_do_not_matter():
     x, y = points()
-    one, other = solve(x, y, LAMBDAS, 4), solve(x, y, LAMBDAS[::-1], 4)
+    one, other = fit_logistic_regression(x, y, LAMBDAS, 4), fit_logistic_regression(x, y, LAMBDAS[::-1], 4)
     np.testing.assert_allclose(one.objective, other.objective.flip(0), rtol=1e-12)
-    near = Solutions(LAMBDAS[2:3], one.weight[1:2], one.bias[1:2], one.objective[1:2], one.converged[1:2])
-    again = solve(x, y, LAMBDAS[2:3], 4, start=near)
+    near = LogisticModels(LAMBDAS[2:3], one.weight[1:2], one.bias[1:2], one.objective[1:2], one.converged[1:2])
+    again = fit_logistic_regression(x, y, LAMBDAS[2:3], 4, start=near)
     np.testing.assert_allclose(again.objective[0], one.objective[2], rtol=1e-6)
 
 
 def test_a_shift_of_all_features_changes_the_intercepts_alone():
     x, y = points()
-    one, other = solve(x, y, (0.1,), 4), solve(x.double() + 1000.0, y, (0.1,), 4)
+    one, other = fit_logistic_regression(x, y, (0.1,), 4), fit_logistic_regression(x.double() + 1000.0, y, (0.1,), 4)
     np.testing.assert_allclose(one.weight, other.weight, atol=1e-3)
     np.testing.assert_allclose(one.objective, other.objective, rtol=1e-6)
-    np.testing.assert_allclose(one.logits(x), other.logits(x.double() + 1000.0), atol=1e-2)
+    np.testing.assert_allclose(one.compute_logits(x), other.compute_logits(x.double() + 1000.0), atol=1e-2)
 
 
 def test_features_without_variance_leave_the_shares_of_classes():
     y = torch.tensor([0, 0, 0, 1])
-    found = solve(torch.ones(4, 3), y, (1.0,), 2)
-    np.testing.assert_allclose(found.logits(torch.ones(1, 3))[0].softmax(1)[0], [0.75, 0.25], atol=1e-4)
+    found = fit_logistic_regression(torch.ones(4, 3), y, (1.0,), 2)
+    np.testing.assert_allclose(found.compute_logits(torch.ones(1, 3))[0].softmax(1)[0], [0.75, 0.25], atol=1e-4)

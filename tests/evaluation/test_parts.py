@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
 from relicctl.evaluation import parts
-from relicctl.evaluation.parts import divide, open_data_set
+from relicctl.evaluation.parts import open_transfer_dataset, split_trainval
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def photos(tmp_path):
 
 def opened(spec, warnings=None, **options):
     warn = (warnings if warnings is not None else []).append
-    return open_data_set("x", str(spec), download=False, warn=warn, **options)
+    return open_transfer_dataset("x", str(spec), download=False, warn=warn, **options)
 
 
 def test_folder_archive_and_pattern_are_the_same(photos, tmp_path):
@@ -40,25 +40,25 @@ def test_folder_archive_and_pattern_are_the_same(photos, tmp_path):
             archive.write(path, path.relative_to(tmp_path))
     found = [opened(spec) for spec in (folder, f"{folder}/{{split}}", f"{tmp_path / 'one.zip'}#photos")]
     for data in found:
-        assert (data.trained, len(data.known.labels), len(data.test.labels)) == (15, 30, 15)
-        assert data.known.source.fingerprint() == found[0].known.source.fingerprint()
-        assert data.known.source.load(20)[0, 0].tolist() == [0, ord("b"), 3]  # of val, whose name is three long
-    division = divide(found[0], "all", 0.2, 0)
-    assert (division.fit.tolist(), division.chosen_on.tolist()) == (list(range(15)), list(range(15, 30)))
+        assert (data.num_train, len(data.trainval.labels), len(data.test.labels)) == (15, 30, 15)
+        assert data.trainval.source.compute_fingerprint() == found[0].trainval.source.compute_fingerprint()
+        assert data.trainval.source.load(20)[0, 0].tolist() == [0, ord("b"), 3]  # of val, whose name is three long
+    division = split_trainval(found[0], "all", 0.2, 0)
+    assert (division.train.tolist(), division.val.tolist()) == (list(range(15)), list(range(15, 30)))
 
 
 def test_without_val_a_part_of_train_is_cut_and_said_so(photos):
     data = opened(photos({"train": "abc", "test": "abc"}))
-    division = divide(data, "all", 0.2, 0)
-    assert np.bincount(data.known.labels[division.chosen_on]).tolist() == [1, 1, 1]
-    assert sorted([*division.fit, *division.chosen_on]) == list(range(15))
-    assert "cut" in division.validation
+    division = split_trainval(data, "all", 0.2, 0)
+    assert np.bincount(data.trainval.labels[division.val]).tolist() == [1, 1, 1]
+    assert sorted([*division.train, *division.val]) == list(range(15))
+    assert "cut" in division.val_source
 
 
 def test_val_can_be_what_is_tested_on(photos):
     folder = photos({"train": "abc", "val": "abc"})
     data = opened(folder, test="val")
-    assert (data.trained, len(data.known.labels), len(data.test.labels)) == (15, 15, 15)
+    assert (data.num_train, len(data.trainval.labels), len(data.test.labels)) == (15, 15, 15)
     assert data.test.source.load(0)[0, 0].tolist() == [0, ord("a"), 3]
     with pytest.raises(DataError, match="no test split") as refused:
         opened(folder)
@@ -69,14 +69,18 @@ def test_val_can_be_what_is_tested_on(photos):
 def test_without_splits_a_counted_draw_makes_them(photos, draw, tested):
     folder = photos({"": "abc"}, each=6)
     data = opened(folder, draw=draw)
-    assert np.bincount(data.known.labels).tolist() == [draw[0]] * 3
+    assert np.bincount(data.trainval.labels).tolist() == [draw[0]] * 3
     assert np.bincount(data.test.labels).tolist() == [tested // 3] * 3
-    names = [{part.source.key(row) for row in range(len(part.labels))} for part in (data.known, data.test)]
-    assert len(names[0] | names[1]) == len(data.known.labels) + tested
+    names = [{part.source.get_name(row) for row in range(len(part.labels))} for part in (data.trainval, data.test)]
+    assert len(names[0] | names[1]) == len(data.trainval.labels) + tested
     again, other = opened(folder, draw=draw), opened(folder, draw=draw, seed=1)
-    assert again.known.source.fingerprint() == data.known.source.fingerprint() != other.known.source.fingerprint()
-    division = divide(data, "all", 0.3, 0)
-    assert np.bincount(data.known.labels[division.chosen_on]).tolist() == [1, 1, 1]
+    assert (
+        again.trainval.source.compute_fingerprint()
+        == data.trainval.source.compute_fingerprint()
+        != other.trainval.source.compute_fingerprint()
+    )
+    division = split_trainval(data, "all", 0.3, 0)
+    assert np.bincount(data.trainval.labels[division.val]).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("draw", [(6,), (7,), (4, 3)])
@@ -87,22 +91,22 @@ def test_no_more_is_drawn_than_there_is(photos, draw):
 
 def test_fewer_images_than_classes_are_refused(photos, monkeypatch):
     def with_more_classes(*args, **kwargs):
-        source = open_source(*args, **kwargs)
+        source = open_dataset(*args, **kwargs)
         source.classes = ("a", "b", *"cdefgh")  # as torchvision may name classes of which it lists no image
         return source
 
-    monkeypatch.setattr(parts, "open_source", with_more_classes)
+    monkeypatch.setattr(parts, "open_dataset", with_more_classes)
     with pytest.raises(DataError, match="4 images to learn from, fewer than its 8 classes"):
         opened(photos({"train": "ab", "test": "ab"}, each=2))
 
 
 def test_few_labels_are_of_train_alone(photos):
     data = opened(photos({"train": "abc", "val": "abc", "test": "abc"}))
-    division = divide(data, "2-per-class", 0.2, 0)
-    assert max(*division.fit, *division.chosen_on) < data.trained
-    assert (len(division.fit), len(division.chosen_on)) == (3, 3)
+    division = split_trainval(data, "2-per-class", 0.2, 0)
+    assert max(*division.train, *division.val) < data.num_train
+    assert (len(division.train), len(division.val)) == (3, 3)
     with pytest.raises(DataError, match="too few labels"):
-        divide(data, "1-per-class", 0.2, 0)
+        split_trainval(data, "1-per-class", 0.2, 0)
 
 
 def test_classes_that_val_lacks_are_told(photos):
@@ -137,9 +141,9 @@ def test_a_set_of_torchvision_without_val_is_never_chosen_on_its_test(tmp_path, 
 
     monkeypatch.setattr(datasets, "USPS", USPS)
     data = opened(f"torchvision:USPS:{tmp_path}")
-    assert data.trained == len(data.known.labels) == 10
-    division = divide(data, "all", 0.2, 0)
-    assert all(data.known.source.load(int(row)).max() == 7 for row in (*division.fit, *division.chosen_on))
+    assert data.num_train == len(data.trainval.labels) == 10
+    division = split_trainval(data, "all", 0.2, 0)
+    assert all(data.trainval.source.load(int(row)).max() == 7 for row in (*division.train, *division.val))
     assert data.test.source.load(0).max() == 8
 
 
@@ -148,5 +152,5 @@ def test_a_split_of_a_single_class_is_one(photos, lacking):
     warnings: list[str] = []
     data = opened(photos({"train": "abc", "val": "abc", "test": "abc"} | {lacking: "b"}), warnings)
     assert "2 classes have no image" in warnings[0]
-    labels = data.test.labels if lacking == "test" else data.known.labels[data.trained :]
+    labels = data.test.labels if lacking == "test" else data.trainval.labels[data.num_train :]
     assert labels.tolist() == [1] * 5

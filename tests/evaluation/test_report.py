@@ -6,8 +6,8 @@ import torch
 
 from relicctl.console import Console
 from relicctl.evaluation import report
-from relicctl.evaluation.report import Scores
-from relicctl.evaluation.sweep import Choice
+from relicctl.evaluation.report import ClassificationMetrics
+from relicctl.evaluation.sweep import SweepResult
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def guessed():
 
 def test_figures_equal_a_literal_count(guessed):
     logits, labels = guessed
-    scores = Scores.of(logits, labels)
+    scores = ClassificationMetrics.from_logits(logits, labels)
     order = [sorted(range(8), key=lambda c: -row[c]) for row in logits.tolist()]
     truth = labels.tolist()
     assert scores.top1 == pytest.approx(np.mean([guess[0] == label for guess, label in zip(order, truth, strict=True)]))
@@ -34,13 +34,13 @@ def test_figures_equal_a_literal_count(guessed):
         if rows:
             shares.append(rows.count(c) / len(rows))
     assert scores.mean_per_class == pytest.approx(np.mean(shares))
-    table = scores.classes("abcdefgh")
+    table = scores.get_class_metrics("abcdefgh")
     assert table["d"] == {"images": 0, "top1": None}
     assert table["a"]["top1"] == pytest.approx(shares[0])
 
 
 def test_with_fewer_than_five_classes_every_fifth_guess_is_right():
-    scores = Scores.of(torch.eye(3), torch.tensor([0, 1, 0]))
+    scores = ClassificationMetrics.from_logits(torch.eye(3), torch.tensor([0, 1, 0]))
     assert (scores.top1, scores.top5) == (pytest.approx(2 / 3), 1.0)
 
 
@@ -48,14 +48,14 @@ def test_with_fewer_than_five_classes_every_fifth_guess_is_right():
 def test_pictures_and_tables_of_few_and_many_classes(classes, tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(classes).repeat(2)
-    scores = Scores.of(torch.randn(2 * classes, classes, generator=generator), labels)
+    scores = ClassificationMetrics.from_logits(torch.randn(2 * classes, classes, generator=generator), labels)
     names = [f"class number {c:03d}, and a long name" for c in range(classes)]
-    choice = Choice((0.1, 1.0), (0.2, 0.3)) if classes < 100 else None
-    report.draw(tmp_path / "picture.png", scores, names, choice, "title")
+    choice = SweepResult((0.1, 1.0), (0.2, 0.3)) if classes < 100 else None
+    report.plot_linear_results(tmp_path / "picture.png", scores, names, choice, "title")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    figures = scores.figures() | {"knn20": 0.1, "knn200": 0.2, "tests": {}, "protocol": {"test_images": len(labels)}}
-    more = {"per_class": scores.classes(names), "confusion": scores.confusion.tolist()}
-    report.tell(figures | more | {"sweep": choice.record() if choice else None}, Console())
+    figures = scores.to_dict() | {"knn20": 0.1, "knn200": 0.2, "tests": {}, "protocol": {"test_images": len(labels)}}
+    more = {"per_class": scores.get_class_metrics(names), "confusion": scores.confusion.tolist()}
+    report.print_linear_results(figures | more | {"sweep": choice.to_dict() if choice else None}, Console())
     said = capsys.readouterr()
     assert said.out == ""
     assert ("worst" in said.err) == (classes == 100)

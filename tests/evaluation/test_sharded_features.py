@@ -13,20 +13,20 @@ import pytest
 import torch
 from handmade_runs import lively_encoder
 
-from relicctl.config.schema import Eval
+from relicctl.config.schema import EvalConfig
 from relicctl.core.distributed import World
 from relicctl.data.bad_images import BadImages
-from relicctl.data.images import BadImage
-from relicctl.data.sources import Source
+from relicctl.data.images import BadImageError
+from relicctl.data.sources import ImageDataset
 from relicctl.evaluation import features as module
-from relicctl.evaluation.during import Evaluator
-from relicctl.evaluation.features import EvalImages, extract
+from relicctl.evaluation.during import OnlineEvaluator
+from relicctl.evaluation.features import EvalImages, extract_features
 
 CPU = torch.device("cpu")
 BAD = {9, 10, 39}  # the first two at the end of a chunk and the start of the next; the last image
 
 
-class Noise(Source):
+class Noise(ImageDataset):
     """Images of noise, of ten classes; some cannot be decoded."""
 
     def __init__(self, count: int, bad: set[int]) -> None:
@@ -37,12 +37,12 @@ class Noise(Source):
     def __len__(self) -> int:
         return self._count
 
-    def key(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return f"{index:02d}"
 
     def read(self, index: int) -> np.ndarray:
         if index in self._bad:
-            raise BadImage("no picture")
+            raise BadImageError("no picture")
         generator = np.random.default_rng(index)
         return generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
 
@@ -72,11 +72,11 @@ class Table:
 class Thread(World):
     """One of several threads that stand for processes."""
 
-    def tell(self, mine):
-        return self.talk.exchange(self.rank, mine)
+    def all_gather_object(self, mine):
+        return self.cpu_group.exchange(self.rank, mine)
 
     def gather_rows(self, mine, counts):
-        parts = self.talk.exchange(self.rank, mine)
+        parts = self.cpu_group.exchange(self.rank, mine)
         assert [len(part) for part in parts] == counts
         return torch.cat(parts)
 
@@ -97,7 +97,7 @@ def in_threads(size: int, work) -> list:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(module, "IMAGES_PER_CHUNK", 5)
 
 
 @pytest.mark.parametrize("size", [2, 3, 11])
@@ -105,9 +105,9 @@ def test_k_processes_see_what_one_sees_to_the_bit(size):
     def look(world: World):
         images = EvalImages(Noise(40, BAD), 16, 1.0)
         shown: list[int] = []
-        found = [extract(encoder, images, CPU, world, shown.append) for encoder in copies[world.rank]]
+        found = [extract_features(encoder, images, CPU, world, shown.append) for encoder in copies[world.rank]]
         listed: list[str] = []
-        rows = images.good_rows(BadImages(40, 0.5, lambda name, reason: listed.append(name)))
+        rows = images.get_decodable_rows(BadImages(40, 0.5, lambda name, reason: listed.append(name)))
         return found, rows, listed, shown
 
     copies = [[lively_encoder("resnet18", 0.125, "stride2")] * 2] * size  # the second time from kept crops
@@ -129,8 +129,8 @@ def test_k_processes_see_what_one_sees_to_the_bit(size):
 def test_the_evaluation_of_a_run_gives_the_figures_of_one_process():
     def evaluate(world: World):
         bad = BadImages(40, 0.5)
-        told = Eval(crop_ratio=1.0, probe=True)
-        evaluator = Evaluator(Noise(40, BAD), Noise(30, {7}), told, 16, 0, CPU, bad)
+        told = EvalConfig(crop_ratio=1.0, probe=True)
+        evaluator = OnlineEvaluator(Noise(40, BAD), Noise(30, {7}), told, 16, 0, CPU, bad)
         figures = evaluator(encoders[world.rank], world)
         return figures, evaluator.protocol, sorted(bad.seen), sorted(evaluator.bad_held_out.seen)
 
@@ -146,19 +146,19 @@ def test_the_evaluation_of_a_run_gives_the_figures_of_one_process():
 
 
 def test_a_normalisation_over_processes_talks_to_nobody_in_eval_mode():
-    from relicctl.core.batchnorm import synchronised
-    from relicctl.evaluation.features import frozen
+    from relicctl.core.batchnorm import convert_sync_batchnorm
+    from relicctl.evaluation.features import eval_mode
 
     encoder = lively_encoder("resnet18", 0.125, "stride2")
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = encoder(images)
-    with frozen(synchronised(encoder, CPU).train()):  # there is no process group: to talk would fail
+    with eval_mode(convert_sync_batchnorm(encoder, CPU).train()):  # there is no process group: to talk would fail
         torch.testing.assert_close(encoder(images), before, rtol=0, atol=0)
     assert all(norm.training for norm in encoder.modules())
 
 
 def test_things_are_shared_out_in_order_and_evenly():
-    assert World(0, 3).shares(8) == [(0, 2), (2, 5), (5, 8)]
-    assert World(0, 4).shares(2) == [(0, 0), (0, 1), (1, 1), (1, 2)]
-    assert World().shares(5) == [(0, 5)]
+    assert World(0, 3).split_evenly(8) == [(0, 2), (2, 5), (5, 8)]
+    assert World(0, 4).split_evenly(2) == [(0, 0), (0, 1), (1, 1), (1, 2)]
+    assert World().split_evenly(5) == [(0, 5)]

@@ -11,10 +11,10 @@ from handmade_voc import write_voc
 from PIL import Image
 
 from relicctl.errors import DataError, UsageError
-from relicctl.evaluation.dense.boxes import VOC
-from relicctl.evaluation.parts import divide, open_data_set
+from relicctl.evaluation.dense.boxes import VOC_CLASSES
+from relicctl.evaluation.parts import open_transfer_dataset, split_trainval
 
-CAT, DOG = VOC.index("cat"), VOC.index("dog")
+CAT, DOG = VOC_CLASSES.index("cat"), VOC_CLASSES.index("dog")
 LISTS = {
     "train": {"1": ["cat", "dog", "dog?"], "2": ["dog?"], "3": [], "4": ["dog"]},
     "val": {"5": ["cat"], "6": ["dog"]},
@@ -24,7 +24,7 @@ LISTS = {
 
 def opened(spec, warnings=None, **options):
     warn = (warnings if warnings is not None else []).append
-    return open_data_set("x", str(spec), download=False, warn=warn, **options)
+    return open_transfer_dataset("x", str(spec), download=False, warn=warn, **options)
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def table(tmp_path):
 
 def test_vocs_objects_are_there_not_there_or_do_not_count(voc):
     data = opened(voc)
-    assert data.known.classes == VOC
+    assert data.trainval.classes == VOC_CLASSES
     wanted = np.full((6, 20), -1)
     wanted[[0, 4], CAT] = 1
     wanted[[0, 3, 5], DOG] = 1
     wanted[1, DOG] = 0  # difficult alone; the first image has an easy one beside it
-    assert data.known.labels.tolist() == wanted.tolist()
+    assert data.trainval.labels.tolist() == wanted.tolist()
     assert data.test.labels[:, [CAT, DOG]].tolist() == [[1, 1], [1, 0]]
-    assert [data.known.source.key(row) for row in (0, 4)] == ["train/1.jpg", "val/5.jpg"]
-    division = divide(data, "all", 0.2, 0)
-    assert (division.fit.tolist(), division.chosen_on.tolist(), division.validation) == ([0, 1, 2, 3], [4, 5], "val")
+    assert [data.trainval.source.get_name(row) for row in (0, 4)] == ["train/1.jpg", "val/5.jpg"]
+    division = split_trainval(data, "all", 0.2, 0)
+    assert (division.train.tolist(), division.val.tolist(), division.val_source) == ([0, 1, 2, 3], [4, 5], "val")
 
 
 def test_folder_archive_and_torchvision_are_the_same(voc, tmp_path):
@@ -67,32 +67,39 @@ def test_folder_archive_and_torchvision_are_the_same(voc, tmp_path):
         for path in voc.rglob("*.*"):
             archive.write(path, path.relative_to(tmp_path))
     specs = (voc, f"{tmp_path / 'voc.zip'}#VOCdevkit/VOC2007", f"torchvision:VOCDetection:{tmp_path}#2007")
-    prints = {(data.known.source.fingerprint(), data.test.source.fingerprint()) for data in map(opened, specs)}
+    prints = {
+        (data.trainval.source.compute_fingerprint(), data.test.source.compute_fingerprint())
+        for data in map(opened, specs)
+    }
     assert len(prints) == 1
 
 
 def test_rows_go_with_their_images_and_other_labels_are_other_data(voc):
-    source = opened(voc).known.source
+    source = opened(voc).trainval.source
     some = source.select([5, 0]).select(np.array([1]))
-    assert some.key(0) == source.key(0)
+    assert some.get_name(0) == source.get_name(0)
     assert some.labels.tolist() == source.labels[:1].tolist()
-    assert pickle.loads(pickle.dumps(some)).fingerprint() == some.fingerprint() != source.select([5]).fingerprint()
+    assert (
+        pickle.loads(pickle.dumps(some)).compute_fingerprint()
+        == some.compute_fingerprint()
+        != source.select([5]).compute_fingerprint()
+    )
     write_voc(voc, {"val": LISTS["val"] | {"6": ["dog", "cat"]}})
-    assert opened(voc).known.source.fingerprint() != source.fingerprint()
+    assert opened(voc).trainval.source.compute_fingerprint() != source.compute_fingerprint()
 
 
 def test_few_labels_are_a_share_of_the_images(voc):
     write_voc(voc, {"train": {str(n): [("cat", "dog")[n % 2]] for n in range(10, 50)}})
     data = opened(voc)
-    division = divide(data, "0.5", 0.2, 0)
-    assert (len(division.fit), len(division.chosen_on)) == (16, 4)
-    assert max(*division.fit, *division.chosen_on) < data.trained
-    assert set(division.fit).isdisjoint(division.chosen_on)
-    assert not np.array_equal(division.fit, divide(data, "0.5", 0.2, 1).fit)
+    division = split_trainval(data, "0.5", 0.2, 0)
+    assert (len(division.train), len(division.val)) == (16, 4)
+    assert max(*division.train, *division.val) < data.num_train
+    assert set(division.train).isdisjoint(division.val)
+    assert not np.array_equal(division.train, split_trainval(data, "0.5", 0.2, 1).train)
     with pytest.raises(UsageError, match="any number of classes"):
-        divide(data, "2-per-class", 0.2, 0)
+        split_trainval(data, "2-per-class", 0.2, 0)
     with pytest.raises(DataError, match="too few labels"):
-        divide(data, "0.01", 0.2, 0)
+        split_trainval(data, "0.01", 0.2, 0)
 
 
 def test_a_table_names_images_and_their_classes(table):
@@ -100,10 +107,12 @@ def test_a_table_names_images_and_their_classes(table):
     table("val", "a.png,sea\n")
     spec = table("test", '"c.png","sun;sea"\n')
     data = opened(spec)
-    assert data.known.classes == ("sea", "sun")
-    assert data.known.labels.tolist() == [[1, 1], [-1, 1], [-1, -1], [1, -1]]
-    assert [data.known.source.load(row)[0, 0, 0] for row in range(4)] == [1, 0, 2, 0]
-    assert opened(f"{spec}/{{split}}").known.source.fingerprint() == data.known.source.fingerprint()
+    assert data.trainval.classes == ("sea", "sun")
+    assert data.trainval.labels.tolist() == [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+    assert [data.trainval.source.load(row)[0, 0, 0] for row in range(4)] == [1, 0, 2, 0]
+    assert (
+        opened(f"{spec}/{{split}}").trainval.source.compute_fingerprint() == data.trainval.source.compute_fingerprint()
+    )
 
 
 def test_classes_without_an_image_are_told(voc):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from relicctl.errors import UsageError
 from relicctl.export import unpickle
-from relicctl.export.unpickle import Instance, Name, load_pickle
+from relicctl.export.unpickle import GlobalName, OpaqueInstance, load_pickle
 
 PROTOCOLS = [2, 3, 4, 5]
 
@@ -126,9 +126,9 @@ def test_instances_of_absent_classes_only_note_what_they_would_get(protocol, abs
     data = pickle.dumps([absent._State({"w": ARRAYS[0]}, 7), plain], protocol)
     del sys.modules["experiment"]
     state, plain = loads(data, tmp_path)
-    assert (state.type, state.args[1]) == (Name("experiment", "_State"), 7)
+    assert (state.type, state.args[1]) == (GlobalName("experiment", "_State"), 7)
     np.testing.assert_array_equal(state.args[0]["w"], ARRAYS[0])
-    assert (type(plain), plain.type, plain.state) == (Instance, Name("experiment", "Plain"), {"rate": 0.5})
+    assert (type(plain), plain.type, plain.state) == (OpaqueInstance, GlobalName("experiment", "Plain"), {"rate": 0.5})
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -137,7 +137,7 @@ def test_dill_writes_arrays_and_named_tuples_in_its_own_way(protocol, absent, tm
     data = dill.dumps([absent._State({"w": ARRAYS}, 7), {1, 2}, collections.defaultdict(list)], protocol)
     del sys.modules["experiment"]
     state, numbers, default = loads(data, tmp_path)
-    assert state.type == Name("experiment", "_State", ("params", "step"))
+    assert state.type == GlobalName("experiment", "_State", ("params", "step"))
     assert (numbers, default) == ({1, 2}, {})
     for array, back in zip(ARRAYS, state.args[0]["w"], strict=True):
         np.testing.assert_array_equal(back, array)

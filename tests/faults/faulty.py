@@ -66,7 +66,7 @@ def _work(arguments: list[str], fault: str, log: str, environ: dict[str, str]) -
         torch.set_num_threads(1)
         from relicctl.commands import pretrain
 
-        pretrain.draw_curves = lambda *_: None  # the picture takes longer than the run
+        pretrain.plot_curves = lambda *_: None  # the picture takes longer than the run
         if fault:
             module, _, function = fault.rpartition(".")
             getattr(importlib.import_module(module), function)()
@@ -81,7 +81,7 @@ def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], b
     """Everything a finished run ends with: its last checkpoint and encoder, metrics but for timings, results."""
     from safetensors.torch import load_file
 
-    tensors, header = checkpoint.load(run / "checkpoints" / checkpoint.file_name(STEPS))
+    tensors, header = checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.format_checkpoint_name(STEPS))
     assert header["step"] == STEPS
     tensors |= {f"encoder {name}": t for name, t in load_file(run / "encoder.safetensors").items()}
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()

@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from relicctl.config.plain_yaml import load_mapping
-from relicctl.config.resolve import resolve
+from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
 from relicctl.data import masks
 from relicctl.data.archives import open_container
-from relicctl.data.images import BadImage, decode_rgb
-from relicctl.data.shapes import ShapesSource
-from relicctl.data.sources import open_source
+from relicctl.data.images import BadImageError, decode_rgb
+from relicctl.data.shapes import ShapesDataset
+from relicctl.data.sources import open_dataset
 from relicctl.encoder import load_encoder, save_encoder
 from relicctl.errors import RelicError
 from relicctl.export.deepmind import read_deepmind
@@ -56,36 +56,36 @@ def read_config(data: bytes) -> None:
     with contextlib.suppress(RelicError):
         load_mapping(written(data, "c.yaml"))
     with contextlib.suppress(RelicError):
-        resolve(config_file=written(data, "c.yaml"))
+        resolve_config(config_file=written(data, "c.yaml"))
     with contextlib.suppress(RelicError):
-        resolve(sets=[data.decode("utf-8", "replace")])
+        resolve_config(sets=[data.decode("utf-8", "replace")])
 
 
 def read_archive(data: bytes) -> None:
     path = written(data, "a.tar" if data[257:262] == b"ustar" else "a.zip")
     with contextlib.suppress(RelicError):
         container = open_container(str(path))
-        for name, member in container.index():
+        for name, member in container.iter_images():
             assert not name.startswith("/")
             assert ".." not in name.split("/")
-            with contextlib.suppress(BadImage):
+            with contextlib.suppress(BadImageError):
                 assert len(container.read(name.encode("utf-8", "surrogateescape"), member)) == member.size
     with contextlib.suppress(RelicError):
-        source = open_source(str(path))
+        source = open_dataset(str(path))
         for index in range(min(len(source), 20)):
-            source.key(index).encode()
-            with contextlib.suppress(BadImage):
+            source.get_name(index).encode()
+            with contextlib.suppress(BadImageError):
                 source.load(index)
 
 
 def read_image(data: bytes) -> None:
-    with contextlib.suppress(BadImage):
+    with contextlib.suppress(BadImageError):
         assert decode_rgb(data).ndim == 3
 
 
 def read_checkpoint(data: bytes) -> None:
     with contextlib.suppress(RelicError):
-        tensors, header = checkpoint.load(written(data, "step-00000001.safetensors"))
+        tensors, header = checkpoint.load_checkpoint(written(data, "step-00000001.safetensors"))
         assert isinstance(header, dict)
         assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
 
@@ -106,12 +106,12 @@ def read_bank(data: bytes) -> None:
     with contextlib.suppress(RelicError):
         bank = masks.MaskBank.open(written(data, "masks.bank"))
         with contextlib.suppress(RelicError):
-            for row in bank.rows(MASKED)[:4].tolist():
-                assert bank.mask(row).shape == (bank.side, bank.side)
-                bank.foreground(row)
+            for row in bank.find_rows(MASKED)[:4].tolist():
+                assert bank.load_mask(row).shape == (bank.side, bank.side)
+                bank.get_foreground_ratio(row)
 
 
-MASKED = ShapesSource.from_spec("shapes:size=16,train=8,val=8", "train")
+MASKED = ShapesDataset.from_spec("shapes:size=16,train=8,val=8", "train")
 
 
 def configs() -> list[bytes]:
@@ -160,7 +160,9 @@ def images() -> list[bytes]:
 
 def checkpoints() -> list[bytes]:
     path = PLACE / "seed.safetensors"
-    checkpoint.save(path, {"state.w": torch.arange(6.0).reshape(2, 3), "optim.0.m": torch.zeros(2)}, {"step": 1})
+    checkpoint.save_checkpoint(
+        path, {"state.w": torch.arange(6.0).reshape(2, 3), "optim.0.m": torch.zeros(2)}, {"step": 1}
+    )
     save_file({"w": torch.ones(2)}, PLACE / "foreign.safetensors")
     return [path.read_bytes(), (PLACE / "foreign.safetensors").read_bytes()]
 
@@ -186,8 +188,8 @@ def banks() -> list[bytes]:
     path = PLACE / "seed.bank"
     path.unlink(missing_ok=True)
     writer = masks.MaskBank.create(path, MASKED, made_by="hostile")
-    for row in writer.missing().tolist():
-        writer.put(row, np.eye(masks.SIDE, dtype=bool))
+    for row in writer.find_missing().tolist():
+        writer.write_mask(row, np.eye(masks.MASK_SIDE, dtype=bool))
     writer.close()
     data = path.read_bytes()
     return [data[: masks.HEADER], data]

@@ -18,17 +18,19 @@ def cut(tiny, tmp_path_factory) -> Path:
     """A run that was killed after step 6, with checkpoints of steps 3 and 6."""
     run = tmp_path_factory.mktemp("cut") / "run"
     assert in_a_process(command(tiny, run), f"{__name__}.after_step_6").code == 7
-    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == list(map(checkpoint.file_name, (3, 6)))
+    assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == list(
+        map(checkpoint.format_checkpoint_name, (3, 6))
+    )
     return run
 
 
 def after_step_6() -> None:
     import os
 
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    genuine = Pretraining.after_step
-    Pretraining.after_step = lambda self, step: os._exit(7) if step == 6 else genuine(self, step)  # type: ignore
+    genuine = PretrainTask.after_step
+    PretrainTask.after_step = lambda self, step: os._exit(7) if step == 6 else genuine(self, step)  # type: ignore
 
 
 def truncated(path: Path) -> None:
@@ -46,7 +48,7 @@ def with_a_flipped_bit(path: Path) -> None:
 
 
 def of_a_newer_version(path: Path) -> None:
-    tensors, _ = checkpoint.load(path)
+    tensors, _ = checkpoint.load_checkpoint(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() | {"format_version": "99"}
     save_file(tensors, path, metadata)
@@ -66,11 +68,11 @@ SPOILT = [truncated, emptied, with_a_flipped_bit, of_a_newer_version, with_a_fli
 def test_the_checkpoint_before_is_taken(tiny, whole, cut, tmp_path, spoil):
     run = tmp_path / "run"
     shutil.copytree(cut, run)
-    spoil(run / "checkpoints" / checkpoint.file_name(6))
+    spoil(run / "checkpoints" / checkpoint.format_checkpoint_name(6))
     ended = in_a_process(command(tiny, run), log=tmp_path / "log")
     assert ended.code == 0, ended.err
     assert "warning: " in ended.err
-    assert checkpoint.file_name(6) in ended.err
+    assert checkpoint.format_checkpoint_name(6) in ended.err
     assert_same_run(run, whole)
     assert len(list((run / "checkpoints").glob("*.unreadable"))) == 1  # the user may want it: it is not deleted
 
@@ -79,12 +81,14 @@ def test_one_that_cannot_be_read_is_never_kept_in_place_of_one_that_can(tiny, wh
     """With checkpoint.keep 1, a later step's broken file would make the run delete every new checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(cut, run)
-    (run / "checkpoints" / checkpoint.file_name(6)).rename(run / "checkpoints" / checkpoint.file_name(7))
-    truncated(run / "checkpoints" / checkpoint.file_name(7))
+    (run / "checkpoints" / checkpoint.format_checkpoint_name(6)).rename(
+        run / "checkpoints" / checkpoint.format_checkpoint_name(7)
+    )
+    truncated(run / "checkpoints" / checkpoint.format_checkpoint_name(7))
     line = command(tiny, run, "--set", "checkpoint.keep=1", "--set", "checkpoint.every_steps=2")
     assert in_a_process(line, f"{__name__}.after_step_6").code == 7
-    (newest,) = checkpoint.listed(run / "checkpoints")
-    assert checkpoint.load(newest)[1]["step"] == 6
+    (newest,) = checkpoint.list_checkpoints(run / "checkpoints")
+    assert checkpoint.load_checkpoint(newest)[1]["step"] == 6
     assert in_a_process(line).code == 0
     assert_same_run(run, whole)
 
@@ -92,7 +96,7 @@ def test_one_that_cannot_be_read_is_never_kept_in_place_of_one_that_can(tiny, wh
 def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_start_anew_in_silence(tiny, cut, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cut, run)
-    for path in checkpoint.listed(run / "checkpoints"):
+    for path in checkpoint.list_checkpoints(run / "checkpoints"):
         truncated(path)
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
     ended = in_a_process(command(tiny, run), log=tmp_path / "log")
@@ -107,8 +111,8 @@ def test_times_of_files_mean_nothing(tiny, whole, cut, tmp_path):
 
     run = tmp_path / "run"
     shutil.copytree(cut, run)
-    os.utime(run / "checkpoints" / checkpoint.file_name(3), (4e9, 4e9))
-    os.utime(run / "checkpoints" / checkpoint.file_name(6), (0, 0))
+    os.utime(run / "checkpoints" / checkpoint.format_checkpoint_name(3), (4e9, 4e9))
+    os.utime(run / "checkpoints" / checkpoint.format_checkpoint_name(6), (0, 0))
     ended = in_a_process([part for part in command(tiny, run) if part != "--quiet"], log=tmp_path / "log")
     assert ended.code == 0
     assert "at step 6" in ended.err

@@ -14,7 +14,7 @@ import pytest
 from faulty import command, in_a_process, two_sentences
 from PIL import Image, PngImagePlugin
 
-from relicctl.data.images import BadImage, decode_rgb
+from relicctl.data.images import BadImageError, decode_rgb
 
 GRADIENT = np.add.outer(np.arange(24) * 5, np.arange(32) * 4).astype(np.uint8)
 PHOTO = Image.fromarray(np.stack([GRADIENT, GRADIENT.T.copy().reshape(24, 32), 255 - GRADIENT], axis=2))
@@ -103,7 +103,7 @@ def test_every_kind_of_picture_is_decoded_or_reported(name):
     if name in DECODED:
         assert decode_rgb(DECODED[name]).shape[2] == 3
     else:
-        with pytest.raises(BadImage) as bad:
+        with pytest.raises(BadImageError) as bad:
             decode_rgb(REPORTED[name])
         assert bad.value.reason
 
@@ -164,16 +164,16 @@ def at_step_4_a_reader_is_killed() -> None:
 
 
 def _at_step_4(fault) -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    genuine = Pretraining.after_step
+    genuine = PretrainTask.after_step
 
-    def after_step(self: Pretraining, step: int) -> None:
+    def after_step(self: PretrainTask, step: int) -> None:
         if step == 4:
             fault()
         genuine(self, step)
 
-    Pretraining.after_step = after_step  # type: ignore[method-assign]
+    PretrainTask.after_step = after_step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("fault", ["at_step_4_the_folder_is_gone", "at_step_4_the_folder_is_empty"])

@@ -42,7 +42,11 @@ def _before(owner: object, name: str, when: Callable[..., Path | None]) -> None:
 
 
 def at_a_checkpoint() -> None:
-    _before(checkpoint, "save", lambda path, *_: path.parent if path.name == checkpoint.file_name(6) else None)
+    _before(
+        checkpoint,
+        "save_checkpoint",
+        lambda path, *_: path.parent if path.name == checkpoint.format_checkpoint_name(6) else None,
+    )
 
 
 def at_metrics() -> None:
@@ -56,7 +60,7 @@ def at_metrics() -> None:
             handle.write(json.dumps({"step": 4, "filler": "x" * (page - 50)})[: page - 1] + "\n")
         return run.path
 
-    _before(RunFolder, "metrics", when)
+    _before(RunFolder, "write_metrics", when)
 
 
 def at_the_encoder() -> None:
@@ -83,8 +87,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(tiny, whole, 
     assert two_sentences(ended.err)
     assert "No space left" in ended.err or "disk is full" in ended.err
     assert "--resume" in ended.err
-    newest = checkpoint.listed(run / "checkpoints")[-1]
-    assert checkpoint.load(newest)[1]["step"] == kept
+    newest = checkpoint.list_checkpoints(run / "checkpoints")[-1]
+    assert checkpoint.load_checkpoint(newest)[1]["step"] == kept
     small_disk.free()
     again = in_a_process(command(tiny, run), log=log)
     assert again.code == 0, again.err
@@ -111,15 +115,15 @@ def test_features_that_find_no_room_are_made_anew(small_disk):
 
     from relicctl.core.distributed import World
     from relicctl.errors import RunFailed
-    from relicctl.evaluation.kept import kept
+    from relicctl.evaluation.kept import load_or_extract
 
     path, device = small_disk.path / "features" / "a.safetensors", torch.device("cpu")
     made = torch.randn(20_000, 32), np.arange(20_000)
     fill(small_disk.path, 500_000)
     with pytest.raises(RunFailed, match="No space left") as failed:
-        kept(path, device, lambda: made, World())
+        load_or_extract(path, device, lambda: made, World())
     assert failed.value.code == 1
     assert list(path.parent.iterdir()) == []
     small_disk.free()
-    assert torch.equal(kept(path, device, lambda: made, World())[0], made[0])
-    assert torch.equal(kept(path, device, lambda: pytest.fail("it was kept"), World())[0], made[0])
+    assert torch.equal(load_or_extract(path, device, lambda: made, World())[0], made[0])
+    assert torch.equal(load_or_extract(path, device, lambda: pytest.fail("it was kept"), World())[0], made[0])

@@ -124,11 +124,11 @@ def test_a_member_that_claims_ten_gigabytes_takes_none(tmp_path):
     with open(sparse, "wb") as file:
         file.write(entry.tobuf(tarfile.GNU_FORMAT))
         file.truncate((10 << 30) + 4096)
-    from relicctl.data.images import BadImage
-    from relicctl.data.sources import open_source
+    from relicctl.data.images import BadImageError
+    from relicctl.data.sources import open_dataset
 
-    with pytest.raises(BadImage, match="claims"):
-        open_source(str(sparse)).read(0)
+    with pytest.raises(BadImageError, match="claims"):
+        open_dataset(str(sparse)).read(0)
 
 
 @pytest.mark.parametrize(

@@ -18,22 +18,22 @@ def die() -> None:
 
 
 def in_a_step() -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    genuine = Pretraining.after_step
+    genuine = PretrainTask.after_step
 
-    def after_step(self: Pretraining, step: int) -> None:
+    def after_step(self: PretrainTask, step: int) -> None:
         if step == 4:
             die()
         genuine(self, step)
 
-    Pretraining.after_step = after_step  # type: ignore[method-assign]
+    PretrainTask.after_step = after_step  # type: ignore[method-assign]
 
 
 def before_the_first_checkpoint() -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    Pretraining.after_step = lambda self, step: die()  # type: ignore[method-assign]
+    PretrainTask.after_step = lambda self, step: die()  # type: ignore[method-assign]
 
 
 def in_half_a_checkpoint() -> None:
@@ -41,7 +41,7 @@ def in_half_a_checkpoint() -> None:
 
     def save_file(tensors: dict, path: Path, metadata: dict) -> None:
         genuine(tensors, path, metadata)
-        if checkpoint.file_name(6) in path.name:
+        if checkpoint.format_checkpoint_name(6) in path.name:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
@@ -63,11 +63,11 @@ def _around_replace(name: str, *, after: bool) -> None:
 
 
 def before_the_rename() -> None:
-    _around_replace(checkpoint.file_name(6), after=False)
+    _around_replace(checkpoint.format_checkpoint_name(6), after=False)
 
 
 def after_the_rename() -> None:
-    _around_replace(checkpoint.file_name(6), after=True)
+    _around_replace(checkpoint.format_checkpoint_name(6), after=True)
 
 
 def before_there_is_a_config() -> None:
@@ -83,7 +83,7 @@ def in_half_a_line_of_metrics() -> None:
 
     from relicctl import runs
 
-    genuine = runs.RunFolder.metrics
+    genuine = runs.RunFolder.write_metrics
 
     def metrics(self: runs.RunFolder, record: dict) -> None:
         if record["step"] == 5:
@@ -92,11 +92,11 @@ def in_half_a_line_of_metrics() -> None:
             die()
         genuine(self, record)
 
-    runs.RunFolder.metrics = metrics  # type: ignore[method-assign]
+    runs.RunFolder.write_metrics = metrics  # type: ignore[method-assign]
 
 
 def while_old_checkpoints_go() -> None:
-    checkpoint.prune = lambda folder, keep: die()  # type: ignore[assignment]
+    checkpoint.prune_checkpoints = lambda folder, keep: die()  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,11 @@ def _call(node: ast.Call, full: dict[str, str]) -> str | None:
         return "lets numpy load pickles"
     if called in ("np.load", "numpy.load") and "**" in ast.unparse(node):
         return "calls numpy's load with unknown arguments"
-    if called == "yaml.load" and [ast.unparse(a) for a in node.args[1:]] != ["_Loader"] and "Safe" not in str(named):
+    if (
+        called == "yaml.load"
+        and [ast.unparse(a) for a in node.args[1:]] != ["_StrictLoader"]
+        and "Safe" not in str(named)
+    ):
         return "calls yaml.load without a safe loader"
     if called.endswith(("subprocess.run", "subprocess.Popen")) and named.get("shell", "False") != "False":
         return "runs a shell"
@@ -86,7 +90,7 @@ def test_the_loader_of_yaml_is_a_safe_one():
 
     from relicctl.config import plain_yaml
 
-    assert issubclass(plain_yaml._Loader, yaml.SafeLoader)
+    assert issubclass(plain_yaml._StrictLoader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ import pytest
 from faulty import STEPS, command, in_a_process
 from PIL import Image
 
-from relicctl.commands.pretrain import refuse_differences, refuse_uneven
-from relicctl.config.resolve import resolve
+from relicctl.commands.pretrain import check_batch_split, check_same_images
+from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError, UsageError
 
 pytestmark = [
@@ -74,7 +74,10 @@ class Group:
         return self.process.wait(400)
 
     def steps_saved(self) -> list[int]:
-        return [checkpoint.load(path)[1]["step"] for path in checkpoint.listed(self.run / "checkpoints")]
+        return [
+            checkpoint.load_checkpoint(path)[1]["step"]
+            for path in checkpoint.list_checkpoints(self.run / "checkpoints")
+        ]
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def test_killed_at_two_processes_it_goes_on_at_one_and_back(start, tiny, tmp_pat
     group.wait_for_steps(4)
     group.kill()
     for path in group.run.glob("checkpoints/*"):
-        if path.name != checkpoint.file_name(3):
+        if path.name != checkpoint.format_checkpoint_name(3):
             path.unlink()
     shutil.copytree(group.run, tmp_path / "one")
     one = in_a_process(command(tiny, tmp_path / "one", *gentle, "--set", "optim.max_steps=4"), log=tmp_path / "log-one")
@@ -157,7 +160,10 @@ def test_killed_at_two_processes_it_goes_on_at_one_and_back(start, tiny, tmp_pat
 
 def assert_nearly_the_same(one: Path, other: Path, step: int) -> None:
     """Another batch would change weights and momenta by much more than the rounding of sums in another order."""
-    tensors, others = (checkpoint.load(run / "checkpoints" / checkpoint.file_name(step))[0] for run in (one, other))
+    tensors, others = (
+        checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.format_checkpoint_name(step))[0]
+        for run in (one, other)
+    )
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         if name.startswith(("state.", "optim.")):
@@ -175,11 +181,11 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on(start, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     assert group.wait() == 0, group.log.read_text()
     assert group.steps_saved()[-1] == 4 * STEPS
-    killed, _ = checkpoint.load(checkpoint.listed(group.run / "checkpoints")[-1])
+    killed, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(group.run / "checkpoints")[-1])
     group.run.rename(tmp_path / "killed")
     whole = start(*slow)
     assert whole.wait() == 0
-    expected, _ = checkpoint.load(checkpoint.listed(whole.run / "checkpoints")[-1])
+    expected, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(whole.run / "checkpoints")[-1])
     assert [name for name in expected if not (expected[name] == killed[name]).all()] == []
 
 
@@ -214,18 +220,18 @@ def test_bad_images_that_any_process_meets_are_listed(start, tmp_path):
 
 def test_processes_that_see_different_images_are_refused(tmp_path):
     one, other = (World(rank, 2) for rank in range(2))
-    images = open_source("shapes:size=16,train=8,val=4")
+    images = open_dataset("shapes:size=16,train=8,val=4")
     for world in (one, other):
-        object.__setattr__(world, "tell", lambda mine: [mine, mine])
-        refuse_differences(images, world)
-        object.__setattr__(world, "tell", lambda mine: [mine, "another"])
+        object.__setattr__(world, "all_gather_object", lambda mine: [mine, mine])
+        check_same_images(images, world)
+        object.__setattr__(world, "all_gather_object", lambda mine: [mine, "another"])
         with pytest.raises(DataError, match="different images"):
-            refuse_differences(images, world)
+            check_same_images(images, world)
 
 
 @pytest.mark.parametrize(("size", "microbatch", "fits"), [(1, 4, True), (2, 4, True), (2, 8, False)])
 def test_a_share_is_made_of_whole_microbatches(size, microbatch, fits):
-    config = resolve(sets=["optim.batch_size=8", f"optim.microbatch={microbatch}", "loss.negatives=4"]).config
+    config = resolve_config(sets=["optim.batch_size=8", f"optim.microbatch={microbatch}", "loss.negatives=4"]).config
     refused = contextlib.nullcontext() if fits else pytest.raises(UsageError, match="microbatch")
     with refused:
-        refuse_uneven(config, World(0, size))
+        check_batch_split(config, World(0, size))

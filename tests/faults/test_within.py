@@ -17,17 +17,17 @@ WAYS = ("optim.batch_size", "views.large", "runtime.activation_checkpointing")
 
 
 def not_a_number_in_one_gradient() -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    genuine = Pretraining.loss
+    genuine = PretrainTask.compute_loss
 
-    def loss(self: Pretraining, batch, step: int):
+    def loss(self: PretrainTask, batch, step: int):
         if step == 4:
             weight = self.encoder.conv1.weight
             weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), float("nan")))
         return genuine(self, batch, step)
 
-    Pretraining.loss = loss  # type: ignore[method-assign]
+    PretrainTask.compute_loss = loss  # type: ignore[method-assign]
 
 
 def test_one_nan_in_one_gradient_ends_the_run_with_exit_4(tiny, whole, tmp_path):
@@ -36,24 +36,24 @@ def test_one_nan_in_one_gradient_ends_the_run_with_exit_4(tiny, whole, tmp_path)
     assert ended.code == 4
     assert two_sentences(ended.err)
     assert "not finite at step 4" in ended.err
-    (kept,) = checkpoint.listed(run / "checkpoints")
+    (kept,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert kept.name in ended.err
     assert in_a_process(command(tiny, run)).code == 0
     assert_same_run(run, whole)
 
 
 def the_same_signal_twice() -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
-    genuine = Pretraining.after_step
+    genuine = PretrainTask.after_step
 
-    def after_step(self: Pretraining, step: int) -> None:
+    def after_step(self: PretrainTask, step: int) -> None:
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         genuine(self, step)
 
-    Pretraining.after_step = after_step  # type: ignore[method-assign]
+    PretrainTask.after_step = after_step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("launcher", "saved"), [({"TORCHELASTIC_RUN_ID": "x"}, [3, 5]), ({}, [3])])
@@ -63,16 +63,18 @@ def test_under_torchrun_a_signal_that_comes_twice_is_one(tiny, tmp_path, launche
     fault = f"{__name__}.the_same_signal_twice"
     ended = in_a_process(command(tiny, run), fault, tmp_path / "log", **launcher)
     assert ended.code == 130
-    assert [checkpoint.load(path)[1]["step"] for path in checkpoint.listed(run / "checkpoints")] == saved
+    assert [
+        checkpoint.load_checkpoint(path)[1]["step"] for path in checkpoint.list_checkpoints(run / "checkpoints")
+    ] == saved
 
 
 def _no_memory(error: BaseException) -> None:
-    from relicctl.pretraining import Pretraining
+    from relicctl.pretraining import PretrainTask
 
     def loss(self, batch, step):
         raise error
 
-    Pretraining.loss = loss  # type: ignore[method-assign]
+    PretrainTask.compute_loss = loss  # type: ignore[method-assign]
 
 
 def no_memory_on_the_device() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from relicctl.saliency.measures import BETA2, FIGURES, Measures, agreement, mean_agreement, measure
+from relicctl.saliency.measures import (
+    BETA2,
+    METRICS,
+    SaliencyMetrics,
+    compute_mean_agreement,
+    compute_prior_agreement,
+    compute_saliency_metrics,
+)
 
 
 @pytest.fixture
@@ -22,11 +29,11 @@ def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_a_perfect_map_has_no_fault_and_an_inverted_one_nothing_right(pairs):
-    perfect = measure([mask.astype(float) for _, mask in pairs], [mask for _, mask in pairs])
+    perfect = compute_saliency_metrics([mask.astype(float) for _, mask in pairs], [mask for _, mask in pairs])
     assert {perfect[name] for name in ("max_f", "f_50", "iou", "accuracy")} == {1.0}
     assert perfect["mae"] == 0
     assert perfect["s_measure"] == pytest.approx(1)
-    inverted = measure([1.0 - mask for _, mask in pairs], [mask for _, mask in pairs])
+    inverted = compute_saliency_metrics([1.0 - mask for _, mask in pairs], [mask for _, mask in pairs])
     assert {inverted[name] for name in ("f_50", "iou", "accuracy")} == {0.0}
     assert inverted["mae"] == 1
     for name in ("s_measure", "e_measure"):
@@ -43,7 +50,7 @@ def test_figures_are_those_of_a_literal_loop_over_thresholds_and_images(pairs):
         p, r = np.mean(precision), np.mean(recall)
         return (1 + BETA2) * p * r / (BETA2 * p + r) if p + r else 0.0
 
-    figures = measure(*zip(*pairs, strict=True))
+    figures = compute_saliency_metrics(*zip(*pairs, strict=True))
     assert figures["max_f"] == pytest.approx(max(f_at(t / 255) for t in range(256)), abs=1e-12)
     assert figures["f_50"] == pytest.approx(f_at(128 / 255), abs=1e-12)
     assert figures["max_f"] >= figures["f_50"]
@@ -60,38 +67,38 @@ def test_figures_are_those_of_the_library_fed_image_by_image(pairs):
     for saliency, mask in pairs:
         structure.step(saliency, mask, normalize=False)
         alignment.step(saliency, mask, normalize=False)
-    figures = measure(*zip(*pairs, strict=True))
+    figures = compute_saliency_metrics(*zip(*pairs, strict=True))
     assert figures["s_measure"] == pytest.approx(structure.get_results()["sm"], abs=1e-12)
     assert figures["e_measure"] == pytest.approx(alignment.get_results()["em"]["curve"].mean(), abs=1e-12)
 
 
 def test_a_map_that_is_not_finite_is_left_out_and_counted(pairs):
-    with_hole, without = Measures(), Measures()
+    with_hole, without = SaliencyMetrics(), SaliencyMetrics()
     for number, (saliency, mask) in enumerate(pairs):
         if number != 2:
-            without.add(saliency, mask)
+            without.update(saliency, mask)
         else:
             saliency = saliency.copy()
             saliency[3, 3] = np.nan
-        with_hole.add(saliency, mask)
-    assert with_hole.figures() == without.figures()
-    assert (with_hole.images, with_hole.left_out) == (4, 1)
+        with_hole.update(saliency, mask)
+    assert with_hole.compute() == without.compute()
+    assert (with_hole.images, with_hole.num_skipped) == (4, 1)
 
 
 def test_nothing_measured_is_told_as_such():
-    assert measure([], []) == dict.fromkeys(FIGURES)
+    assert compute_saliency_metrics([], []) == dict.fromkeys(METRICS)
 
 
 @pytest.mark.parametrize("fill", [False, True])
 def test_masks_without_object_or_without_background_give_numbers(pairs, fill):
     saliency, mask = pairs[0]
-    figures = measure([saliency], [np.full_like(mask, fill)])
-    assert all(0 <= figures[name] <= 1.01 for name in FIGURES)
+    figures = compute_saliency_metrics([saliency], [np.full_like(mask, fill)])
+    assert all(0 <= figures[name] <= 1.01 for name in METRICS)
 
 
 def test_as_many_maps_as_masks(pairs):
     with pytest.raises(ValueError, match="shorter"):
-        measure([pairs[0][0]], [])
+        compute_saliency_metrics([pairs[0][0]], [])
 
 
 # Agreement of priors.
@@ -99,10 +106,10 @@ def test_as_many_maps_as_masks(pairs):
 
 def test_agreement_is_the_mean_correlation_of_two_maps_of_an_image():
     maps = np.random.default_rng(1).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
-    matrix = agreement(maps, np.ones((6, 3), dtype=bool))
+    matrix = compute_prior_agreement(maps, np.ones((6, 3), dtype=bool))
     literal = np.mean([np.corrcoef(image.reshape(3, -1)) for image in maps], axis=0)
     np.testing.assert_allclose(matrix, literal, atol=1e-12)
-    assert mean_agreement(matrix) == pytest.approx((literal[0, 1] + literal[0, 2] + literal[1, 2]) / 3)
+    assert compute_mean_agreement(matrix) == pytest.approx((literal[0, 1] + literal[0, 2] + literal[1, 2]) / 3)
 
 
 def test_invalid_and_even_maps_do_not_count():
@@ -112,5 +119,5 @@ def test_invalid_and_even_maps_do_not_count():
     valid[1, 0] = False
     maps[2, 1] = 7
     literal = np.mean([np.corrcoef(maps[i].reshape(2, -1))[0, 1] for i in (0, 3)])
-    assert agreement(maps, valid)[0, 1] == pytest.approx(literal)
-    assert mean_agreement(agreement(maps, np.zeros((4, 2), dtype=bool))) is None
+    assert compute_prior_agreement(maps, valid)[0, 1] == pytest.approx(literal)
+    assert compute_mean_agreement(compute_prior_agreement(maps, np.zeros((4, 2), dtype=bool))) is None

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from relicctl.console import sentences
-from relicctl.data.images import BadImage
-from relicctl.data.shapes import ShapesSource
+from relicctl.console import describe_error
+from relicctl.data.images import BadImageError
+from relicctl.data.shapes import ShapesDataset
 from relicctl.errors import DataError, RunFailed
-from relicctl.saliency.prior_store import UNIT, PriorStore
-from relicctl.saliency.priors import NAMES, prior_maps
+from relicctl.saliency.prior_store import CHUNK_SIZE, PriorCache
+from relicctl.saliency.priors import PRIOR_NAMES, compute_prior_maps
 
 SIDE = 16
 
@@ -26,13 +26,13 @@ def quiet(done, total):
 
 @pytest.fixture
 def source():
-    return ShapesSource.from_spec("shapes:size=32,train=20", "train")
+    return ShapesDataset.from_spec("shapes:size=32,train=20", "train")
 
 
 @pytest.fixture
 def whole(source, tmp_path):
     """The bytes of a store that was filled at one go."""
-    PriorStore.open(tmp_path / "whole", source, SIDE).fill(source, 0, quiet)
+    PriorCache.open(tmp_path / "whole", source, SIDE).fill(source, 0, quiet)
     return (tmp_path / "whole").read_bytes()
 
 
@@ -45,15 +45,15 @@ class Wrapped:
     def __len__(self):
         return len(self._source)
 
-    def fingerprint(self):
-        return self._source.fingerprint()
+    def compute_fingerprint(self):
+        return self._source.compute_fingerprint()
 
     def load(self, index):
         return self._instead() if index == self._at else self._source.load(index)
 
 
 def broken():
-    raise BadImage("no image in a known format")
+    raise BadImageError("no image in a known format")
 
 
 def refused():
@@ -69,24 +69,24 @@ def plain():
 
 
 def test_the_store_holds_the_maps_in_256_steps(source, tmp_path):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     assert not store.done.any()
     assert not store.valid.any()
     store.fill(source, 0, quiet)
-    for again in (store, PriorStore.open(tmp_path / "priors", source, SIDE)):
+    for again in (store, PriorCache.open(tmp_path / "priors", source, SIDE)):
         assert again.done.all()
         assert again.valid.all()
         assert not again.bad.any()
-        assert again.maps.shape == (20, len(NAMES), SIDE, SIDE)
+        assert again.maps.shape == (20, len(PRIOR_NAMES), SIDE, SIDE)
         assert again.maps.dtype == np.uint8
         for index in (0, 7, 19):
-            expected = prior_maps(source.load(index), SIDE)
+            expected = compute_prior_maps(source.load(index), SIDE)
             np.testing.assert_allclose(again.maps[index] / 255, expected, atol=0.5 / 255 + 1e-6)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_makes_the_same_file(source, whole, tmp_path, workers):
-    PriorStore.open(tmp_path / "priors", source, SIDE).fill(source, workers, quiet)
+    PriorCache.open(tmp_path / "priors", source, SIDE).fill(source, workers, quiet)
     assert (tmp_path / "priors").read_bytes() == whole
 
 
@@ -96,14 +96,14 @@ def test_killed_and_gone_on_with_is_never_killed(source, whole, tmp_path, worker
         kill_oneself()
 
     def fill():
-        PriorStore.open(tmp_path / "priors", source, SIDE).fill(source, workers, die)
+        PriorCache.open(tmp_path / "priors", source, SIDE).fill(source, workers, die)
 
     process = multiprocessing.get_context("fork").Process(target=fill)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
-    assert store.done.sum() == UNIT  # what was told is on the disk
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
+    assert store.done.sum() == CHUNK_SIZE  # what was told is on the disk
     told = []
     store.fill(source, workers, lambda done, total: told.append((done, total)))
     assert told == [(16, 20), (20, 20)]
@@ -111,31 +111,31 @@ def test_killed_and_gone_on_with_is_never_killed(source, whole, tmp_path, worker
 
 
 def test_an_exception_on_the_way_keeps_what_was_made(source, whole, tmp_path):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
 
     def interrupt(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         store.fill(source, 0, interrupt)
-    assert store.done.sum() == UNIT
+    assert store.done.sum() == CHUNK_SIZE
     store.fill(source, 0, quiet)
     assert (tmp_path / "priors").read_bytes() == whole
 
 
 def test_a_worker_that_dies_loses_only_what_was_in_flight(source, whole, tmp_path):
     path = tmp_path / "priors"
-    store = PriorStore.open(path, source, SIDE)
+    store = PriorCache.open(path, source, SIDE)
 
     def die_when_the_first_unit_is_stored():
-        while not PriorStore.open(path, source, SIDE).done[:UNIT].all():
+        while not PriorCache.open(path, source, SIDE).done[:CHUNK_SIZE].all():
             time.sleep(0.01)
         kill_oneself()
 
     with pytest.raises((RuntimeError, EOFError, OSError)) as failed:  # as torch or the queue between them tell it
         store.fill(Wrapped(source, 18, die_when_the_first_unit_is_stored), 1, quiet)
-    assert "has died" in sentences(failed.value)[0]
-    assert store.done[:UNIT].all()
+    assert "has died" in describe_error(failed.value)[0]
+    assert store.done[:CHUNK_SIZE].all()
     assert not store.done[18]
     store.fill(source, 1, quiet)
     assert path.read_bytes() == whole
@@ -143,7 +143,7 @@ def test_a_worker_that_dies_loses_only_what_was_in_flight(source, whole, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_source_arrives_as_it_is(source, tmp_path, workers):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     with pytest.raises(DataError, match="archive is gone"):
         store.fill(Wrapped(source, 3, refused), workers, quiet)
 
@@ -154,44 +154,44 @@ def test_workers_ignore_the_signals_of_a_terminal(source, tmp_path):
             broken()
         return source.load(3)
 
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     store.fill(Wrapped(source, 3, check), 1, quiet)
     assert not store.bad.any()
 
 
 def test_a_bad_image_is_noted_and_left_out(source, tmp_path):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     store.fill(Wrapped(source, 5, broken), 0, quiet)
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     assert store.done.all()
     assert np.flatnonzero(store.bad).tolist() == [5]
     assert not store.valid[5].any()
     assert not store.maps[5].any()
-    assert store.left_out() == dict.fromkeys(NAMES, 0)  # counted as an image, not as maps
+    assert store.count_invalid() == dict.fromkeys(PRIOR_NAMES, 0)  # counted as an image, not as maps
 
 
 def test_degenerate_maps_are_counted_and_left_out(source, tmp_path):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     store.fill(Wrapped(source, 5, plain), 0, quiet)
-    assert store.left_out() == dict.fromkeys(NAMES, 1)
+    assert store.count_invalid() == dict.fromkeys(PRIOR_NAMES, 1)
     assert not store.valid[5].any()
     assert not store.maps[5].any()
-    assert store.valid.sum() == 19 * len(NAMES)
+    assert store.valid.sum() == 19 * len(PRIOR_NAMES)
 
 
 def test_a_filled_store_is_left_alone(source, tmp_path):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
     store.fill(source, 0, quiet)
     store.fill(Wrapped(source, 0, refused), 0, quiet)
 
 
 def test_a_store_of_other_data_or_another_side_is_refused(source, tmp_path):
-    PriorStore.open(tmp_path / "priors", source, SIDE)
-    other = ShapesSource.from_spec("shapes:size=32,train=20,seed=1", "train")
+    PriorCache.open(tmp_path / "priors", source, SIDE)
+    other = ShapesDataset.from_spec("shapes:size=32,train=20,seed=1", "train")
     with pytest.raises(DataError, match="another data set"):
-        PriorStore.open(tmp_path / "priors", other, SIDE)
+        PriorCache.open(tmp_path / "priors", other, SIDE)
     with pytest.raises(DataError, match="another size"):
-        PriorStore.open(tmp_path / "priors", source, 2 * SIDE)
+        PriorCache.open(tmp_path / "priors", source, 2 * SIDE)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_a_store_of_other_data_or_another_side_is_refused(source, tmp_path):
 )
 def test_a_damaged_store_is_refused(source, tmp_path, damage, said):
     path = tmp_path / "priors"
-    PriorStore.open(path, source, SIDE)
+    PriorCache.open(path, source, SIDE)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=said):
-        PriorStore.open(path, source, SIDE)
+        PriorCache.open(path, source, SIDE)
 
 
 def test_a_full_disk_is_said_and_nothing_is_marked(source, tmp_path, monkeypatch):
-    store = PriorStore.open(tmp_path / "priors", source, SIDE)
+    store = PriorCache.open(tmp_path / "priors", source, SIDE)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -224,4 +224,4 @@ def test_a_full_disk_is_said_and_nothing_is_marked(source, tmp_path, monkeypatch
         with pytest.raises(RunFailed, match="No space left"):
             store.fill(source, 0, quiet)
     assert not store.done.any()
-    assert not PriorStore.open(tmp_path / "priors", source, SIDE).done.any()
+    assert not PriorCache.open(tmp_path / "priors", source, SIDE).done.any()

@@ -10,17 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relicctl.config.bgmask import Augment, BgmaskConfig, Labels, MaskNet, MaskOptim, Predict, Refine, Rounds
-from relicctl.config.schema import Checkpoint, Machine
-from relicctl.core.models.resnet import build_encoder, seeded
+from relicctl.config.bgmask import (
+    BgmaskConfig,
+    MaskAugmentConfig,
+    MaskNetworkConfig,
+    MaskOptimConfig,
+    PredictConfig,
+    PseudoLabelConfig,
+    RefineConfig,
+    SelfTrainingConfig,
+)
+from relicctl.config.schema import CheckpointConfig, RuntimeConfig
+from relicctl.core.models.resnet import build_encoder, fork_seeded_rng
 from relicctl.data.bad_images import BadImages
-from relicctl.data.shapes import ShapesSource
+from relicctl.data.shapes import ShapesDataset
 from relicctl.encoder import save_encoder
 from relicctl.runs import RunFolder
-from relicctl.saliency.nets import load_saliency
-from relicctl.saliency.photos import load_photos
-from relicctl.saliency.priors import NAMES
-from relicctl.saliency.recipe import run_recipe, stages_of, total_steps
+from relicctl.saliency.nets import load_saliency_net
+from relicctl.saliency.photos import load_resized_images
+from relicctl.saliency.priors import PRIOR_NAMES
+from relicctl.saliency.recipe import count_total_steps, list_stages, run_self_training
 
 CPU = torch.device("cpu")
 SIDE, COUNT = 32, 12
@@ -33,7 +42,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    with seeded(0):
+    with fork_seeded_rng(0):
         small = build_encoder("resnet18", 0.125)
     save_encoder(path, small, {"size": "32", "crop_ratio": "1.0", "mean": "[0.5, 0.5, 0.5]", "std": "[1, 1, 1]"})
     return path
@@ -41,15 +50,15 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos():
-    source = ShapesSource.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
-    return load_photos(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
+    source = ShapesDataset.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
+    return load_resized_images(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
 
 
 @pytest.fixture
 def store():
     """A blob that wanders about the middle, and a coarser one, in turn."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
-    maps = np.zeros((COUNT, len(NAMES), SIDE, SIDE), np.uint8)
+    maps = np.zeros((COUNT, len(PRIOR_NAMES), SIDE, SIDE), np.uint8)
     for k in range(COUNT):
         far = np.hypot(rows - 12 - k % 5, columns - 18 + k % 3)
         maps[k, ::2], maps[k, 1::2] = 255 * np.exp(-((far / 8) ** 2)), 255 * np.exp(-((far / 11) ** 2))
@@ -58,15 +67,15 @@ def store():
 
 def config_of(encoder, priors=False, **more):
     sections = {
-        "model": MaskNet(arch="resnet", size=32, encoder=str(encoder), priors=priors),
-        "labels": Labels(size=SIDE, drop=0.25),
-        "refine": Refine(radius=2),
-        "rounds": Rounds(count=1, epochs=2),
-        "optim": MaskOptim(batch_size=3, epochs=3),
-        "augment": Augment(area=(0.5, 1.0)),
-        "predict": Predict(batch_size=5),
-        "checkpoint": Checkpoint(every_steps=2),
-        "runtime": Machine(log_every=1),
+        "model": MaskNetworkConfig(arch="resnet", size=32, encoder=str(encoder), priors=priors),
+        "labels": PseudoLabelConfig(size=SIDE, drop=0.25),
+        "refine": RefineConfig(radius=2),
+        "rounds": SelfTrainingConfig(count=1, epochs=2),
+        "optim": MaskOptimConfig(batch_size=3, epochs=3),
+        "augment": MaskAugmentConfig(area=(0.5, 1.0)),
+        "predict": PredictConfig(batch_size=5),
+        "checkpoint": CheckpointConfig(every_steps=2),
+        "runtime": RuntimeConfig(log_every=1),
     }
     return BgmaskConfig(**{**sections, **more})
 
@@ -77,12 +86,12 @@ def go(config, photos, store, path, *, resume=False, show=lambda step, record: N
         run = RunFolder.reopen(path, keep=2)
     else:
         run = RunFolder.create(path, overwrite=False, keep=2)
-        run.write_text(run.config, "")
+        run.write_text(run.config_path, "")
     told = []
     try:
-        net = run_recipe(
+        net = run_self_training(
             config, photos, store, run, device=CPU, precision="fp32", show=show,
-            stage=lambda name, net: told.append(name), warn=(warned if warned is not None else []).append,
+            on_stage_end=lambda name, net: told.append(name), warn=(warned if warned is not None else []).append,
             resume_command="again",
         )  # fmt: skip
     finally:
@@ -96,9 +105,9 @@ def weights(path):
 
 
 def test_steps_are_counted_through_all_stages(encoder):
-    stages = stages_of(config_of(encoder), COUNT)  # a quarter of the images is dropped: 3 steps an epoch
+    stages = list_stages(config_of(encoder), COUNT)  # a quarter of the images is dropped: 3 steps an epoch
     assert [(s.name, s.first, s.last) for s in stages] == [("round 1", 0, 6), ("final", 6, 15)]
-    assert total_steps(config_of(encoder), COUNT) == 15
+    assert count_total_steps(config_of(encoder), COUNT) == 15
 
 
 @pytest.mark.parametrize("priors", [False, True])
@@ -147,8 +156,8 @@ def test_a_finished_run_is_not_trained_again_and_a_damaged_outcome_is(encoder, p
 
 
 def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, tmp_path):
-    net, _ = go(config_of(encoder, rounds=Rounds(count=0)), photos, store, tmp_path / "run")
-    again = load_saliency(tmp_path / "run")
+    net, _ = go(config_of(encoder, rounds=SelfTrainingConfig(count=0)), photos, store, tmp_path / "run")
+    again = load_saliency_net(tmp_path / "run")
     assert not net.training
     assert (again.arch, again.size) == ("resnet", 32)
     for name, tensor in net.state_dict().items():
@@ -157,7 +166,9 @@ def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, t
 
 @pytest.mark.parametrize("priors", [False, True])
 def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store, tmp_path, priors):
-    config = config_of(encoder, priors, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
+    config = config_of(
+        encoder, priors, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1)
+    )
     store.valid[2, 1] = store.valid[5] = False
     go(config, photos, store, tmp_path / "zero")
     store.maps[2, 1] = store.maps[5] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE))
@@ -185,7 +196,7 @@ def test_a_network_sees_the_priors_that_made_its_labels_only_if_it_is_given_them
 
 
 def test_an_image_without_any_prior_is_not_trained_on(encoder, photos, store, tmp_path):
-    config = config_of(encoder, rounds=Rounds(count=0), optim=MaskOptim(batch_size=3, epochs=1))
+    config = config_of(encoder, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1))
     store.valid[[1, 4, 8]] = False  # as many as are dropped
     go(config, photos, store, tmp_path / "one")
     changed = photos.images.clone()
@@ -200,8 +211,8 @@ def test_training_never_opens_a_true_mask(encoder, store, tmp_path, monkeypatch)
     def refuse(*_):
         raise AssertionError("a true mask was opened")
 
-    monkeypatch.setattr(ShapesSource, "mask", refuse)
+    monkeypatch.setattr(ShapesDataset, "load_mask", refuse)
     monkeypatch.setitem(sys.modules, "relicctl.saliency.truth", None)  # importing it fails
-    source = ShapesSource.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
-    photos = load_photos(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
+    source = ShapesDataset.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
+    photos = load_resized_images(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
     go(config_of(encoder), photos, store, tmp_path / "run")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relicctl.config.bgmask import Refine
-from relicctl.saliency.cut import cut
-from relicctl.saliency.refine import fuse, guided_filter, sharpen, stretched
+from relicctl.config.bgmask import RefineConfig
+from relicctl.saliency.cut import apply_grabcut
+from relicctl.saliency.refine import apply_guided_filter, fuse_priors, normalize_maps, refine_maps
 
 SIDE = 32
 
@@ -27,7 +27,7 @@ def scene(inside=(220, 40, 30), outside=(20, 90, 160)):
 def blurred(disc):
     """A hint of where the disc is: float [1, S, S]."""
     blob = torch.nn.functional.avg_pool2d(disc.float()[None], 11, 1, 5, count_include_pad=False)
-    return stretched(blob[0])
+    return normalize_maps(blob[0])
 
 
 def overlap(a, b):
@@ -66,7 +66,7 @@ def test_the_filter_is_the_literal_one():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 9, 12), dtype=torch.uint8, generator=generator)
     maps = torch.rand(2, 2, 9, 12, generator=generator)
-    found = guided_filter(images, maps, 2, 0.01)
+    found = apply_guided_filter(images, maps, 2, 0.01)
     for one in range(2):
         for prior in range(2):
             expected = literal_filter(images[one], maps[one, prior], 2, 0.01)
@@ -80,19 +80,19 @@ def test_a_constant_map_stays_as_it_is_whatever_the_image(level, radius, kind):
     if kind == "noise":
         image = torch.randint(0, 256, image.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     maps = torch.full((1, 1, 16, 16), level)
-    torch.testing.assert_close(guided_filter(image, maps, radius, 1e-3), maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(apply_guided_filter(image, maps, radius, 1e-3), maps, atol=1e-4, rtol=0)
 
 
 def test_a_hint_beside_the_object_is_drawn_to_its_edge():
     image, disc = scene()
     hint = blurred(disc.roll(4, 2))
-    filtered = stretched(guided_filter(image, hint[:, None], 6, 1e-3)[:, 0])
+    filtered = normalize_maps(apply_guided_filter(image, hint[:, None], 6, 1e-3)[:, 0])
     assert overlap(filtered > 0.5, disc) > overlap(hint > 0.5, disc) + 0.1
 
 
 def test_maps_are_stretched_one_by_one_and_a_constant_one_becomes_nothing():
     maps = torch.stack([torch.linspace(0.4, 0.5, 9).view(3, 3), torch.full((3, 3), 0.7)])
-    found = stretched(maps)
+    found = normalize_maps(maps)
     assert found[0].min() == 0
     assert found[0].max() == pytest.approx(1, abs=1e-4)
     assert bool((found[1] == 0).all())
@@ -103,7 +103,7 @@ def test_maps_are_stretched_one_by_one_and_a_constant_one_becomes_nothing():
 
 def test_the_cut_finds_the_object_that_a_blurred_hint_points_at():
     image, disc = scene()
-    found = cut(image.permute(0, 2, 3, 1).numpy(), blurred(disc).numpy(), background=0.1, foreground=0.9)
+    found = apply_grabcut(image.permute(0, 2, 3, 1).numpy(), blurred(disc).numpy(), background=0.1, foreground=0.9)
     assert overlap(torch.from_numpy(found), disc) > 0.97
 
 
@@ -111,7 +111,7 @@ def test_what_is_beyond_doubt_keeps_its_side():
     image, _ = scene()
     hint = np.full((1, SIDE, SIDE), 0.5, dtype=np.float32)
     hint[0, :6], hint[0, -6:] = 0.0, 1.0
-    found = cut(image.permute(0, 2, 3, 1).numpy(), hint, background=0.2, foreground=0.8)
+    found = apply_grabcut(image.permute(0, 2, 3, 1).numpy(), hint, background=0.2, foreground=0.8)
     assert not found[0, :6].any()
     assert found[0, -6:].all()
 
@@ -120,7 +120,7 @@ def test_what_is_beyond_doubt_keeps_its_side():
 def test_a_map_that_points_nowhere_is_no_error(level):
     image, _ = scene()
     flat = np.full((1, SIDE, SIDE), level, dtype=np.float32)
-    found = cut(image.permute(0, 2, 3, 1).numpy(), flat, background=0.1, foreground=0.9)
+    found = apply_grabcut(image.permute(0, 2, 3, 1).numpy(), flat, background=0.1, foreground=0.9)
     assert found.shape == flat.shape
     assert found.all() == found.any()
 
@@ -128,7 +128,7 @@ def test_a_map_that_points_nowhere_is_no_error(level):
 def test_an_image_of_one_colour_has_an_object_where_its_map_is_certain():
     _, disc = scene()
     hint = blurred(disc).numpy()
-    found = cut(np.full((1, SIDE, SIDE, 3), 90, np.uint8), hint, background=0.1, foreground=0.9)
+    found = apply_grabcut(np.full((1, SIDE, SIDE, 3), 90, np.uint8), hint, background=0.1, foreground=0.9)
     assert found[hint > 0.9].all()
     assert not found[hint < 0.1].any()
 
@@ -137,13 +137,17 @@ def test_the_cut_is_the_same_in_any_company_and_any_number_of_threads():
     image, disc = scene()
     many = np.concatenate([np.roll(image.permute(0, 2, 3, 1).numpy(), k, 2) for k in range(6)])
     maps = np.concatenate([np.roll(blurred(disc).numpy(), k, 2) for k in range(6)])
-    together = cut(many, maps, background=0.1, foreground=0.9, threads=3)
-    alone = [cut(many[k : k + 1], maps[k : k + 1], background=0.1, foreground=0.9)[0] for k in reversed(range(6))]
+    together = apply_grabcut(many, maps, background=0.1, foreground=0.9, threads=3)
+    alone = [
+        apply_grabcut(many[k : k + 1], maps[k : k + 1], background=0.1, foreground=0.9)[0] for k in reversed(range(6))
+    ]
     assert np.array_equal(together, np.stack(alone[::-1]))
 
 
 def test_no_images_are_no_masks():
-    none = cut(np.empty((0, 8, 8, 3), np.uint8), np.empty((0, 8, 8), np.float32), background=0.1, foreground=0.9)
+    none = apply_grabcut(
+        np.empty((0, 8, 8, 3), np.uint8), np.empty((0, 8, 8), np.float32), background=0.1, foreground=0.9
+    )
     assert none.shape == (0, 8, 8)
 
 
@@ -153,9 +157,9 @@ def test_no_images_are_no_masks():
 def test_a_prior_that_is_not_valid_has_no_part_in_the_label():
     image, disc = scene()
     hint, junk = blurred(disc), torch.rand(1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    one = fuse(image, hint[:, None], torch.tensor([[True]]), Refine())
+    one = fuse_priors(image, hint[:, None], torch.tensor([[True]]), RefineConfig())
     for spoilt in (junk, torch.full_like(junk, torch.nan)):
-        two = fuse(image, torch.stack([hint, spoilt], 1), torch.tensor([[True, False]]), Refine())
+        two = fuse_priors(image, torch.stack([hint, spoilt], 1), torch.tensor([[True, False]]), RefineConfig())
         assert torch.equal(one.map, two.map)
         assert torch.equal(one.agreement, two.agreement)
 
@@ -163,22 +167,24 @@ def test_a_prior_that_is_not_valid_has_no_part_in_the_label():
 def test_an_image_without_a_valid_prior_is_trusted_least():
     image, disc = scene()
     maps = torch.full((1, 2, SIDE, SIDE), torch.nan)
-    found = fuse(image, maps, torch.tensor([[False, False]]), Refine())
+    found = fuse_priors(image, maps, torch.tensor([[False, False]]), RefineConfig())
     assert bool((found.map == 0).all())
     assert float(found.agreement) == 0
-    assert float(fuse(image, blurred(disc)[:, None], torch.tensor([[True]]), Refine()).agreement) > 0.4
+    assert float(fuse_priors(image, blurred(disc)[:, None], torch.tensor([[True]]), RefineConfig()).agreement) > 0.4
 
 
 def test_a_map_that_the_image_contradicts_is_trusted_less():
     image, disc = scene()
     right, wrong = blurred(disc), blurred(disc.roll(12, 2))
-    assert float(sharpen(image, right, Refine()).agreement) > float(sharpen(image, wrong, Refine()).agreement)
+    assert float(refine_maps(image, right, RefineConfig()).agreement) > float(
+        refine_maps(image, wrong, RefineConfig()).agreement
+    )
 
 
 def test_the_labels_run_from_the_filtered_map_to_the_cut_one():
     image, disc = scene()
     hint = blurred(disc)
-    soft, half, hard = (sharpen(image, hint, Refine(cut=share)).map for share in (0.0, 0.5, 1.0))
+    soft, half, hard = (refine_maps(image, hint, RefineConfig(cut=share)).map for share in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half, (soft + hard) / 2)
     assert set(hard.unique().tolist()) == {0.0, 1.0}
     assert soft.unique().numel() > 50

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.saliency.sheet import BETWEEN, GAP, MISSING, TILE, TITLES, draw_sheet, evenly
+from relicctl.saliency.sheet import BLOCK_GAP, GAP, MISSING, TILE, TITLE_HEIGHT, draw_contact_sheet, sample_evenly
 
 NAMES = ("one", "two")
 COLUMNS = 5
@@ -14,7 +14,7 @@ COLUMNS = 5
 
 @pytest.mark.parametrize(("count", "most"), [(1, 16), (5, 16), (16, 16), (17, 16), (2500, 16), (0, 16)])
 def test_images_are_spread_evenly(count, most):
-    chosen = evenly(count, most)
+    chosen = sample_evenly(count, most)
     assert len(chosen) == min(count, most) == len(set(chosen.tolist()))
     if count:
         assert chosen[0] >= 0
@@ -33,14 +33,14 @@ def drawn(tmp_path, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     masks = np.arange(count)[:, None, None] % 2 == np.zeros((side, side))
     if count > 1:
         maps[1, 0] = np.nan
-    draw_sheet(tmp_path / "sheet.png", images, maps, masks, NAMES)
+    draw_contact_sheet(tmp_path / "sheet.png", images, maps, masks, NAMES)
     return np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")), images, maps, masks
 
 
 def tile(pixels: np.ndarray, row: int, column: int, block: int = 0) -> np.ndarray:
     """The middle of a tile."""
-    left = block * (COLUMNS * (TILE + GAP) - GAP + BETWEEN) + column * (TILE + GAP)
-    return pixels[TITLES + row * (TILE + GAP) + TILE // 2, left + TILE // 2]
+    left = block * (COLUMNS * (TILE + GAP) - GAP + BLOCK_GAP) + column * (TILE + GAP)
+    return pixels[TITLE_HEIGHT + row * (TILE + GAP) + TILE // 2, left + TILE // 2]
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 3), (8, 8), (9, 5), (16, 8)])
@@ -68,8 +68,8 @@ def test_titles_stand_above_every_column(tmp_path):
     pixels, *_ = drawn(tmp_path, 16)
     for block in range(2):
         for column in range(COLUMNS):
-            left = block * (COLUMNS * (TILE + GAP) - GAP + BETWEEN) + column * (TILE + GAP)
-            above = pixels[:TITLES, left : left + TILE]
+            left = block * (COLUMNS * (TILE + GAP) - GAP + BLOCK_GAP) + column * (TILE + GAP)
+            above = pixels[:TITLE_HEIGHT, left : left + TILE]
             assert (above < 100).any()
             assert (above[:, 0] == 255).all()  # a title does not run into its neighbour's
 
@@ -77,7 +77,7 @@ def test_titles_stand_above_every_column(tmp_path):
 def test_an_image_without_any_prior_has_no_mean(tmp_path):
     maps = np.full((1, 2, 8, 8), np.nan, dtype=np.float32)
     images, masks = np.zeros((1, 8, 8, 3), dtype=np.uint8), np.zeros((1, 8, 8), dtype=bool)
-    draw_sheet(tmp_path / "sheet.png", images, maps, masks, NAMES)
+    draw_contact_sheet(tmp_path / "sheet.png", images, maps, masks, NAMES)
     pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     for column in (1, 2, 3):
         assert (tile(pixels, 0, column) == MISSING).all()

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relicctl.core.loop import Plan, Progress, restore, snapshot, train
-from relicctl.core.models.resnet import seeded
-from relicctl.data.augment import MEAN, STD, Photometric
-from relicctl.saliency.training import Labelled, LossWeights, MaskBatches, MaskTraining, Views, mask_loss
+from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
+from relicctl.core.models.resnet import fork_seeded_rng
+from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from relicctl.saliency.training import LossWeights, MaskAugmentation, MaskLoader, MaskTask, MaskTrainingSet, mask_loss
 
 CPU = torch.device("cpu")
-PLAIN = Photometric(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
-WHOLE = Views((1.0, 1.0), (1.0, 1.0), PLAIN)
+PLAIN = AugmentConfig(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
+WHOLE = MaskAugmentation((1.0, 1.0), (1.0, 1.0), PLAIN)
 BCE, IOU, F = LossWeights(1, 0, 0, 1), LossWeights(0, 1, 0, 1), LossWeights(0, 0, 1, 0.3)
 
 
@@ -27,32 +27,38 @@ def labelled(count=12, side=16):
     images = torch.randint(
         0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    return Labelled(images, images[:, :1].clone(), images[:, 2:].clone())
+    return MaskTrainingSet(images, images[:, :1].clone(), images[:, 2:].clone())
 
 
 def batches(views, data=None, **more):
-    return MaskBatches(data or labelled(), views, **{"size": 16, "batch_size": 4, "seed": 3, **more})
+    return MaskLoader(data or labelled(), views, **{"size": 16, "batch_size": 4, "seed": 3, **more})
 
 
 def planes(batch):
     """The images of a batch as they were before normalising."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return batch.images * std + mean
 
 
 def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image():
-    views = Views((0.3, 1.0), (0.75, 1.33), Photometric(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0)))
-    for batch in batches(views, size=24).from_step(0, 6):
+    views = MaskAugmentation(
+        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+    )
+    for batch in batches(views, size=24).iter_from_step(0, 6):
         torch.testing.assert_close(planes(batch)[:, :1], batch.labels, atol=1e-5, rtol=0)
         torch.testing.assert_close(planes(batch)[:, 2:], batch.weights, atol=1e-5, rtol=0)
 
 
 def test_hints_go_through_the_same_crop_and_flip_as_the_image():
-    views = Views((0.3, 1.0), (0.75, 1.33), Photometric(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0)))
+    views = MaskAugmentation(
+        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+    )
     plain = labelled()
-    hinted = replace(plain, hints=torch.cat([plain.images, plain.images[:, :1]], 1))
+    hinted = replace(plain, prior_channels=torch.cat([plain.images, plain.images[:, :1]], 1))
     for bare, batch in zip(
-        batches(views, plain, size=24).from_step(0, 6), batches(views, hinted, size=24).from_step(0, 6), strict=True
+        batches(views, plain, size=24).iter_from_step(0, 6),
+        batches(views, hinted, size=24).iter_from_step(0, 6),
+        strict=True,
     ):
         assert batch.images.shape == (4, 7, 24, 24)
         assert torch.equal(batch.images[:, :3], bare.images)
@@ -63,23 +69,25 @@ def test_hints_go_through_the_same_crop_and_flip_as_the_image():
 
 
 def test_colours_change_the_image_and_leave_the_label():
-    plain = next(batches(WHOLE).from_step(0, 1))
-    coloured = next(batches(Views((1.0, 1.0), (1.0, 1.0), Photometric(flip=0.0, jitter=1.0))).from_step(0, 1))
+    plain = next(batches(WHOLE).iter_from_step(0, 1))
+    coloured = next(
+        batches(MaskAugmentation((1.0, 1.0), (1.0, 1.0), AugmentConfig(flip=0.0, jitter=1.0))).iter_from_step(0, 1)
+    )
     assert not torch.allclose(plain.images, coloured.images)
     assert torch.equal(plain.labels, coloured.labels)
 
 
 def test_an_epoch_shows_every_image_once():
     data = labelled()
-    seen = torch.cat([batch.labels for batch in batches(WHOLE, data).from_step(0, 3)])
+    seen = torch.cat([batch.labels for batch in batches(WHOLE, data).iter_from_step(0, 3)])
     expected = data.labels / 255
     assert sorted(seen.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(expected.sum((1, 2, 3)).tolist()), rel=1e-4)
 
 
 def test_a_batch_depends_on_its_step_alone_wherever_one_starts():
-    views = Views((0.3, 1.0), (0.75, 1.33), Photometric())
-    straight = list(batches(views).from_step(0, 7))
-    later = list(batches(views, first=100).from_step(104, 107))
+    views = MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig())
+    straight = list(batches(views).iter_from_step(0, 7))
+    later = list(batches(views, first=100).iter_from_step(104, 107))
     for a, b in zip(straight[4:], later, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
@@ -149,12 +157,12 @@ class Journal:
     def __init__(self):
         self.saved = {}
 
-    def metrics(self, record): ...
+    def write_metrics(self, record): ...
 
     def save(self, step, tensors, header):
         self.saved[step] = {name: t.clone() for name, t in tensors.items()}, dict(header)
 
-    def last_checkpoint(self):
+    def get_last_checkpoint(self):
         return None
 
 
@@ -170,9 +178,9 @@ class Outputs(torch.nn.Module):
 
 
 def task():
-    with seeded(1):
+    with fork_seeded_rng(1):
         net = Outputs()
-    return MaskTraining(
+    return MaskTask(
         net, LossWeights(1, 1, 0, 1), rate=0.05, weight_decay=0.01, warmup=2, steps=12, first=5,
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
     )  # fmt: skip
@@ -180,25 +188,25 @@ def task():
 
 def go_on(doing, progress, total, journal):
     data = labelled(side=8)
-    feed = batches(Views((0.3, 1.0), (0.75, 1.33), Photometric()), data, size=8, first=5)
-    plan = Plan(total, 3, 4, log_every=2, checkpoint_every=2)
-    return train(doing, feed, plan, journal, progress=progress, device=CPU)
+    feed = batches(MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig()), data, size=8, first=5)
+    plan = LoopConfig(total, 3, 4, log_every=2, checkpoint_every=2)
+    return train(doing, feed, plan, journal, state=progress, device=CPU)
 
 
 def test_a_training_that_was_cut_and_resumed_is_the_same_to_the_bit():
     whole, cut = Journal(), Journal()
-    go_on(task(), Progress(5), 17, whole)
-    go_on(task(), Progress(5), 11, cut)
+    go_on(task(), TrainState(5), 17, whole)
+    go_on(task(), TrainState(5), 11, cut)
     resumed = task()
-    go_on(resumed, restore(resumed, *cut.saved[11], "x"), 17, cut)
+    go_on(resumed, restore_state(resumed, *cut.saved[11], "x"), 17, cut)
     for name, tensor in whole.saved[17][0].items():
         assert torch.equal(tensor, cut.saved[17][0][name]), name
-    assert snapshot(resumed, Progress(17))[0].keys() <= whole.saved[17][0].keys()
+    assert snapshot_state(resumed, TrainState(17))[0].keys() <= whole.saved[17][0].keys()
 
 
 def test_the_rate_rises_from_its_first_step_and_ends_near_nothing():
     doing = task()
-    rates = [doing.learning_rate(step) for step in range(5, 17)]
+    rates = [doing.get_learning_rate(step) for step in range(5, 17)]
     assert rates[0] == pytest.approx(0.025)
     assert max(rates) == rates[1] == pytest.approx(0.05)
     assert 0 < rates[-1] < 0.002
@@ -207,12 +215,12 @@ def test_the_rate_rises_from_its_first_step_and_ends_near_nothing():
 
 def test_all_outputs_are_supervised_and_training_learns_its_labels():
     doing, journal = task(), Journal()
-    before = [o.detach() for o in doing.state(torch.randn(2, 3, 8, 8))]
+    before = [o.detach() for o in doing.model(torch.randn(2, 3, 8, 8))]
     assert len(before) == 2
-    losses = doing.loss(next(batches(WHOLE).from_step(0, 1)), 5)
+    losses = doing.compute_loss(next(batches(WHOLE).iter_from_step(0, 1)), 5)
     losses["loss"].backward()
-    assert bool((doing.state.layer[0].weight.grad.flatten(1).norm(dim=1) > 0).all())
+    assert bool((doing.model.layer[0].weight.grad.flatten(1).norm(dim=1) > 0).all())
     doing.optimizer.zero_grad()
     first = losses["loss"].item()
-    go_on(doing, Progress(5), 17, journal)
-    assert doing.loss(next(batches(WHOLE).from_step(0, 1)), 5)["loss"].item() < first
+    go_on(doing, TrainState(5), 17, journal)
+    assert doing.compute_loss(next(batches(WHOLE).iter_from_step(0, 1)), 5)["loss"].item() < first

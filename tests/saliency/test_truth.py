@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relicctl.data.sources import open_source
+from relicctl.data.sources import open_dataset
 from relicctl.errors import DataError
-from relicctl.saliency.truth import open_truth
+from relicctl.saliency.truth import open_ground_truth
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def pairs(tmp_path) -> Path:
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_image_has_its_own_mask(pairs, packed):
     spec = shutil.make_archive(str(pairs), "zip", pairs) if packed else str(pairs)
-    truth = open_truth(spec, 100, 0)
+    truth = open_ground_truth(spec, 100, 0)
     assert len(truth.images) == 5
     for index in range(5):
-        number = int(truth.images.key(index)[0])
-        mask = truth.mask(index)
+        number = int(truth.images.get_name(index)[0])
+        mask = truth.load_mask(index)
         assert mask.dtype == bool
         assert mask.shape == truth.images.load(index).shape[:2] == (10 + number, 16)
         expected = np.zeros_like(mask)
@@ -53,31 +53,31 @@ def test_every_image_has_its_own_mask(pairs, packed):
 
 def test_a_folder_inside_is_named_as_everywhere(pairs, tmp_path):
     spec = shutil.make_archive(str(tmp_path / "outer"), "zip", tmp_path, "pairs")
-    assert len(open_truth(f"{spec}#pairs", 100, 0).images) == 5
+    assert len(open_ground_truth(f"{spec}#pairs", 100, 0).images) == 5
 
 
 def test_no_more_are_taken_than_asked_for_and_always_the_same(pairs):
-    few = open_truth(str(pairs), 2, 3)
-    names = [few.images.key(index) for index in range(2)]
+    few = open_ground_truth(str(pairs), 2, 3)
+    names = [few.images.get_name(index) for index in range(2)]
     assert names == sorted(names)
-    assert names == [open_truth(str(pairs), 2, 3).images.key(index) for index in range(2)]
+    assert names == [open_ground_truth(str(pairs), 2, 3).images.get_name(index) for index in range(2)]
     for index, name in enumerate(names):
-        assert few.mask(index).shape[0] == 10 + int(name[0])
+        assert few.load_mask(index).shape[0] == 10 + int(name[0])
 
 
 def test_the_demo_data_bring_the_masks_of_their_test_split():
-    truth = open_truth("shapes:size=24,val=30", 12, 0)
-    everything = open_source("shapes:size=24,val=30", split="val")
-    rows = {everything.key(index): index for index in range(30)}
+    truth = open_ground_truth("shapes:size=24,val=30", 12, 0)
+    everything = open_dataset("shapes:size=24,val=30", split="val")
+    rows = {everything.get_name(index): index for index in range(30)}
     assert len(truth.images) == 12
     for index in range(12):
-        row = rows[truth.images.key(index)]
-        np.testing.assert_array_equal(truth.mask(index), everything.mask(row))
+        row = rows[truth.images.get_name(index)]
+        np.testing.assert_array_equal(truth.load_mask(index), everything.load_mask(row))
 
 
 def refusal(spec: Path | str) -> str:
     with pytest.raises(DataError) as refused:
-        open_truth(str(spec), 100, 0)
+        open_ground_truth(str(spec), 100, 0)
     assert refused.value.fix.endswith(".")
     return refused.value.what
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_measured_on_is_refused_with_a_reason(pairs):
 
 @pytest.mark.realdata
 def test_real_pairs_are_whole(realdata_dir):
-    truth = open_truth(str(realdata_dir / "ecssd-dev.zip"), 1000, 0)
+    truth = open_ground_truth(str(realdata_dir / "ecssd-dev.zip"), 1000, 0)
     assert len(truth.images) == 200
-    shares = [truth.mask(index).mean() for index in range(200)]
+    shares = [truth.load_mask(index).mean() for index in range(200)]
     assert 0.15 < np.mean(shares) < 0.35

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
-from relicctl.core.models.recompute import recomputed
+from relicctl.core.models.recompute import run_checkpointed
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -47,10 +47,10 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
-        self.layer1 = _stage(block, planes, planes, depths[0], stride=1)
-        self.layer2 = _stage(block, planes * block.expansion, 2 * planes, depths[1], stride=2)
-        self.layer3 = _stage(block, 2 * planes * block.expansion, 4 * planes, depths[2], stride=2)
-        self.layer4 = _stage(block, 4 * planes * block.expansion, 8 * planes, depths[3], stride=2)
+        self.layer1 = _build_stage(block, planes, planes, depths[0], stride=1)
+        self.layer2 = _build_stage(block, planes * block.expansion, 2 * planes, depths[1], stride=2)
+        self.layer3 = _build_stage(block, 2 * planes * block.expansion, 4 * planes, depths[2], stride=2)
+        self.layer4 = _build_stage(block, 4 * planes * block.expansion, 8 * planes, depths[3], stride=2)
         self.feature_dim = 8 * planes * block.expansion
 
         for module in self.modules():
@@ -63,13 +63,13 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = self._run(block, x)
+                x = self._run_block(block, x)
         return x.mean((2, 3))
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
             return block(x)
-        return recomputed(block, block, x)
+        return run_checkpointed(block, block, x)
 
 
 def build_encoder(
@@ -102,14 +102,14 @@ def build_encoder(
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def fork_seeded_rng(seed: int) -> Iterator[None]:
     """What is built on the CPU within is a pure function of ``seed``; torch's generator is put back after."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
 
 
-def _stage(
+def _build_stage(
     block: type[BasicBlock] | type[Bottleneck], channels: int, planes: int, depth: int, stride: int
 ) -> nn.Sequential:
     out = planes * block.expansion

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relicctl.core.models.resnet import ResNet
-from relicctl.core.models.u2net import ENCODERS, U2Net, enlarged
+from relicctl.core.models.u2net import ENCODERS, U2Net, upsample_to
 
-ARCHITECTURES = (*ENCODERS, "resnet")
+SALIENCY_ARCHITECTURES = (*ENCODERS, "resnet")
 DECODER_CHANNELS = 64
 
 
@@ -30,7 +30,7 @@ class ResNetU(nn.Module):
         super().__init__()
         self.encoder = encoder
         with torch.no_grad():
-            widths = [level.shape[1] for level in _levels(encoder, torch.zeros(2, 3, 64, 64))]
+            widths = [level.shape[1] for level in _extract_levels(encoder, torch.zeros(2, 3, 64, 64))]
         self.lateral = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, DECODER_CHANNELS, 1, bias=False), nn.BatchNorm2d(DECODER_CHANNELS))
             for width in widths
@@ -51,7 +51,7 @@ class ResNetU(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         size = x.shape[-2:]
-        levels = _levels(self.encoder, x[:, :3])
+        levels = _extract_levels(self.encoder, x[:, :3])
         outputs: list[Tensor] = []
         above: Tensor | None = None
         for k in reversed(range(len(levels))):
@@ -59,13 +59,13 @@ class ResNetU(nn.Module):
             if self.hints is not None:
                 level = level + self.hints[k](F.interpolate(x[:, 3:], size=level.shape[-2:], mode="area"))
             if above is not None:
-                level = level + enlarged(above, level.shape[-2:])
+                level = level + upsample_to(above, level.shape[-2:])
             above = self.smooth[k](level)
-            outputs.insert(0, enlarged(self.sides[k](above), size))
+            outputs.insert(0, upsample_to(self.sides[k](above), size))
         return outputs
 
 
-def _levels(encoder: ResNet, x: Tensor) -> list[Tensor]:
+def _extract_levels(encoder: ResNet, x: Tensor) -> list[Tensor]:
     """The outputs of the stem and of the four stages, finest first; the stem's only where it is finer."""
     stem = encoder.relu(encoder.bn1(encoder.conv1(x)))
     levels, x = [stem], encoder.maxpool(stem)
@@ -85,5 +85,7 @@ def build_saliency_net(arch: str, encoder: ResNet | None = None, hints: int = 0)
     if arch in ENCODERS:
         return U2Net(arch, 3 + hints)
     if arch != "resnet" or encoder is None:
-        raise ValueError(f"arch is one of {', '.join(ARCHITECTURES)}, and resnet needs an encoder; not {arch!r}")
+        raise ValueError(
+            f"arch is one of {', '.join(SALIENCY_ARCHITECTURES)}, and resnet needs an encoder; not {arch!r}"
+        )
     return ResNetU(encoder, hints)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from relicctl.core.models.recompute import recomputed
+from relicctl.core.models.recompute import run_checkpointed
 
 
 class Siamese(nn.Module):
@@ -52,22 +52,22 @@ class Siamese(nn.Module):
         return self._compiled.get(name, getattr(self, name)["encoder"])(views)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The trained half, ``online_forward``: what a wrapper for several processes calls."""
-        return self.online_forward(views)
+        """The trained half, ``forward_online``: what a wrapper for several processes calls."""
+        return self.forward_online(views)
 
-    def online_forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward_online(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``views``: one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
 
         V is the sum of the V_i. One encoder forward per size; the memory format of the views is kept.
         """
-        parts = self._microbatches(views)
+        parts = self._split_microbatches(views)
         if len(parts) == 1:
-            return self._online_part(*views)
-        made = [recomputed(self._online_part, self.online, *part) for part in parts]
-        features, outputs = zip(*made, strict=True)
+            return self._forward_online_part(*views)
+        results = [run_checkpointed(self._forward_online_part, self.online, *part) for part in parts]
+        features, outputs = zip(*results, strict=True)
         return torch.cat(features, 1), torch.cat(outputs, 1)
 
-    def _online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         features = torch.cat([self._encode("online", view.flatten(0, 1)) for view in views])
         outputs = self.online["projector"](features)
         if "predictor" in self.online:
@@ -76,14 +76,14 @@ class Siamese(nn.Module):
         return features.unflatten(0, (-1, batch)), outputs.unflatten(0, (-1, batch))
 
     @torch.no_grad()
-    def target_forward(self, large: Tensor) -> Tensor:
+    def forward_target(self, large: Tensor) -> Tensor:
         """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
         assert self.target is not None, "this objective has no target network"
-        parts = [part.flatten(0, 1) for (part,) in self._microbatches([large])]
+        parts = [part.flatten(0, 1) for (part,) in self._split_microbatches([large])]
         projections = [self.target["projector"](self._encode("target", part)) for part in parts]
         return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
 
-    def _microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def _split_microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """The views, cut along their images."""
         images = self.microbatch or views[0].shape[1]
         return list(zip(*(view.split(images, 1) for view in views), strict=True))

@@ -35,62 +35,68 @@ class U2Net(nn.Module):
         encoder, decoder = ENCODERS[arch], DECODERS[arch]
         self.encoder = nn.ModuleList()
         for stage in encoder:
-            self.encoder.append(_block(channels, stage))
+            self.encoder.append(_build_block(channels, stage))
             channels = stage[2]
         self.decoder = nn.ModuleList()
-        for stage, skipped in zip(decoder, reversed(encoder[:-1]), strict=True):
-            self.decoder.append(_block(channels + skipped[2], stage))
+        for stage, skip_stage in zip(decoder, reversed(encoder[:-1]), strict=True):
+            self.decoder.append(_build_block(channels + skip_stage[2], stage))
             channels = stage[2]
-        leaving = [stage[2] for stage in reversed(decoder)] + [encoder[-1][2]]
-        self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for channels in leaving)
-        self.fuse = nn.Conv2d(len(leaving), 1, 1)
+        side_channels = [stage[2] for stage in reversed(decoder)] + [encoder[-1][2]]
+        self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for channels in side_channels)
+        self.fuse = nn.Conv2d(len(side_channels), 1, 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         size = x.shape[-2:]
         levels: list[Tensor] = []
         for stage in self.encoder:
-            x = stage(_halved(x) if levels else x)
+            x = stage(_downsample(x) if levels else x)
             levels.append(x)
-        leaving = [levels.pop()]  # what gives a side output, finest first
+        side_inputs = [levels.pop()]  # what gives a side output, finest first
         for stage in self.decoder:
-            below = levels.pop()
-            leaving.insert(0, stage(torch.cat([enlarged(leaving[0], below.shape[-2:]), below], 1)))
-        sides = [enlarged(side(x), size) for side, x in zip(self.sides, leaving, strict=True)]
+            skip = levels.pop()
+            side_inputs.insert(0, stage(torch.cat([upsample_to(side_inputs[0], skip.shape[-2:]), skip], 1)))
+        sides = [upsample_to(side(x), size) for side, x in zip(self.sides, side_inputs, strict=True)]
         return [self.fuse(torch.cat(sides, 1)), *sides]
 
 
-class ResidualU(nn.Module):
+class RSU(nn.Module):
     """RSU-L: a U of L - 1 levels over a dilated bottom, added to its own input layer (figure 2e)."""
 
     def __init__(self, channels: int, height: int, inner: int, out: int) -> None:
         super().__init__()
-        self.enter = _conv(channels, out)
-        self.down = nn.ModuleList(_conv(out if k == 0 else inner, inner) for k in range(height - 1))
-        self.bottom = _conv(inner, inner, dilation=2)
-        self.up = nn.ModuleList(_conv(2 * inner, out if k == height - 2 else inner) for k in range(height - 1))
+        self.enter = _build_conv(channels, out)
+        self.down = nn.ModuleList(_build_conv(out if k == 0 else inner, inner) for k in range(height - 1))
+        self.bottom = _build_conv(inner, inner, dilation=2)
+        self.up = nn.ModuleList(_build_conv(2 * inner, out if k == height - 2 else inner) for k in range(height - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         entered = self.enter(x)
         levels = [self.down[0](entered)]
         for convolution in self.down[1:]:
-            levels.append(convolution(_halved(levels[-1])))
+            levels.append(convolution(_downsample(levels[-1])))
         x = self.bottom(levels[-1])
         for convolution in self.up:
             level = levels.pop()
-            x = convolution(torch.cat([enlarged(x, level.shape[-2:]), level], 1))
+            x = convolution(torch.cat([upsample_to(x, level.shape[-2:]), level], 1))
         return x + entered
 
 
-class DilatedU(nn.Module):
+class RSU4F(nn.Module):
     """RSU-4F: the same, of height 4, with dilation in place of pooling, for maps too small to be halved."""
 
     def __init__(self, channels: int, inner: int, out: int) -> None:
         super().__init__()
-        self.enter = _conv(channels, out)
-        self.down = nn.ModuleList([_conv(out, inner), _conv(inner, inner, dilation=2), _conv(inner, inner, dilation=4)])
-        self.bottom = _conv(inner, inner, dilation=8)
+        self.enter = _build_conv(channels, out)
+        self.down = nn.ModuleList(
+            [_build_conv(out, inner), _build_conv(inner, inner, dilation=2), _build_conv(inner, inner, dilation=4)]
+        )
+        self.bottom = _build_conv(inner, inner, dilation=8)
         self.up = nn.ModuleList(
-            [_conv(2 * inner, inner, dilation=4), _conv(2 * inner, inner, dilation=2), _conv(2 * inner, out)]
+            [
+                _build_conv(2 * inner, inner, dilation=4),
+                _build_conv(2 * inner, inner, dilation=2),
+                _build_conv(2 * inner, out),
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,21 +111,21 @@ class DilatedU(nn.Module):
         return x + entered
 
 
-def _block(channels: int, stage: Stage) -> nn.Module:
+def _build_block(channels: int, stage: Stage) -> nn.Module:
     height, inner, out = stage
-    return ResidualU(channels, height, inner, out) if height else DilatedU(channels, inner, out)
+    return RSU(channels, height, inner, out) if height else RSU4F(channels, inner, out)
 
 
-def _conv(channels: int, out: int, dilation: int = 1) -> nn.Sequential:
+def _build_conv(channels: int, out: int, dilation: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out, 3, padding=dilation, dilation=dilation), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
     )
 
 
-def _halved(x: Tensor) -> Tensor:
+def _downsample(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2, stride=2, ceil_mode=True)
 
 
-def enlarged(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+def upsample_to(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """``x`` bilinearly resized to ``size``; itself where it has that size already."""
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)

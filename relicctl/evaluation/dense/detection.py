@@ -20,38 +20,46 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from relicctl.config.dense import DetectionConfig
-from relicctl.core.counted import Stream, counted_seed
+from relicctl.core.counted import Stream, derive_seed
 from relicctl.core.distributed import World
-from relicctl.core.models.resnet import ResNet, seeded
-from relicctl.data.images import BadImage
-from relicctl.evaluation.dense.average_precision import Found, average_precision
-from relicctl.evaluation.dense.boxes import BoxedImages, Boxes
-from relicctl.evaluation.dense.training import normalisation, prepared, sgd, spread, step_rate
+from relicctl.core.models.resnet import ResNet, fork_seeded_rng
+from relicctl.data.images import BadImageError
+from relicctl.evaluation.dense.average_precision import Detections, compute_average_precision
+from relicctl.evaluation.dense.boxes import Boxes, DetectionDataset
+from relicctl.evaluation.dense.training import (
+    build_sgd,
+    compute_multistep_lr,
+    get_normalization,
+    prepare_encoder,
+    wrap_ddp,
+)
 
-TESTED_AT_ONCE = 8
-RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+EVAL_BATCH_SIZE = 8
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
+PYRAMID_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
-Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+DetectionBatch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> FasterRCNN:
     """``classes`` are those of objects; the background comes on top. Keeps the encoder's modules, not copies."""
     head, images = config.head, config.images
-    depths = [getattr(encoder, stage)[-1] for stage in STAGES]
+    depths = [getattr(encoder, stage)[-1] for stage in PYRAMID_STAGES]
     channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in depths]
-    names = {stage: str(level) for level, stage in enumerate(STAGES)}
+    names = {stage: str(level) for level, stage in enumerate(PYRAMID_STAGES)}
     weights = encoder.state_dict()
     backbone = BackboneWithFPN(encoder, names, channels, head.channels)
     backbone.body.load_state_dict(weights, strict=True)  # the pyramid stands on all of the encoder and nothing else
-    mean, std = (t.flatten().tolist() for t in normalisation(encoder, torch.device("cpu")))
+    mean, std = (t.flatten().tolist() for t in get_normalization(encoder, torch.device("cpu")))
     return FasterRCNN(
         backbone,
         min_size=images.short,
         max_size=images.long,
         image_mean=mean,
         image_std=std,
-        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in head.anchors), (RATIOS,) * len(head.anchors)),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((side,) for side in head.anchors), (ANCHOR_RATIOS,) * len(head.anchors)
+        ),
         rpn_pre_nms_top_n_train=head.proposals_train,
         rpn_post_nms_top_n_train=head.proposals_train,
         rpn_pre_nms_top_n_test=head.proposals_test,
@@ -69,77 +77,80 @@ class DetectionTask:
         self, encoder: Any, classes: int, config: DetectionConfig, device: torch.device, precision: str, world: World
     ) -> None:
         self._schedule, self._seed, self._device, self._rank = config.optim, config.seed, device, world.rank
-        body = prepared(encoder, config.model, device, world)
-        with seeded(counted_seed(config.seed, Stream.INIT, 1)):
+        body = prepare_encoder(encoder, config.model, device, world)
+        with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, 1)):
             network = build_detector(body, classes, config)
-        self.state: FasterRCNN = network.to(device).train()
-        self._network = spread(self.state, world)
-        self.optimizer: torch.optim.Optimizer = sgd(self.state, config.optim)
+        self.model: FasterRCNN = network.to(device).train()
+        self._network = wrap_ddp(self.model, world)
+        self.optimizer: torch.optim.Optimizer = build_sgd(self.model, config.optim)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def compute_loss(self, batch: DetectionBatch, step: int) -> dict[str, Tensor]:
         """The sum of Faster R-CNN's four losses, and each."""
         images, targets = batch
-        with _drawn(counted_seed(self._seed, Stream.NEGATIVES, step, self._rank), self._device), self._autocast:
+        with _fork_rng(derive_seed(self._seed, Stream.NEGATIVES, step, self._rank), self._device), self._autocast:
             losses = self._network([image / 255 for image in images], targets)
         return {"loss": torch.stack([loss.float() for loss in losses.values()]).sum(), **losses}
 
-    def learning_rate(self, step: int) -> float:
-        return step_rate(step, self._schedule)
+    def get_learning_rate(self, step: int) -> float:
+        return compute_multistep_lr(step, self._schedule)
 
     def after_step(self, step: int) -> None:
         pass
 
-    def describe(self, step: int) -> dict[str, float]:
+    def compute_metrics(self, step: int) -> dict[str, float]:
         return {}
 
     @torch.no_grad()
-    def score(self, samples: BoxedImages, bad: dict[int, str]) -> dict[str, Any]:
+    def score(self, samples: DetectionDataset, bad: dict[int, str]) -> dict[str, Any]:
         """Average precision on ``samples``; images that cannot be decoded come into ``bad`` and do not count."""
-        self.state.eval()
-        found: dict[int, Found] = {}
-        for first in range(0, len(samples), TESTED_AT_ONCE):
+        self.model.eval()
+        detections: dict[int, Detections] = {}
+        for first in range(0, len(samples), EVAL_BATCH_SIZE):
             images, rows = [], []
-            for row in range(first, min(first + TESTED_AT_ONCE, len(samples))):
+            for row in range(first, min(first + EVAL_BATCH_SIZE, len(samples))):
                 try:
-                    images.append(_planes(samples.load(row)).to(self._device) / 255)
+                    images.append(_to_channels_first(samples.load(row)).to(self._device) / 255)
                     rows.append(row)
-                except BadImage as reason:
+                except BadImageError as reason:
                     bad[row] = reason.reason
             with self._autocast:
-                told = self.state(images) if images else []
-            for row, one in zip(rows, told, strict=True):
+                outputs = self.model(images) if images else []
+            for row, one in zip(rows, outputs, strict=True):
                 corners, scores, labels = (one[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
-                found[row] = Found(corners, scores, labels.astype(np.int64) - 1)
-        return average_precision(samples, found)
+                detections[row] = Detections(corners, scores, labels.astype(np.int64) - 1)
+        return compute_average_precision(samples, detections)
 
 
 @dataclass(frozen=True)
-class Flip:
+class DetectionTransform:
     """Perhaps flipped; boxes that are ignored are left out."""
 
     probability: float
 
     def __call__(self, image: np.ndarray, boxes: Boxes, uniform: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        kept = boxes[~boxes.ignored]
-        corners = kept.corners.copy()
+        targets = boxes[~boxes.ignored]
+        corners = targets.corners.copy()
         if uniform[0] < self.probability:
             image = image[:, ::-1].copy()
             corners[:, [0, 2]] = image.shape[1] - corners[:, [2, 0]]
         # 0 is torchvision's background
-        return _planes(image), {"boxes": torch.from_numpy(corners), "labels": torch.from_numpy(kept.labels + 1)}
+        return _to_channels_first(image), {
+            "boxes": torch.from_numpy(corners),
+            "labels": torch.from_numpy(targets.labels + 1),
+        }
 
 
-def listed(items: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
+def collate_detection(items: list[tuple[Tensor, dict[str, Tensor]]]) -> DetectionBatch:
     return [image for image, _ in items], [target for _, target in items]
 
 
-def _planes(image: np.ndarray) -> Tensor:
+def _to_channels_first(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
-def _drawn(seed: int, device: torch.device) -> Iterator[None]:
+def _fork_rng(seed: int, device: torch.device) -> Iterator[None]:
     """What is drawn within from torch's generators, the host's and the device's, is a function of ``seed``."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

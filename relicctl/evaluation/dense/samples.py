@@ -13,70 +13,73 @@ from typing import Any, Literal
 
 import numpy as np
 
-from relicctl.data.archives import Folder, Tar, open_container, refusing
-from relicctl.data.images import BadImage
-from relicctl.data.sources import Source
+from relicctl.data.archives import Folder, Tar, convert_os_errors, open_container
+from relicctl.data.images import BadImageError
+from relicctl.data.sources import ImageDataset
 from relicctl.errors import DataError
 
-Part = Literal["train", "val"]
-NAMES: dict[Part, tuple[str, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid", "validation")}
-MAX_TEXT = 2 << 30  # bytes; COCO's largest list has half a billion
+SplitName = Literal["train", "val"]
+SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train", "trainval"),
+    "val": ("val", "valid", "validation"),
+}
+MAX_TEXT_BYTES = 2 << 30  # bytes; COCO's largest list has half a billion
 
 
-class Samples(ABC):
+class DenseDataset(ABC):
     """``classes``: names of what ``target``'s numbers mean. Cheap to fork; safe to read from many threads."""
 
-    source: Source
+    source: ImageDataset
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def key(self, index: int) -> str:
-        return self.source.key(index)
+    def get_name(self, index: int) -> str:
+        return self.source.get_name(index)
 
     def load(self, index: int) -> np.ndarray:
         """The image, uint8 ``[H, W, 3]``. Raises BadImage."""
         return self.source.load(index)
 
     @abstractmethod
-    def target(self, index: int) -> Any:
+    def load_target(self, index: int) -> Any:
         """What is known of an image that ``load`` gives. Raises DataError."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """SHA-256 (hex) over the samples' names and sizes, and those of what is known of them."""
 
 
-class Remembered(Samples):
+class CachedDenseDataset(DenseDataset):
     """``samples``, decoded once and kept in memory, which forked workers share."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: DenseDataset) -> None:
         self.source, self.classes, self._samples = samples.source, samples.classes, samples
 
-        def decoded(index: int) -> tuple[np.ndarray | BadImage, Any]:
+        def load_sample(index: int) -> tuple[np.ndarray | BadImageError, Any]:
             try:
-                return samples.load(index), samples.target(index)
-            except BadImage as bad:
+                return samples.load(index), samples.load_target(index)
+            except BadImageError as bad:
                 return bad, None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._kept = list(pool.map(decoded, range(len(samples))))
+            self._cached = list(pool.map(load_sample, range(len(samples))))
 
     def load(self, index: int) -> np.ndarray:
-        image = self._kept[index][0]
-        if isinstance(image, BadImage):
+        image = self._cached[index][0]
+        if isinstance(image, BadImageError):
             raise image
         return image
 
-    def target(self, index: int) -> Any:
-        return self._kept[index][1]
+    def load_target(self, index: int) -> Any:
+        return self._cached[index][1]
 
-    def fingerprint(self) -> str:
-        return self._samples.fingerprint()
+    def compute_fingerprint(self) -> str:
+        return self._samples.compute_fingerprint()
 
 
-class Files:
+class FileReader:
     """Files of any kind in the folder or archive that ``spec`` names, as in data sources: PATH or PATH#FOLDER."""
 
     def __init__(self, spec: str) -> None:
@@ -91,27 +94,27 @@ class Files:
     def read(self, name: str) -> bytes | None:
         """The content of the file; None if there is none. Raises DataError for what cannot be read."""
         whole = posixpath.join(self._folder, name)
-        with refusing(self._path):
+        with convert_os_errors(self._path):
             if isinstance(self._container, Folder):
                 file = os.path.join(self._path, whole)
                 if not os.path.isfile(file):
                     return None
                 with open(file, "rb") as handle:
-                    return handle.read(MAX_TEXT)
+                    return handle.read(MAX_TEXT_BYTES)
             try:
-                return self._from_archive(whole)
+                return self._read_from_archive(whole)
             except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, EOFError) as reason:
                 raise DataError(f"{name} in {self._path} cannot be read ({reason}).", "Pack it again.") from None
 
-    def _from_archive(self, name: str) -> bytes | None:
+    def _read_from_archive(self, name: str) -> bytes | None:
         archive = self._archive
         if isinstance(archive, tarfile.TarFile):
             member = self._members.get(name)
             handle = archive.extractfile(member) if member is not None and member.isreg() else None
-            return None if handle is None else handle.read(MAX_TEXT)
+            return None if handle is None else handle.read(MAX_TEXT_BYTES)
         try:
             with archive.open(name) as handle:
-                return handle.read(MAX_TEXT)
+                return handle.read(MAX_TEXT_BYTES)
         except KeyError:
             return None
 
@@ -125,22 +128,22 @@ class Files:
         return {posixpath.normpath(member.name): member for member in self._archive.getmembers()}
 
 
-def inside(spec: str, folder: str) -> str:
+def join_spec(spec: str, folder: str) -> str:
     """What names ``folder`` within the data that ``spec`` names."""
     if not folder:
         return spec
     return f"{spec}{'/' if '#' in spec else '#'}{folder}"
 
 
-def lines(content: bytes) -> list[str]:
+def parse_first_words(content: bytes) -> list[str]:
     """The first word of every line that has one."""
     return [line.split()[0] for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
 
 
-def no_split(name: str, spec: str, part: Part, layouts: str) -> DataError:
+def make_missing_split_error(name: str, spec: str, part: SplitName, layouts: str) -> DataError:
     return DataError(f"{name} has no {part} split in {spec}.", f"Give {layouts}.")
 
 
-def shown(names: list[str]) -> str:
+def summarize_names(names: list[str]) -> str:
     """How many, and the first."""
     return f"{len(names)} ({names[0]} among them)" if len(names) > 1 else names[0]

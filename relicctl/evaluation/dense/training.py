@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.config.dense import DenseNetwork, Schedule
-from relicctl.core.batchnorm import synchronised
+from relicctl.config.dense import DenseEncoderConfig, DenseOptimConfig
+from relicctl.core.batchnorm import convert_sync_batchnorm
 from relicctl.core.distributed import World
 
 
-def step_rate(step: int, schedule: Schedule) -> float:
+def compute_multistep_lr(step: int, schedule: DenseOptimConfig) -> float:
     """Linear up to ``base_lr`` over the warm-up, then a tenth of it after each drop that is passed."""
-    passed = sum(step >= share * schedule.steps for share in schedule.drops)
+    drops = sum(step >= share * schedule.steps for share in schedule.drops)
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    return schedule.base_lr * warmup / 10**passed
+    return schedule.base_lr * warmup / 10**drops
 
 
-def sgd(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+def build_sgd(network: nn.Module, schedule: DenseOptimConfig) -> torch.optim.Optimizer:
     """Of all parameters that are trained."""
     return torch.optim.SGD(
         [p for p in network.parameters() if p.requires_grad], schedule.base_lr, schedule.momentum,
@@ -31,29 +31,29 @@ def sgd(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def prepared(encoder: Any, told: DenseNetwork, device: torch.device, world: World) -> Any:
+def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.device, world: World) -> Any:
     """A copy of ``encoder`` to be trained as ``told``; norms that are frozen never leave eval mode."""
-    encoder = copy.deepcopy(encoder).train().requires_grad_(not told.frozen)
-    if not (told.frozen or told.norm == "frozen"):
-        return synchronised(encoder, device) if world.size > 1 else encoder
+    encoder = copy.deepcopy(encoder).train().requires_grad_(not config.frozen)
+    if not (config.frozen or config.norm == "frozen"):
+        return convert_sync_batchnorm(encoder, device) if world.size > 1 else encoder
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):
-            _hold(module.requires_grad_(False))
+            _freeze_in_eval_mode(module.requires_grad_(False))
     return encoder
 
 
-def spread(network: nn.Module, world: World) -> nn.Module:
+def wrap_ddp(network: nn.Module, world: World) -> nn.Module:
     """``network`` with gradients that are the mean over all processes."""
     return DistributedDataParallel(network) if world.size > 1 else network
 
 
-def _hold(module: nn.Module) -> None:
+def _freeze_in_eval_mode(module: nn.Module) -> None:
     """Eval mode, whatever mode is set around it."""
     module.eval()
     vars(module)["train"] = lambda mode=True: module
 
 
-def normalisation(encoder: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def get_normalization(encoder: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``[3, 1, 1]`` of pixels in [0, 1] that the encoder was trained with."""
     mean, std = (torch.tensor(json.loads(encoder.metadata[name]), device=device) for name in ("mean", "std"))
     return mean.view(3, 1, 1), std.view(3, 1, 1)
