@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from relicctl.version import __version__
+
 __all__ = ["__version__", "load_encoder"]
 
 if TYPE_CHECKING:
-    from relicctl.encoder import load_encoder
+    from relicctl.encoders.file import load_encoder
 
 
 def __getattr__(name: str) -> Any:
     if name == "load_encoder":
-        from relicctl.encoder import load_encoder
+        from relicctl.encoders.file import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'relicctl' has no attribute {name!r}")

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples everywhere, however slow the machine; tests/bench/fuzz.py looks for new ones.
+from tests.helpers.runs import make_classifier, make_run  # noqa: F401 (fixtures)
+
+# The same examples everywhere, however slow the machine; benchmarks/fuzz.py looks for new ones.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 

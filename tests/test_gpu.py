@@ -12,12 +12,14 @@ from relicctl.config.resolve import resolve_config
 from relicctl.core.loop import record_nonfinite
 from relicctl.core.optim import LARS
 from relicctl.data import augment
-from relicctl.data.augment import AugmentConfig, apply_augmentations, draw_augment_params
-from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import Batch, CropSpec, ViewLoader, ViewSpec
+from relicctl.data.augment import apply_augmentations
+from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import ViewLoader
+from relicctl.data.photometric import AugmentConfig, draw_augment_params
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesDataset
-from relicctl.pretraining import PretrainTask
+from relicctl.data.views import Batch, CropSpec, ViewSpec
+from relicctl.pretraining.task import PretrainTask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from relicctl import __version__
 from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, train_bgmask, transfer
 from relicctl.errors import Terminated
+from relicctl.version import __version__
 
 # click's base of all wrong usage, wherever this typer keeps click
 _ClickUsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
 app = typer.Typer(
     name="relicctl",
     help="ReLICv2: image encoders trained without labels.",

@@ -36,8 +36,8 @@ def bench(
 ) -> None:
     """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command
+    from relicctl.config.pretrain import PretrainConfig
     from relicctl.config.resolve import resolve_config
-    from relicctl.config.schema import PretrainConfig
 
     options = {"data": data, "device": device, "workers": workers}
     resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)

@@ -33,8 +33,8 @@ def doctor(
 ) -> None:
     """Check this machine before a long run; prints ok, or the checks that fail (exit code 1)."""
     from relicctl.commands import doctor as command
+    from relicctl.config.pretrain import PretrainConfig
     from relicctl.config.resolve import resolve_config
-    from relicctl.config.schema import PretrainConfig
 
     options = {"device": device, "workers": workers}
     resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)

@@ -85,9 +85,9 @@ def linear_eval(
     from functools import partial
 
     from relicctl.commands import linear_eval as command
-    from relicctl.commands.options import LinearOptions
-    from relicctl.config.linear import LinearEvalConfig
+    from relicctl.config.linear_eval import LinearEvalConfig
     from relicctl.config.resolve import resolve_config
+    from relicctl.runs.resume import LinearOptions
 
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
     resolver = partial(resolve_config, preset, config, sets or (), options, schema=LinearEvalConfig)

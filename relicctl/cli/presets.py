@@ -19,7 +19,6 @@ Examples:
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-
 PresetName = Annotated[str, typer.Argument(metavar="NAME")]
 
 

@@ -78,17 +78,17 @@ def pretrain(
 ) -> None:
     """Train an encoder on images, without their labels; prints the run's folder."""
     with handle_early_interrupt():
-        from relicctl.commands.options import PretrainOptions
+        from relicctl.config.pretrain import PretrainConfig
         from relicctl.config.resolve import resolve_config
-        from relicctl.config.schema import PretrainConfig
+        from relicctl.runs.resume import PretrainOptions
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
     resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
     pretrain_options = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
     if dry_run:
-        from relicctl.commands import plan
+        from relicctl.pretraining import estimate
 
-        print_result(plan.format_pretrain_dry_run(resolved, pretrain_options))
+        print_result(estimate.format_pretrain_dry_run(resolved, pretrain_options))
         return
     with handle_early_interrupt():
         from relicctl.commands import pretrain as command

@@ -85,9 +85,9 @@ def train_bgmask(
 ) -> None:
     """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
     with handle_early_interrupt():
-        from relicctl.commands.options import BgmaskOptions
         from relicctl.config.bgmask import BgmaskConfig
         from relicctl.config.resolve import resolve_config
+        from relicctl.runs.resume import BgmaskOptions
 
     options = {
         "data": tuple(data) if data else None,
@@ -101,8 +101,8 @@ def train_bgmask(
     resolved = resolve_config(preset, config, sets or (), options, schema=BgmaskConfig)
     bgmask_options = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
     with handle_early_interrupt():
+        from relicctl.bgmask.dry_run import format_bgmask_dry_run
         from relicctl.commands import train_bgmask as command
-        from relicctl.commands.bgmask_job import format_bgmask_dry_run
 
         if dry_run:
             print_result(format_bgmask_dry_run(resolved, bgmask_options))

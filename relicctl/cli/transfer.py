@@ -91,9 +91,9 @@ def transfer(
     debug: Debug = False,
 ) -> None:
     """Compare encoders on other data sets; prints the folder of the results."""
-    from relicctl.commands.options import TransferOptions
-    from relicctl.commands.transfer_job import parse_named_data
+    from relicctl.commands.common import parse_named_data
     from relicctl.config.resolve import resolve_config
+    from relicctl.runs.resume import TransferOptions
 
     schema, run, format_dry_run = _get_task_command(task)
     options = {
@@ -126,11 +126,11 @@ def _get_task_command(task: str) -> tuple[Any, Any, Any]:
         from relicctl.config.transfer import TransferConfig
 
         return TransferConfig, command.transfer, command.format_transfer_dry_run
-    from relicctl.config.dense import DetectionConfig, SegmentationConfig
+    from relicctl.config.transfer import DetectionConfig, SegmentationConfig
 
     schemas = {"segmentation": SegmentationConfig, "detection": DetectionConfig}
     if task not in schemas:
         raise UsageError(f"There is no task {task!r}.", "Give --task classification, segmentation or detection.")
-    from relicctl.commands import transfer_dense
+    from relicctl.commands import transfer
 
-    return schemas[task], transfer_dense.transfer_dense, transfer_dense.format_dense_dry_run
+    return schemas[task], transfer.transfer_dense, transfer.format_dense_dry_run

@@ -9,30 +9,29 @@ from typing import Any
 
 import torch
 
-from relicctl.benchmark.host import measure_data_loading
-from relicctl.benchmark.limits import (
+from relicctl.benchmark.data_pipeline import GeneratedPhotos, measure_data_loading
+from relicctl.benchmark.hardware_limits import (
     count_flop_per_image,
     estimate_largest_batch,
     find_largest_fit,
     measure_matmul_peak,
     try_train_step,
 )
-from relicctl.benchmark.photos import GeneratedPhotos
-from relicctl.benchmark.step import measure_step_parts, measure_train_loop, summarize_step
-from relicctl.commands.common import resolve_device, resolve_num_workers
-from relicctl.commands.data import open_pretrain_data
-from relicctl.commands.pretrain import build_view_plan
+from relicctl.benchmark.train_step import measure_step_parts, measure_train_loop, summarize_step
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
-from relicctl.config.schema import PretrainConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
-from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import ViewLoader, resolve_cache
+from relicctl.core.hardware import format_bytes
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import ImageDataset
 from relicctl.errors import UsageError
-from relicctl.memory import check_step_memory, check_view_memory, format_bytes
-from relicctl.pretraining import PretrainTask, build_networks, resolve_compile, resolve_precision
+from relicctl.pretraining.data import build_view_plan, open_pretrain_data
+from relicctl.pretraining.estimate import check_step_memory, check_view_memory
+from relicctl.pretraining.task import PretrainTask, build_networks, resolve_compile, resolve_precision
+from relicctl.runs.distributed import resolve_device, resolve_num_workers
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # training images that generated data stand for
 MAX_STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench takes minutes

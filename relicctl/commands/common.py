@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from pathlib import Path
 
-import torch
-
-from relicctl.config.schema import RuntimeConfig
 from relicctl.errors import UsageError
+from relicctl.runs.resume import LinearOptions, TransferOptions
 
 
-def resolve_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def get_transfer_folder(options: TransferOptions) -> Path | None:
+    return Path(options.resume) if options.resume else options.out
 
 
-def resolve_num_workers(runtime: RuntimeConfig, device: torch.device, cache: str) -> int:
-    """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
-    if runtime.workers != "auto":
-        return runtime.workers
-    if device.type == "cpu":
-        return 1 if cache == "none" else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, (os.cpu_count() or 1) // processes))
+def parse_named_data(texts: tuple[str, ...]) -> dict[str, str] | None:
+    """NAME=DATA, split at the first "="; None for none."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, spec = text.partition("=")
+        if not (name and equals and spec):
+            raise UsageError(f"--data {text!r} is no NAME=DATA.", "Write it like --data dtd=dtd.zip.")
+        if name in found:
+            raise UsageError(f"--data {name} is given twice.", "Name every data set differently.")
+        found[name] = spec
+    return found or None
 
 
-def select_progress_metrics(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a log line that fit on one line of a terminal."""
-    shown: dict[str, Any] = {}
-    for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):
-        if name in figures:
-            shown[name] = figures[name]
-    if "images_per_s" in figures:
-        minutes, seconds = divmod(round(figures["eta_s"]), 60)
-        shown |= {
-            "images/s": figures["images_per_s"],
-            "data_wait": f"{figures['data_wait']:.1%}",
-            "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
-        }
-    return shown
+def get_linear_folder(options: LinearOptions) -> Path | None:
+    return Path(options.resume) if options.resume else options.out
+
+
+def parse_test_sets(texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=DATA, split at the first "="."""
+    tests: dict[str, str] = {}
+    for text in texts:
+        name, equals, spec = text.partition("=")
+        if not (name and equals and spec):
+            raise UsageError(f"--test {text!r} is no NAME=DATA.", "Write it like --test sketch=imagenet-sketch.tar.")
+        if name in tests:
+            raise UsageError(f"--test {name} is given twice.", "Name every test set differently.")
+        tests[name] = spec
+    return tests

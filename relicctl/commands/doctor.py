@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from relicctl.benchmark.photos import GeneratedPhotos
-from relicctl.commands.common import resolve_num_workers
+from relicctl.benchmark.data_pipeline import GeneratedPhotos
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
-from relicctl.data.sources import ImageDataset, open_dataset
-from relicctl.doctor import machine, trials
-from relicctl.doctor.check import CheckResult, run_check
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.open import open_dataset
+from relicctl.doctor import environment, smoke_tests
+from relicctl.doctor.environment import CheckResult, run_check
+from relicctl.runs.distributed import resolve_num_workers
 
 DEMO_DATA = "shapes:train=64"
 
@@ -25,28 +26,28 @@ def doctor(resolved: ResolvedConfig, data: str | None, *, quiet: bool, download:
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     workers = resolve_num_workers(config.runtime, device, "none")
-    usable = machine.count_usable_cores()
+    usable = environment.count_usable_cores()
     run_parent = Path("runs") if Path("runs").is_dir() else Path()
 
     def open_or_default(open_default: Callable[[], ImageDataset]) -> ImageDataset:
         return open_dataset(data, split="train", download=download) if data is not None else open_default()
 
     checks: dict[str, Callable[[], CheckResult]] = {
-        "python": machine.check_python,
-        "torch": machine.check_versions,
-        "cuda": lambda: machine.check_cuda(config.runtime.device),
-        "nccl": machine.check_nccl,
-        "bf16": lambda: machine.check_bf16(device, config.runtime.precision),
-        "cores": machine.check_cores,
-        "disk": lambda: machine.check_disk(run_parent.resolve(), config),
-        "shared-memory": lambda: machine.check_shared_memory(config, workers),
-        "memory": lambda: machine.check_preset_memory(config, device, wanted=resolved.preset is not None),
-        "files": machine.check_open_files,
-        "decoders": trials.check_decoders,
-        "loader": lambda: trials.check_loader(open_or_default(lambda: GeneratedPhotos(64)), config, usable),
-        "overfit": lambda: trials.check_overfit(open_or_default(lambda: open_dataset(DEMO_DATA)), device),
-        "processes": lambda: trials.check_processes(device),
-        "run-folder": lambda: trials.check_run_folder(run_parent.resolve()),
+        "python": environment.check_python,
+        "torch": environment.check_versions,
+        "cuda": lambda: environment.check_cuda(config.runtime.device),
+        "nccl": environment.check_nccl,
+        "bf16": lambda: environment.check_bf16(device, config.runtime.precision),
+        "cores": environment.check_cores,
+        "disk": lambda: environment.check_disk(run_parent.resolve(), config),
+        "shared-memory": lambda: environment.check_shared_memory(config, workers),
+        "memory": lambda: environment.check_preset_memory(config, device, wanted=resolved.preset is not None),
+        "files": environment.check_open_files,
+        "decoders": smoke_tests.check_decoders,
+        "loader": lambda: smoke_tests.check_loader(open_or_default(lambda: GeneratedPhotos(64)), config, usable),
+        "overfit": lambda: smoke_tests.check_overfit(open_or_default(lambda: open_dataset(DEMO_DATA)), device),
+        "processes": lambda: smoke_tests.check_processes(device),
+        "run-folder": lambda: smoke_tests.check_run_folder(run_parent.resolve()),
     }
     found = {name: run_check(check) for name, check in checks.items()}
     console.print_table(["check", "", "found"], [[name, f.state, f.message] for name, f in found.items()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from contextlib import redirect_stdout
@@ -15,13 +15,20 @@ from typing import Any
 from torch import Tensor
 
 from relicctl.console import Console
+from relicctl.encoders.resolve import ResolvedEncoder, open_deepmind_encoder, open_trained_encoder
 from relicctl.errors import RunFailed, UsageError
 from relicctl.export import native, onnx, timm, torchvision, transformers
 from relicctl.export.bundle import ExportBundle, load_head, to_symmetric_padding
-from relicctl.export.card import Verification, format_model_card
-from relicctl.export.place import check_output_free, hash_file, open_atomic_output
-from relicctl.export.verify import TOLERANCE, compute_max_difference, format_padding_change, sample_images
-from relicctl.reference import ResolvedEncoder, open_deepmind_encoder, open_trained_encoder
+from relicctl.export.model_card import Verification, format_model_card
+from relicctl.export.write import (
+    TOLERANCE,
+    check_output_free,
+    compute_max_difference,
+    format_padding_change,
+    hash_file,
+    open_atomic_output,
+    sample_images,
+)
 
 FORMATS: dict[str, ModuleType] = {
     "relicctl": native,

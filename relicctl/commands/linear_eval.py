@@ -5,40 +5,40 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from relicctl import __version__
-from relicctl.commands.linear_job import (
-    LinearJob,
-    open_linear_folder,
-    resolve_linear_job,
-    resume_linear_config,
-    save_linear_record,
-)
-from relicctl.commands.linear_study import LinearTrainer
-from relicctl.commands.options import LinearOptions
-from relicctl.commands.processes import open_distributed_session
-from relicctl.config.linear import LinearEvalConfig
-from relicctl.config.resolve import ResolvedConfig, dump_yaml
+from relicctl.commands.common import get_linear_folder, parse_test_sets
+from relicctl.config import yaml_io
+from relicctl.config.base import EncoderConfig
+from relicctl.config.linear_eval import LinearEvalConfig
+from relicctl.config.resolve import ResolvedConfig, dump_yaml, load_run_config
 from relicctl.console import Console
-from relicctl.core import checkpoint
-from relicctl.core.counted import Stream
+from relicctl.core import atomic_io
+from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import World
-from relicctl.data.sources import open_dataset
-from relicctl.evaluation import analysis, report
-from relicctl.evaluation.during import permutation
+from relicctl.core.hardware import pick_precision
+from relicctl.data.datasets.open import open_dataset
+from relicctl.data.loader import resolve_cache
+from relicctl.encoders.resolve import BASELINES, ResolvedEncoder, open_encoder, read_path_from_stdin
+from relicctl.errors import DataError, UsageError
+from relicctl.evaluation import cluster_analysis, reports
+from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
 from relicctl.evaluation.knn import TEMPERATURE, compute_knn_accuracy
-from relicctl.evaluation.labelled import LabelledDataset, match_classes, open_train_test
-from relicctl.evaluation.linear import LinearClassifier
-from relicctl.evaluation.look import ExtractedFeatures, FeatureExtractor
-from relicctl.evaluation.report import ClassificationMetrics
-from relicctl.reference import ResolvedEncoder
-from relicctl.runs import RunFolder
+from relicctl.evaluation.labelled_data import LabelledDataset, match_classes, open_train_test
+from relicctl.evaluation.linear import LinearClassifier, LinearTrainer
+from relicctl.evaluation.metrics import ClassificationMetrics
+from relicctl.runs import resume
+from relicctl.runs.distributed import open_distributed_session, open_linear_folder
+from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
+from relicctl.runs.resume import LinearOptions
+from relicctl.version import __version__
 
 
 def linear_eval(resolve_config: Callable[..., ResolvedConfig], options: LinearOptions) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def _run_linear_eval(
         save_classifier(run.path / "classifier.safetensors", linear, train_images.classes)
         run.write_json(run.results_path, results)
         title = f"{job.sources[0]}: top-1 {scores.top1:.3f} on {len(test_features.labels)} images"
-        report.plot_linear_results(run.path / "linear.png", scores, train_images.classes, choice, title)
-        report.print_linear_results(results, console)
+        reports.plot_linear_results(run.path / "linear.png", scores, train_images.classes, choice, title)
+        reports.print_linear_results(results, console)
         if choice and (text := choice.get_warning()):
             console.warn(text)
     if job.analysis:
@@ -189,7 +189,7 @@ def make_protocol_record(
 def save_classifier(path: Path, linear: LinearClassifier, classes: tuple[str, ...]) -> None:
     tensors = {"weight": linear.weight.cpu().contiguous(), "bias": linear.bias.cpu().contiguous()}
     metadata = {"format": "relicctl-classifier", "version": __version__, "classes": json.dumps(classes)}
-    checkpoint.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    atomic_io.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def run_cluster_analysis(
@@ -210,16 +210,138 @@ def run_cluster_analysis(
         features = FeatureExtractor(reference.encoder, config, device, run, console, world)(subset)
         labels = features.labels.cpu().numpy()
         if world.is_main:
-            analyses[source] = analysis.analyze_clusters(
+            analyses[source] = cluster_analysis.analyze_clusters(
                 features.features, features.labels, len(test.classes), config.seed
             )
     if not world.is_main:
         return
     records = {source: clusters.to_dict(test.classes, labels) for source, clusters in analyses.items()}
     run.write_json(run.path / "analysis.json", records)
-    analysis.plot_clusters(run.path / "analysis.png", analyses, test.classes, labels)
+    cluster_analysis.plot_clusters(run.path / "analysis.png", analyses, test.classes, labels)
     console.info("")
     console.print_table(
         [f"clusters of {len(labels)} images", "discriminant ratio", "distance to 5 nearest"],
         [[source, r["discriminant_ratio"], r["neighbour_distance"]] for source, r in records.items()],
     )
+
+
+LINEAR_MUTABLE_KEYS = ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data.")
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """What is evaluated; noted in config.yaml, so that ``--resume`` needs nothing else."""
+
+    sources: tuple[str, ...]
+    network: str
+    tests: dict[str, str]
+    analysis: bool
+
+
+def resume_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
+    """The config, that of the folder to go on with where there is one."""
+    if options.resume is None:
+        return resolved
+    out = get_linear_folder(options)
+    if out is None:
+        raise UsageError("--resume names no folder of results.", "Write --resume DIR.")
+    return resume.resume_config(resolved, out, LINEAR_MUTABLE_KEYS)
+
+
+def resolve_linear_job(
+    resolve_config: Callable[..., ResolvedConfig],
+    resolved: ResolvedConfig,
+    options: LinearOptions,
+    console: Console,
+    world: World,
+) -> tuple[LinearJob, ResolvedConfig, list[ResolvedEncoder], Path]:
+    """What is evaluated, how, and where the results go; refusals that need no data come here."""
+    out = get_linear_folder(options)
+    if options.resume is not None:
+        assert out is not None
+        job = load_linear_job(options, out)
+    else:
+        job = make_linear_job(options, world)
+        if out is not None:
+            check_overwrite(out, overwrite=options.overwrite)
+    if job.analysis:
+        cluster_analysis.check_sklearn()
+    config = resolved.config
+    references = [
+        open_encoder(
+            source,
+            network=job.network,
+            model=config.model,
+            size=config.eval.size,
+            seed=config.seed,
+            warn=console.warn,
+        )
+        for source in job.sources
+    ]
+    if options.resume is None and references[0].run is not None:
+        resolved = resolve_config(base=get_run_values(references[0].run, resolved))
+    out_path = world.broadcast_from_main(lambda: str(out or make_default_folder(references[0], job)))
+    return job, resolved, references, Path(out_path)
+
+
+def make_linear_job(options: LinearOptions, world: World) -> LinearJob:
+    if not options.sources:
+        raise UsageError("No encoder is named.", "Give a run, a file of weights, -, random or torchvision:NAME.")
+    if len(options.sources) > 1 and not options.analysis:
+        raise UsageError("Several encoders are compared only by --analysis.", "Add --analysis, or give one.")
+    sources = world.broadcast_from_main(
+        lambda: [read_path_from_stdin(source) for source in options.sources]
+    )  # one process reads stdin
+    return LinearJob(tuple(dict.fromkeys(sources)), options.network, parse_test_sets(options.tests), options.analysis)
+
+
+def load_linear_job(options: LinearOptions, out: Path) -> LinearJob:
+    """As noted at the start; further test sets and the analysis may be asked for later."""
+    record = yaml_io.load_mapping(out / "config.yaml")["run"]["job"]
+    sources = tuple(record["sources"])
+    if options.sources and options.sources != sources:
+        raise UsageError(f"{out} evaluates {sources[0]}, not {options.sources[0]}.", "Name no encoder with --resume.")
+    tests = record["tests"] | parse_test_sets(options.tests)
+    return LinearJob(sources, record["network"], tests, options.analysis or record["analysis"])
+
+
+def get_run_values(run: Path, resolved: ResolvedConfig) -> dict[str, Any]:
+    """What an encoder's run says about network and data; nothing of its data where others are given to train on."""
+    config = load_run_config(run / "config.yaml")
+    values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
+    if resolved.origin["data.train"] == "default":
+        values |= {f"data.{name}": getattr(config.data, name) for name in ("train", "val", "subset", "max_bad")}
+        values |= {"seed": config.seed, "eval.holdout": config.eval.holdout}
+    return values
+
+
+def make_default_folder(reference: ResolvedEncoder, job: LinearJob) -> Path:
+    """A new folder beside the encoder, or under runs/ for one that belongs to no run."""
+    kind = str(reference.path).partition(":")[0]
+    variant = kind if kind in BASELINES else job.network
+    return find_free_name(reference.run or Path("runs"), "linear-eval" + ("" if variant == "online" else f"-{variant}"))
+
+
+def save_linear_record(
+    run: RunFolder, config: LinearEvalConfig, job: LinearJob, train: LabelledDataset, device: torch.device
+) -> dict[str, Any]:
+    """What config.yaml says under ``run``: facts that a continuation must share. Written at the start."""
+    record: dict[str, Any] = {}
+    if run.config_path.is_file():
+        record = yaml_io.load_mapping(run.config_path)["run"]
+        if record["data_fingerprint"] != train.source.compute_fingerprint():
+            raise DataError(
+                f"The images are not those that {run.path} was started with.",
+                "Give --data the same images, or start another evaluation.",
+            )
+    imagenet = config.protocol == "imagenet"
+    record = {
+        "version": __version__,
+        "data_fingerprint": train.source.compute_fingerprint(),
+        "cache": resolve_cache(config.data.cache, train.source, device) if imagenet else None,
+        "precision": pick_precision(config.runtime.precision, device) if imagenet else "fp32",
+        **record,
+        "job": asdict(job) | {"sources": list(job.sources)},
+    }
+    run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+    return record

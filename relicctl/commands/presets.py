@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relicctl.config import plain_yaml
+from relicctl.config import yaml_io
 from relicctl.config.presets import find_preset, list_presets, read_preset, read_preset_header
 from relicctl.config.resolve import dump_yaml, resolve_config
 from relicctl.errors import UsageError
@@ -19,7 +19,7 @@ def format_preset_list() -> str:
 
 
 def _read_preset_command(name: str) -> str:
-    return str(plain_yaml.load_mapping(find_preset(name)).get("command", "pretrain"))
+    return str(yaml_io.load_mapping(find_preset(name)).get("command", "pretrain"))
 
 
 def format_preset(name: str) -> str:

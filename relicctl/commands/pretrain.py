@@ -10,33 +10,43 @@ from typing import Any
 import torch
 import yaml
 
-from relicctl import __version__
-from relicctl.commands.bad_pool import SharedBadImages
-from relicctl.commands.common import resolve_device, resolve_num_workers, select_progress_metrics
-from relicctl.commands.data import PretrainData, open_pretrain_data
-from relicctl.commands.masking import check_same_mask_bank, log_missing_masks, open_masking, resolve_bank_path
-from relicctl.commands.options import PretrainOptions
-from relicctl.commands.processes import load_newest_checkpoint
-from relicctl.commands.resuming import find_run_to_resume, read_resumable_record, resume_config
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
-from relicctl.config.schema import PretrainConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
-from relicctl.curves import plot_curves
-from relicctl.data.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
-from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import CropSpec, ViewLoader, ViewSpec, resolve_cache
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.sources import ImageDataset
-from relicctl.encoder import load_encoder, save_encoder
+from relicctl.encoders.file import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError
-from relicctl.evaluation.collapse import CollapseMonitor
-from relicctl.evaluation.during import OnlineEvaluator
-from relicctl.memory import check_step_memory, check_view_memory
-from relicctl.pretraining import PretrainTask, build_networks, resolve_precision
-from relicctl.runs import RunFolder, check_overwrite, find_free_name
+from relicctl.evaluation.online import CollapseMonitor
+from relicctl.pretraining.data import (
+    PretrainData,
+    build_evaluator,
+    build_view_plan,
+    check_same_images,
+    check_same_mask_bank,
+    log_missing_masks,
+    open_masking,
+    open_pretrain_data,
+    resolve_bank_path,
+)
+from relicctl.pretraining.estimate import check_step_memory, check_view_memory
+from relicctl.pretraining.task import PretrainTask, build_networks, resolve_precision
+from relicctl.runs.curves import plot_curves
+from relicctl.runs.distributed import (
+    SharedBadImages,
+    load_newest_checkpoint,
+    resolve_device,
+    resolve_num_workers,
+    select_progress_metrics,
+)
+from relicctl.runs.folder import RunFolder, check_outside_data, check_overwrite, find_free_name
+from relicctl.runs.resume import PretrainOptions, find_run_to_resume, read_resumable_record, resume_config
+from relicctl.version import __version__
 
 
 def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
@@ -185,28 +195,6 @@ def _run_pretrain(
     return {"run": str(run.path), **results}
 
 
-# The steps of the recipe.
-
-
-def build_evaluator(
-    config: PretrainConfig, data: PretrainData, device: torch.device, bad: BadImages, console: Console
-) -> OnlineEvaluator | None:
-    if not config.eval.every_epochs or data.val is None:
-        return None
-    if data.train.labels is None:
-        console.info("The training images have no labels: no kNN accuracy during this run, whatever --val has.")
-        return None
-    size = config.eval.size or config.views.large.size
-    return OnlineEvaluator(data.train, data.val, config.eval, size, config.seed, device, bad)
-
-
-def check_outside_data(out: Path, data: str | None) -> None:
-    """A run's pictures must not become training images of its continuation."""
-    folder = Path((data or "").partition("#")[0])
-    if data and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")
-
-
 def check_batch_split(config: PretrainConfig, world: World) -> None:
     """Raises UsageError if the batch cannot be split over the processes, or a process's share into microbatches."""
     first, last = world.get_local_rows(config.optim.batch_size)
@@ -215,14 +203,6 @@ def check_batch_split(config: PretrainConfig, world: World) -> None:
         raise UsageError(
             f"optim.microbatch {microbatch} does not divide the {last - first} images of a process.",
             "Choose one that does, or another number of processes.",
-        )
-
-
-def check_same_images(images: ImageDataset, world: World) -> None:
-    """Raises DataError if the processes see different images under the same numbers."""
-    if world.size > 1 and len(set(world.all_gather_object(images.compute_fingerprint()))) > 1:
-        raise DataError(
-            f"The processes see different images at {images.spec}.", "Give all hosts the same data at this path."
         )
 
 
@@ -348,14 +328,3 @@ def print_accuracy(results: dict[str, Any], console: Console) -> None:
         if results[key] is not None
     ]
     console.print_table(["held-out accuracy", ""], rows)
-
-
-# Small decisions.
-
-
-def build_view_plan(config: PretrainConfig) -> ViewSpec:
-    views = config.views
-    sizes = [CropSpec(views.large.count, views.large.size, views.large.area)]
-    if views.small.count:
-        sizes.append(CropSpec(views.small.count, views.small.size, views.small.area))
-    return ViewSpec(tuple(sizes), views.aspect, AugmentConfig(**views.photometric.model_dump()))

@@ -9,26 +9,19 @@ from typing import Any
 import torch
 import yaml
 
-from relicctl import __version__
-from relicctl.commands.bgmask_job import (
-    check_training_memory,
-    count_training_steps,
-    make_bgmask_record,
-    open_bgmask_data,
-    resolve_bgmask_run,
-    resume_bgmask_record,
-)
-from relicctl.commands.bgmask_work import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
-from relicctl.commands.options import BgmaskOptions
-from relicctl.commands.pretrain import check_outside_data
-from relicctl.commands.processes import open_distributed_session, open_on_main
+from relicctl.bgmask.data import make_bgmask_record, open_bgmask_data, resolve_bgmask_run, resume_bgmask_record
+from relicctl.bgmask.dry_run import check_training_memory, count_training_steps
+from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
+from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.console import Console
 from relicctl.core.distributed import World
-from relicctl.data.masks import MaskBank
-from relicctl.runs import RunFolder, check_overwrite, find_free_name
-from relicctl.saliency.nets import SALIENCY_FILE_NAME, init_saliency_net
+from relicctl.data.mask_bank import MaskBank
+from relicctl.runs.distributed import open_distributed_session, open_on_main
+from relicctl.runs.folder import RunFolder, check_outside_data, check_overwrite, find_free_name
+from relicctl.runs.resume import BgmaskOptions
+from relicctl.version import __version__
 
 
 def train_bgmask(resolved: ResolvedConfig, options: BgmaskOptions) -> dict[str, Any]:

@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from relicctl import __version__
-from relicctl.commands.options import TransferOptions
-from relicctl.commands.processes import open_distributed_session
-from relicctl.commands.transfer_job import (
-    TransferJob,
-    close_with_resume_hint,
-    format_labels,
-    make_transfer_record,
-    open_encoders,
-    open_transfer_folder,
-    resolve_transfer_job,
-    resume_transfer_config,
-)
-from relicctl.commands.transfer_tuning import GridSearch
-from relicctl.config.resolve import ResolvedConfig, dump_yaml
-from relicctl.config.transfer import TransferConfig
+from relicctl.commands.common import get_transfer_folder
+from relicctl.config import yaml_io
+from relicctl.config.resolve import ResolvedConfig, dump_yaml, resolve_from_run
+from relicctl.config.transfer import DetectionConfig, TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
-from relicctl.core.hardware import pick_precision
-from relicctl.errors import UsageError
-from relicctl.evaluation import chart, protocols
-from relicctl.evaluation.kept import compute_encoder_hash, load_or_extract
-from relicctl.evaluation.labelled import LabelledDataset
-from relicctl.evaluation.look import FeatureExtractor
-from relicctl.evaluation.metrics import DATASET_METRICS
-from relicctl.evaluation.parts import Split, TransferDataset, open_transfer_dataset, split_trainval
-from relicctl.evaluation.protocols import LabelledFeatures, ProtocolResult
-from relicctl.reference import ResolvedEncoder
-from relicctl.runs import RunFolder
-
-FROZEN_PROTOCOLS: dict[str, Callable[..., ProtocolResult]] = {
-    "logistic": protocols.evaluate_logistic,
-    "knn": protocols.evaluate_knn,
-}
-
-
-@dataclass(frozen=True)
-class LoadedEncoder:
-    """An encoder as it looks at images; ``hash`` tells it from any other."""
-
-    name: str
-    extractor: FeatureExtractor
-    hash: str
+from relicctl.encoders.resolve import TransferJob, open_encoders, read_path_from_stdin
+from relicctl.errors import Interrupted, Terminated, UsageError
+from relicctl.evaluation import reports
+from relicctl.evaluation.dense.detection import check_pycocotools
+from relicctl.evaluation.dense.transfer import DENSE_TASKS, DenseTrainer, load_dense_encoders, make_dense_data_record
+from relicctl.evaluation.labelled_data import check_label_subset
+from relicctl.evaluation.transfer import (
+    check_finetune_batch,
+    check_unique_encoders,
+    evaluate_cell,
+    format_sampling_notes,
+    make_data_record,
+    make_loaded_encoder,
+    open_transfer_datasets,
+    resolve_metric,
+    warn_unknown_datasets,
+)
+from relicctl.evaluation.transfer_data import split_trainval
+from relicctl.runs.distributed import open_distributed_session, open_on_main
+from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
+from relicctl.runs.resume import TransferOptions
+from relicctl.version import __version__
 
 
 def transfer(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, Any]:
@@ -96,7 +82,7 @@ def _run_transfer(
         ]
         results = {
             "cells": cells,
-            "relative": chart.list_relative_improvements(cells, job.encoders, job.baselines),
+            "relative": reports.list_relative_improvements(cells, job.encoders, job.baselines),
             "encoders": {
                 s.name: {"sha256": s.hash, "size": s.extractor.size, "crop_ratio": s.extractor.crop_ratio}
                 for s in encoders
@@ -118,206 +104,14 @@ def format_transfer_dry_run(resolved: ResolvedConfig, options: TransferOptions) 
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
-# The steps of the recipe.
-
-
-def open_transfer_datasets(
-    config: TransferConfig, options: TransferOptions, console: Console, world: World
-) -> list[TransferDataset]:
-    def open_datasets() -> list[TransferDataset]:
-        data_config = config.data
-        return [
-            open_transfer_dataset(
-                name, spec, download=options.download, warn=console.warn, test=data_config.test_split.get(name, "test"),
-                draw=data_config.draw.get(name, ()), seed=config.seed,
-            )
-            for name, spec in data_config.sets.items()
-        ]  # fmt: skip
-
-    if options.download and world.size > 1:
-        world.broadcast_from_main(lambda: len(open_datasets()))  # one process fetches
-    return open_datasets()
-
-
-def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:
-    """Of what the command line tells of data sets that are none: a slip of the pen would go unseen."""
-    data_config = resolved.config.data
-    for name, keys in (
-        ("metrics", data_config.metrics),
-        ("draw", data_config.draw),
-        ("test_split", data_config.test_split),
-    ):
-        if resolved.origin[f"data.{name}"] == "--set":
-            for unknown in sorted(keys.keys() - data_config.sets.keys()):
-                console.warn(
-                    f"data.{name} speaks of {unknown}, which is none of the data ({', '.join(data_config.sets)})"
-                )
-
-
-def resolve_metric(data: TransferDataset, config: TransferConfig) -> str:
-    """Raises UsageError for one that images with any number of classes do not have."""
-    metric = config.data.metrics.get(data.name)
-    if data.trainval.labels.ndim == 1:
-        return metric or DATASET_METRICS.get(data.name, "top1")
-    if metric not in (None, "map11"):
-        raise UsageError(
-            f"{metric} means nothing on {data.name}, whose images have any number of classes.",
-            "Take it out of data.metrics: map11 is measured.",
-        )
-    return "map11"
-
-
-def check_finetune_batch(division: Split, batch_size: int, world: World) -> None:
-    """UsageError if a batch, which takes all images where there are fewer, cannot be split over the processes."""
-    for images in (len(division.train), len(division.train) + len(division.val)):
-        world.get_local_rows(min(batch_size, images), "finetune.batch_size")
-
-
-def make_loaded_encoder(
-    name: str,
-    reference: ResolvedEncoder,
-    config: Any,
-    device: torch.device,
-    run: RunFolder,
-    console: Console,
-    world: World,
-) -> LoadedEncoder:
-    extractor = FeatureExtractor(reference.encoder, config, device, run, console, world)
-    return LoadedEncoder(name, extractor, compute_encoder_hash(extractor.encoder, extractor.size, extractor.crop_ratio))
-
-
-def check_unique_encoders(encoders: list[LoadedEncoder]) -> None:
-    first_names: dict[str, str] = {}
-    for encoder in encoders:
-        if encoder.hash in first_names:
-            raise UsageError(
-                f"{first_names[encoder.hash]} and {encoder.name} are the same encoder.", "Leave one of them out."
-            )
-        first_names[encoder.hash] = encoder.name
-
-
-def evaluate_cell(
-    encoder: LoadedEncoder,
-    data: TransferDataset,
-    protocol: str,
-    labels: str,
-    config: TransferConfig,
-    run: RunFolder,
-    console: Console,
-) -> dict[str, Any]:
-    """One figure of the table, from its file if it was finished before; the same on every process."""
-    world = encoder.extractor.world
-    division = split_trainval(data, labels, config.data.holdout, config.seed)
-    metric = resolve_metric(data, config)
-    settings = getattr(config, protocol).model_dump()
-    if protocol == "finetune":  # alone in training a network
-        settings["precision"] = pick_precision(config.runtime.precision, encoder.extractor.device)
-    key = compute_digest(
-        encoder.hash, data.trainval.source.compute_fingerprint(), data.test.source.compute_fingerprint(),
-        data.trainval.source.spec,
-        division.train.tolist(), division.val.tolist(), protocol, settings, metric, config.seed, __version__,
-    )  # fmt: skip
-    path = run.path / "cells" / f"{key}.json"
-    title = f"{encoder.name} on {data.name}, {protocol}, {labels} labels"
-    finished = world.broadcast_from_main(lambda: json.loads(path.read_text("utf-8")) if path.is_file() else None)
-    if finished:
-        return finished | {"encoder": encoder.name, "data": data.name, "labels": labels}
-    console.info(title)
-    if protocol == "finetune":
-        grid_search = GridSearch(encoder.extractor, config, run.path / "finetune" / key, run.path, console)
-        outcome, images = grid_search(data, division, metric), count_images(division, data)
-    else:
-        outcome, images = evaluate_frozen(encoder, data, division, protocol, settings, metric, run)
-    for text in outcome.warnings:
-        console.warn(f"{title}: {text}")
-    content = {
-        "encoder": encoder.name, "data": data.name, "protocol": protocol, "labels": labels, "metric": metric,
-        "value": outcome.value, "chosen": outcome.best_params, "validation": division.val_source,
-        "images": images, "warnings": outcome.warnings, "tried": outcome.candidates,
-    }  # fmt: skip
-    run.write_json(path, content)
-    console.info(f"{title}: {metric} {outcome.value:.3f}")
-    return content
-
-
-def evaluate_frozen(
-    encoder: LoadedEncoder,
-    data: TransferDataset,
-    division: Split,
-    protocol: str,
-    settings: dict[str, Any],
-    metric: str,
-    run: RunFolder,
-) -> tuple[ProtocolResult, dict[str, int]]:
-    """By frozen features, without the images that could not be read, and how many were; the main process judges."""
-    trainval = load_or_extract_features(encoder, data.trainval, "known", run)
-    test = load_or_extract_features(encoder, data.test, "test", run)
-
-    def run_protocol() -> dict[str, Any]:
-        assert trainval is not None
-        assert test is not None
-        examples, rows = trainval
-        train, val = (np.flatnonzero(np.isin(rows, part)) for part in (division.train, division.val))
-        trainval_rows = np.sort(np.concatenate([train, val]))
-        outcome = FROZEN_PROTOCOLS[protocol](
-            examples.select_rows(train),
-            examples.select_rows(val),
-            examples.select_rows(trainval_rows),
-            test[0],
-            metric=metric,
-            classes=len(data.trainval.classes),
-            **settings,
-        )
-        return {
-            "outcome": asdict(outcome),
-            "images": {"fit": len(train), "validation": len(val), "test": len(test[1])},
-        }
-
-    result = encoder.extractor.world.broadcast_from_main(run_protocol)
-    return ProtocolResult(**result["outcome"]), result["images"]
-
-
-def count_images(division: Split, data: TransferDataset) -> dict[str, int]:
-    return {"fit": len(division.train), "validation": len(division.val), "test": len(data.test.labels)}
-
-
-def load_or_extract_features(
-    encoder: LoadedEncoder, images: LabelledDataset, part: str, run: RunFolder
-) -> tuple[LabelledFeatures, np.ndarray] | None:
-    """Of all images that can be read, and their rows in ``images``: for the main process; None for the others."""
-    name = compute_digest(encoder.hash, part, images.source.spec, images.source.compute_fingerprint())
-
-    def extract_all() -> tuple[torch.Tensor, np.ndarray]:
-        extracted = encoder.extractor(images)
-        return extracted.features, extracted.rows
-
-    loaded = load_or_extract(
-        run.path / "features" / f"{name}.safetensors", encoder.extractor.device, extract_all, encoder.extractor.world
-    )
-    if loaded is None:
-        return None
-    features, rows = loaded
-    return LabelledFeatures(features, torch.from_numpy(images.labels[rows]).to(features.device)), rows
-
-
-def format_sampling_notes(config: TransferConfig) -> list[str]:
-    """Of data without splits, what says that a figure is of our draw and of no published list."""
-    return [
-        f"{name}: {train} images of each class to learn from and {test[0] if test else 'all others'} to test on, "
-        f"drawn by seed {config.seed}"
-        for name, (train, *test) in config.data.draw.items()
-        if name in config.data.sets
-    ]
-
-
 def report_transfer(
     cells: list[dict[str, Any]], job: TransferJob, run: RunFolder, console: Console, notes: list[str]
 ) -> None:
     """The table on stderr and as table.md with ``notes`` and more, and the chart."""
-    header, rows = chart.build_transfer_table(cells, job.encoders, job.baselines)
+    header, rows = reports.build_transfer_table(cells, job.encoders, job.baselines)
     console.info("")
     console.print_table(header, rows)
-    names = chart.shorten_encoder_names(job.encoders)
+    names = reports.shorten_encoder_names(job.encoders)
     notes = notes + [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
     notes += list(dict.fromkeys(f"{c['data']}, {c['labels']} labels: chosen on {c['validation']}" for c in cells))
     notes += [
@@ -325,18 +119,138 @@ def report_transfer(
         for c in cells
         for text in c["warnings"]
     ]
-    run.write_text(run.path / "table.md", chart.format_markdown(header, rows, notes))
-    chart.plot_transfer_chart(run.path / "chart.png", cells, job.encoders, job.baselines)
+    run.write_text(run.path / "table.md", reports.format_markdown(header, rows, notes))
+    reports.plot_transfer_chart(run.path / "chart.png", cells, job.encoders, job.baselines)
 
 
-def make_data_record(data: TransferDataset, config: TransferConfig) -> dict[str, Any]:
-    val = len(data.trainval.labels) - data.num_train
+def resume_transfer_config(resolved: ResolvedConfig, options: TransferOptions) -> ResolvedConfig:
+    """The config, that of the folder to go on with where there is one."""
+    if options.resume is None:
+        return resolved
+    out = get_transfer_folder(options)
+    if out is None or not (out / "config.yaml").is_file():
+        raise UsageError(f"--resume names no folder of results{f': {out}' * bool(out)}.", "Write --resume DIR.")
+    return resolve_from_run(resolved, out / "config.yaml")
+
+
+def resolve_transfer_job(config: Any, options: TransferOptions, world: World) -> tuple[TransferJob, Path]:
+    """Which encoders, and where the results go; refusals that need no data come here."""
+    sources = world.broadcast_from_main(
+        lambda: [read_path_from_stdin(source) for source in options.sources]
+    )  # one process reads stdin
+    job, out = TransferJob(tuple(sources), options.baselines, options.network), get_transfer_folder(options)
+    if options.resume is not None:
+        assert out is not None
+        before = yaml_io.load_mapping(out / "config.yaml")["run"]["job"]
+        if job.network not in ("online", before["network"]):
+            raise UsageError(
+                f"{out} looks at the {before['network']} networks, not the {job.network} ones.", "Choose another --out."
+            )
+        job = TransferJob(
+            job.sources or tuple(before["sources"]), job.baselines or tuple(before["baselines"]), before["network"]
+        )
+    elif out is not None:
+        check_overwrite(out, overwrite=options.overwrite)
+    if not job.sources:
+        raise UsageError("No encoder is named.", "Give runs, files of weights, -, random or torchvision:NAME.")
+    duplicates = [name for number, name in enumerate(job.encoders) if name in job.encoders[:number]]
+    if duplicates:
+        raise UsageError(f"The encoder {duplicates[0]} is named twice.", "Name every encoder once, baselines included.")
+    if not config.data.sets:
+        raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
+    for labels in getattr(config, "labels", ()):  # dense tasks take all
+        check_label_subset(format_labels(labels))
+    return job, Path(world.broadcast_from_main(lambda: str(out or find_free_name(Path("runs"), "transfer"))))
+
+
+def open_transfer_folder(out: Path, options: TransferOptions, config: Any, world: World) -> RunFolder:
+    keep = config.checkpoint.keep
+    if options.resume is not None:
+        return open_on_main(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
+    return open_on_main(world, lambda: RunFolder.create(out, overwrite=options.overwrite, keep=keep), out, keep)
+
+
+@contextmanager
+def close_with_resume_hint(run: RunFolder, options: str = "") -> Iterator[RunFolder]:
+    """Close the folder after the block, and where a signal ended it, say how to go on."""
+    try:
+        yield run
+    except (KeyboardInterrupt, Terminated) as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        command = f"relicctl transfer {options}--resume {shlex.quote(str(run.path))}"
+        raise Interrupted("Stopped; finished cells are saved.", f"Go on with: {command}", signum) from None
+    finally:
+        run.close()
+
+
+def make_transfer_record(job: TransferJob) -> dict[str, Any]:
     return {
-        "source": config.data.sets[data.name], "classes": len(data.trainval.classes),
-        "train": data.num_train, "val": val or None, "test": len(data.test.labels),
-        "draw": config.data.draw.get(data.name),
-    }  # fmt: skip
+        "version": __version__,
+        "job": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(job).items()},
+    }
 
 
-def compute_digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+def format_labels(labels: str | float) -> str:
+    return labels if isinstance(labels, str) else f"{labels:g}"
+
+
+def transfer_dense(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, Any]:
+    """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
+    if isinstance(resolved.config, DetectionConfig):
+        check_pycocotools()
+    resolved = resume_transfer_config(resolved, options)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
+        return _run_dense_transfer(resolved.config, options, device, console, world)
+
+
+def _run_dense_transfer(
+    config: Any, options: TransferOptions, device: torch.device, console: Console, world: World
+) -> dict[str, Any]:
+    task_spec = DENSE_TASKS[type(config)]
+    job, out = resolve_transfer_job(config, options, world)
+    encoders = load_dense_encoders(job, config, console)
+    sets = {name: task_spec.open_splits(name, spec, config, console) for name, spec in config.data.sets.items()}
+    with close_with_resume_hint(open_transfer_folder(out, options, config, world), f"--task {task_spec.name} ") as run:
+        run.write_text(
+            run.config_path, dump_yaml(config) + yaml.safe_dump({"run": make_transfer_record(job)}, sort_keys=False)
+        )
+        trainer = DenseTrainer(task_spec, config, device, run, console, world)
+        cells = [trainer.evaluate_cell(learner, name, *parts) for name, parts in sets.items() for learner in encoders]
+        results = {
+            "cells": cells,
+            "relative": reports.list_relative_improvements(cells, job.encoders, job.baselines),
+            "encoders": {learner.name: {"sha256": learner.hash} for learner in encoders},
+            "baselines": list(job.baselines),
+            "data": {name: make_dense_data_record(config.data.sets[name], *parts) for name, parts in sets.items()},
+            "version": __version__,
+        }
+        run.write_json(run.results_path, results)
+        if world.is_main:
+            report_dense_transfer(cells, job, config, run, console)
+    return {"run": str(run.path), **results}
+
+
+def format_dense_dry_run(resolved: ResolvedConfig, options: TransferOptions) -> str:
+    """The resolved config and where each value comes from."""
+    resolved = resume_transfer_config(resolved, options)
+    resolve_transfer_job(resolved.config, options, World())
+    return dump_yaml(resolved.config, resolved.origin).rstrip()
+
+
+def report_dense_transfer(
+    cells: list[dict[str, Any]], job: TransferJob, config: Any, run: RunFolder, console: Console
+) -> None:
+    """The table on stderr and as table.md, and the chart."""
+    header, rows = reports.build_transfer_table(cells, job.encoders, job.baselines)
+    console.info("")
+    console.print_table(header, rows)
+    names = reports.shorten_encoder_names(job.encoders)
+    notes = [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
+    notes.append("the encoder is frozen" if config.model.frozen else "the encoder is fine-tuned")
+    notes.append(f"{config.optim.steps} steps of {config.optim.batch_size} images; tested on val after the last")
+    for cell in cells:
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in cell["figures"].items() if isinstance(v, float))
+        first, last = cell["loss"]
+        notes.append(f"{cell['encoder']} on {cell['data']}: {figures}; loss {first:.3f} at first, {last:.3f} at last")
+    run.write_text(run.path / "table.md", reports.format_markdown(header, rows, notes))
+    reports.plot_transfer_chart(run.path / "chart.png", cells, job.encoders, job.baselines)

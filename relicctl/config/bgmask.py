@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from relicctl.config.schema import (
+from relicctl.config.base import (
     Aspect,
     CheckpointConfig,
     Fraction,

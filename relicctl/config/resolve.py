@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
-from relicctl.config import plain_yaml
+from relicctl.config import yaml_io
+from relicctl.config.base import Section
 from relicctl.config.bgmask import BgmaskConfig
-from relicctl.config.dense import DetectionConfig, SegmentationConfig
-from relicctl.config.linear import LinearEvalConfig
+from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.config.presets import find_preset
-from relicctl.config.schema import PretrainConfig, Section
-from relicctl.config.transfer import TransferConfig
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.config.transfer import DetectionConfig, SegmentationConfig, TransferConfig
 from relicctl.errors import UsageError
 
 SCHEMAS: dict[str, type[Section]] = {
@@ -34,7 +34,6 @@ SCHEMAS: dict[str, type[Section]] = {
     "transfer --task segmentation": SegmentationConfig,
     "transfer --task detection": DetectionConfig,
 }
-
 OPTION_KEYS = {
     "data": "data.train",
     "sets": "data.sets",  # the --data NAME=DATA of transfer
@@ -54,6 +53,7 @@ OPTION_KEYS = {
 _OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"},
 }
+
 # Keys that an objective or a protocol never reads: refused in --set, where they would be ignored in silence.
 _UNUSED_KEYS = {
     "byol": ("loss.",),
@@ -62,6 +62,7 @@ _UNUSED_KEYS = {
     "fast": ("crop.", "data.cache", "runtime.precision"),
 }
 _MASK_KEYS = ("bgmask.probability", "bgmask.fill", "bgmask.limits")
+
 # What an option says beside its own key.
 _IMPLIED_VALUES = {"bgmask": ("bgmask.source", "bank")}
 
@@ -129,7 +130,7 @@ def resolve_config(
     """
     contents = _load_preset_layers(preset) if preset is not None else []
     if config_file is not None:
-        content = _drop_run_record(plain_yaml.load_mapping(config_file))
+        content = _drop_run_record(yaml_io.load_mapping(config_file))
         if (parent := content.pop("extends", None)) is not None:
             if preset is not None:
                 raise UsageError(f"{config_file} already extends preset {parent}.", "Leave out --preset.")
@@ -153,7 +154,7 @@ def resolve_config(
 
 def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:
     """The config of an earlier run, with what the user gave by file, --set or option on top of it."""
-    content = _drop_run_record(plain_yaml.load_mapping(run_config))
+    content = _drop_run_record(yaml_io.load_mapping(run_config))
     layers = _ConfigLayers(_find_schema([(str(run_config), content)], type(resolved.config)))
     layers.set_values(content, "run")
     given = flatten(resolved.config.model_dump(), schema=layers.schema)
@@ -180,7 +181,7 @@ def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
                 walk(value, f"{prefix}{name}.", indent + "  ")
             else:
                 comment = f"# from {origin[prefix + name]}" if origin else ""
-                lines.append((f"{indent}{name}: {plain_yaml.dump_value(value)}", comment))
+                lines.append((f"{indent}{name}: {yaml_io.dump_value(value)}", comment))
 
     walk(config.model_dump(), "", "")
     column = min(46, max(len(line) for line, _ in lines))
@@ -219,7 +220,7 @@ def get_command(schema: type[Section]) -> str:
 
 def _load_preset_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     """What a preset says, after what it extends: pairs of origin and content."""
-    content = plain_yaml.load_mapping(find_preset(name))
+    content = yaml_io.load_mapping(find_preset(name))
     parent = content.pop("extends", None)
     return [*(_load_preset_layers(str(parent)) if parent is not None else []), (f"preset {name}", content)]
 
@@ -257,7 +258,7 @@ def _parse_assignment(text: str, schema: type[Section]) -> tuple[str, Any]:
     if name in get_config_fields(schema) and get_config_fields(schema)[name].annotation == str | None:
         return name, None if value in ("null", "") else value
     try:
-        return name, plain_yaml.parse_yaml(value)
+        return name, yaml_io.parse_yaml(value)
     except YAMLError:
         return name, value  # the schema says what is allowed instead
 
@@ -283,7 +284,7 @@ def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Secti
         )
         field = get_config_fields(schema)[name]
         raise UsageError(
-            f"{name} cannot be {plain_yaml.dump_value(values[name])[:80]} (from {origin[name]}).",
+            f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]}).",
             f"Give {format_allowed_values(name, schema)}: {field.description}.",
         ) from None
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CGROUP = Path("/sys/fs/cgroup")  # of the container that this is, if it is one
 
@@ -67,3 +69,20 @@ def _is_amd_cpu() -> bool:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+
+
+def count_elements(tensors: Iterable[Tensor]) -> int:
+    """Numbers in all of them together."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.3g} GiB" if size < 1000 else f"{size:,.0f} GiB"
+
+
+GIB = 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relicctl.core.counted import Stream, draw_uniform
+from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.errors import UsageError
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,3 +62,65 @@ def _compute_ap11(scores: Tensor, truth: Tensor) -> float:
     best = precision.flip(0).cummax(0).values.flip(0)  # at or beyond
     first = [torch.searchsorted(10 * hits, tenth * hits[-1]) for tenth in range(11)]  # in whole numbers: exact
     return best[torch.stack(first)].mean().item()
+
+
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """``confusion``: int64 ``[C, C]``, how many images of class (row) were told to be class (column)."""
+
+    top1: float
+    top5: float
+    confusion: np.ndarray
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, labels: Tensor) -> ClassificationMetrics:
+        """Logits ``[N, C]``, labels int64 ``[N]``. With fewer than five classes the fifth guess is the last."""
+        classes = logits.shape[1]
+        guesses = logits.topk(min(5, classes), dim=1).indices
+        right = guesses == labels[:, None]
+        pairs = torch.bincount(labels * classes + guesses[:, 0], minlength=classes**2)
+        return cls(
+            right[:, 0].double().mean().item(),
+            right.any(1).double().mean().item(),
+            pairs.view(classes, classes).cpu().numpy(),
+        )
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """int64 ``[C]``: how many there were of each class."""
+        return self.confusion.sum(1)
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """float64 ``[C]``: the share of each class told rightly; NaN where it has no image."""
+        with np.errstate(invalid="ignore"):
+            return self.confusion.diagonal() / self.class_counts
+
+    @property
+    def mean_per_class(self) -> float:
+        return float(np.nanmean(self.class_accuracy))
+
+    def to_dict(self) -> dict[str, float]:
+        return {"top1": self.top1, "top5": self.top5, "mean_per_class": self.mean_per_class}
+
+    def get_class_metrics(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Per class: its images, and the share told rightly (None without images)."""
+        rows = zip(names, self.class_counts.tolist(), self.class_accuracy.tolist(), strict=True)
+        return {name: {"images": count, "top1": share if count else None} for name, count, share in rows}
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """``value`` on the test images; what was ``chosen``, and each candidate's value on validation, ``candidates``."""
+
+    value: float
+    best_params: dict[str, float]
+    candidates: list[dict[str, float]]
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_best_candidate(candidates: list[dict[str, float]]) -> dict[str, float]:
+    """The candidate with the highest ``value``; of several the middle one, as they were tried."""
+    highest = max(candidate["value"] for candidate in candidates)
+    equal = [candidate for candidate in candidates if candidate["value"] == highest]
+    return equal[(len(equal) - 1) // 2]

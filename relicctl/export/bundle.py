@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
-from relicctl.core.models.resnet import ARCHITECTURES, BasicBlock, ResNet, build_encoder
 from relicctl.errors import UsageError
+from relicctl.models.resnet import ARCHITECTURES, ResNet, build_encoder
 
 
 class EncoderOutputs(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from relicctl.encoder import load_encoder, save_encoder
+from relicctl.encoders.file import load_encoder, save_encoder
 from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
 KEEPS_SAME_PADDING = True

@@ -24,7 +24,6 @@ IS_FOLDER = True
 WEIGHTS_FILE = "model.safetensors"
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("timm",)
-
 _BYOB_STEMS = {"imagenet": ("7x7", "maxpool", "stem.conv1"), "stride2": ("3x3", "", "stem")}
 _BYOB_CONVOLUTIONS = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}
 

@@ -22,7 +22,6 @@ IS_FOLDER = True
 WEIGHTS_FILE = "model.safetensors"
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("transformers",)
-
 _BICUBIC = 3  # Pillow's number
 
 

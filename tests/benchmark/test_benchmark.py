@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.benchmark.limits import count_flop_per_image, estimate_largest_batch, find_largest_fit
-from relicctl.benchmark.photos import NUM_DISTINCT, GeneratedPhotos
-from relicctl.benchmark.step import summarize_step
-from relicctl.benchmark.timing import LapTimer, summarize_timings
+from relicctl.benchmark.data_pipeline import NUM_DISTINCT, GeneratedPhotos
+from relicctl.benchmark.hardware_limits import count_flop_per_image, estimate_largest_batch, find_largest_fit
+from relicctl.benchmark.train_step import LapTimer, summarize_step, summarize_timings
 from relicctl.config.resolve import resolve_config
-from relicctl.memory import estimate_step_memory
-from relicctl.pretraining import build_networks
+from relicctl.pretraining.estimate import estimate_step_memory
+from relicctl.pretraining.task import build_networks
 
 CPU = torch.device("cpu")
 
@@ -50,7 +49,7 @@ def test_computing_twice_to_save_memory_counts_once():
 
 
 def test_the_largest_batch_just_fits(monkeypatch):
-    monkeypatch.setattr("relicctl.benchmark.limits.get_free_memory", lambda device: 4 * 2**30)
+    monkeypatch.setattr("relicctl.benchmark.hardware_limits.get_free_memory", lambda device: 4 * 2**30)
     config = resolve_config(sets=["model.arch=resnet18", "optim.batch_size=16"]).config
     largest = estimate_largest_batch(config, 10, "fp32", CPU)
     with torch.device("meta"):
@@ -64,7 +63,7 @@ def test_the_largest_batch_just_fits(monkeypatch):
 
 
 def test_nothing_fits_where_the_weights_do_not(monkeypatch):
-    monkeypatch.setattr("relicctl.benchmark.limits.get_free_memory", lambda device: 2**20)
+    monkeypatch.setattr("relicctl.benchmark.hardware_limits.get_free_memory", lambda device: 2**20)
     assert estimate_largest_batch(resolve_config().config, 10, "fp32", CPU) == 0
 
 

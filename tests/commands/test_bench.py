@@ -28,7 +28,7 @@ PROMISED = {
 @pytest.fixture(scope="module", autouse=True)
 def _small_matrices():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relicctl.benchmark.limits.MATMUL_SIZE", {"cpu": 64})
+        patch.setattr("relicctl.benchmark.hardware_limits.MATMUL_SIZE", {"cpu": 64})
         yield
 
 

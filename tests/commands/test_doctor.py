@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from relicctl.benchmark.photos import GeneratedPhotos
+from relicctl.benchmark.data_pipeline import GeneratedPhotos
 from relicctl.cli import run as relicctl
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import resolve_config
-from relicctl.config.schema import PretrainConfig
-from relicctl.data.sources import open_dataset
-from relicctl.doctor import machine, trials
-from relicctl.doctor.check import CheckResult, fail, ok, run_check, warn
+from relicctl.data.datasets.open import open_dataset
+from relicctl.doctor import environment, smoke_tests
+from relicctl.doctor.environment import CheckResult, fail, ok, run_check, warn
 from relicctl.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -41,8 +41,8 @@ def config() -> PretrainConfig:
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """No check does anything, and all is well."""
     for module, names in (
-        (machine, "python versions cuda nccl bf16 cores disk shared_memory preset_memory open_files"),
-        (trials, "decoders loader overfit processes run_folder"),
+        (environment, "python versions cuda nccl bf16 cores disk shared_memory preset_memory open_files"),
+        (smoke_tests, "decoders loader overfit processes run_folder"),
     ):
         for name in names.split():
             monkeypatch.setattr(module, f"check_{name}", lambda *told, **more: ok("well"))
@@ -61,7 +61,7 @@ def test_a_sound_machine(sound: None, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_warning_is_no_failure(
     sound: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "check_open_files", lambda: warn("few files.", "ulimit -n 65536."))
+    monkeypatch.setattr(environment, "check_open_files", lambda: warn("few files.", "ulimit -n 65536."))
     assert relicctl(["doctor"]) == 0
     said = capsys.readouterr()
     assert said.out == "ok\n"
@@ -72,8 +72,8 @@ def test_what_fails_is_named(sound: None, monkeypatch: pytest.MonkeyPatch, capsy
     def broken() -> CheckResult:
         raise UsageError("It is broken.", "Mend it.")
 
-    monkeypatch.setattr(trials, "check_decoders", broken)
-    monkeypatch.setattr(machine, "check_disk", lambda *told: fail("full.", "Make room."))
+    monkeypatch.setattr(smoke_tests, "check_decoders", broken)
+    monkeypatch.setattr(environment, "check_disk", lambda *told: fail("full.", "Make room."))
     assert relicctl(["doctor"]) == 1
     said = capsys.readouterr()
     assert said.out == "disk decoders\n"
@@ -113,14 +113,14 @@ def test_an_error_nobody_expected_is_a_failure() -> None:
 
 
 def test_this_machine_runs_its_own_tests() -> None:
-    assert machine.check_versions().state == "ok"
-    assert machine.check_bf16(CPU, "auto").state == "ok"
-    assert machine.check_python().state == "ok"
+    assert environment.check_versions().state == "ok"
+    assert environment.check_bf16(CPU, "auto").state == "ok"
+    assert environment.check_python().state == "ok"
 
 
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.torch, "__version__", "2.10.1+cpu")
-    found = machine.check_versions()
+    monkeypatch.setattr(environment.torch, "__version__", "2.10.1+cpu")
+    found = environment.check_versions()
     assert (found.state, "torch>=2.11" in found.fix) == ("fail", True)
 
 
@@ -138,18 +138,18 @@ def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_is_not_used_is_told(
     monkeypatch: pytest.MonkeyPatch, built: str | None, driver: str, wanted: str, state: str
 ) -> None:
-    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine.torch.version, "cuda", built)
-    monkeypatch.setattr(machine, "_read_driver_version", lambda: driver)
-    found = machine.check_cuda(wanted)
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(environment.torch.version, "cuda", built)
+    monkeypatch.setattr(environment, "_read_driver_version", lambda: driver)
+    found = environment.check_cuda(wanted)
     assert found.state == state
     assert bool(found.fix) == (state != "ok")
 
 
 def test_wrong_bf16_fails_where_it_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "measure_bf16_error", lambda device: math.inf)
-    assert machine.check_bf16(CPU, "bf16").state == "fail"
-    assert machine.check_bf16(CPU, "fp32").state == "warn"
+    monkeypatch.setattr(environment, "measure_bf16_error", lambda device: math.inf)
+    assert environment.check_bf16(CPU, "bf16").state == "fail"
+    assert environment.check_bf16(CPU, "fp32").state == "warn"
 
 
 def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch
         return linear(x, *more) * (torch.nan if torch.is_autocast_enabled("cpu") else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spoilt)
-    assert machine.measure_bf16_error(CPU) > 1e30
+    assert environment.measure_bf16_error(CPU) > 1e30
 
 
 @pytest.mark.parametrize(
@@ -176,63 +176,63 @@ def test_a_nan_in_bf16_is_an_error_without_bound(monkeypatch: pytest.MonkeyPatch
 def test_cores_are_those_of_the_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float
 ) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: set(range(8)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert machine.count_usable_cores(tmp_path) == cores
+    assert environment.count_usable_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize(("threads", "load", "state"), [(2, 0.5, "ok"), (8, 0.5, "warn"), (2, 9.0, "warn")])
 def test_more_threads_or_load_than_cores(
     monkeypatch: pytest.MonkeyPatch, threads: int, load: float, state: str
 ) -> None:
-    monkeypatch.setattr(machine, "count_usable_cores", lambda: 2.0)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, load, load))
-    assert machine.check_cores().state == state
+    monkeypatch.setattr(environment, "count_usable_cores", lambda: 2.0)
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(environment.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (load, load, load))
+    assert environment.check_cores().state == state
 
 
 def test_the_disk_must_hold_the_checkpoints(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = machine.compute_checkpoint_bytes(config)
+    need = environment.compute_checkpoint_bytes(config)
     for free, state in ((need - 1, "fail"), (2 * need, "warn"), (3 * need, "ok")):
-        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
-        assert machine.check_disk(tmp_path, config).state == state
+        monkeypatch.setattr(environment.shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
+        assert environment.check_disk(tmp_path, config).state == state
 
 
 def test_checkpoints_are_as_large_as_foreseen(config: PretrainConfig, tmp_path: Path) -> None:
     from relicctl.core.loop import TrainState, snapshot_state
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     task = PretrainTask(config, classes=1, steps_per_epoch=1, total_steps=1, device=CPU, precision="fp32")
     tensors, _ = snapshot_state(task, TrainState())
     size = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("mean", "var", "tracked")))
     momentum = 4 * sum(p.numel() for p in task.model.online.parameters())  # which the first step makes
-    assert machine.compute_checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
+    assert environment.compute_checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
 
 
 def test_shared_memory_must_hold_what_workers_make(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     per_image = 3 * (4 * 32**2 + 2 * 16**2)
-    assert machine.compute_prefetch_bytes(config, 3) == 3 * 4 * 64 * per_image
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
-    assert machine.check_shared_memory(config, 2, tmp_path).state == "ok"
-    found = machine.check_shared_memory(config, 100, tmp_path)
+    assert environment.compute_prefetch_bytes(config, 3) == 3 * 4 * 64 * per_image
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: Usage(0, 0, 64 << 20))
+    assert environment.check_shared_memory(config, 2, tmp_path).state == "ok"
+    found = environment.check_shared_memory(config, 100, tmp_path)
     assert found.state == "fail"
     assert "--shm-size" in found.fix
-    assert machine.check_shared_memory(config, 2, tmp_path / "none").state == "warn"
+    assert environment.check_shared_memory(config, 2, tmp_path / "none").state == "warn"
 
 
 @pytest.mark.parametrize(
     ("limit", "state"), [((256, 4096), "warn"), ((20000, 20000), "ok"), ((resource.RLIM_INFINITY,) * 2, "ok")]
 )
 def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], state: str) -> None:
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: limit)
-    found = machine.check_open_files()
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda which: limit)
+    found = environment.check_open_files()
     assert found.state == state
     assert ("ulimit -n 4096" in found.fix) == (state == "warn")
 
@@ -241,67 +241,67 @@ def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[i
 
 
 def test_photos_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trials.check_decoders().state == "ok"
-    decode = trials.decode_rgb
-    monkeypatch.setattr(trials, "decode_rgb", lambda data: decode(data)[..., ::-1])  # blue and red swapped
-    assert trials.check_decoders().state == "fail"
+    assert smoke_tests.check_decoders().state == "ok"
+    decode = smoke_tests.decode_rgb
+    monkeypatch.setattr(smoke_tests, "decode_rgb", lambda data: decode(data)[..., ::-1])  # blue and red swapped
+    assert smoke_tests.check_decoders().state == "fail"
 
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds spent waiting, as this machine is not to be asked how busy it is."""
     seconds = [0.0]
-    monkeypatch.setattr(trials, "measure_blocked_seconds", lambda: seconds[0])
+    monkeypatch.setattr(smoke_tests, "measure_blocked_seconds", lambda: seconds[0])
     return seconds
 
 
 @pytest.mark.usefixtures("waited")
 def test_the_loader_is_timed(config: PretrainConfig) -> None:
-    found = trials.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0)
+    found = smoke_tests.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0)
     assert found.state == "ok"
     assert "with 2 cores" in found.message
 
 
 def test_a_slow_host_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "measure_data_loading", lambda *told, repeats: {"all": {"median": 10.0}})
-    assert trials.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
+    monkeypatch.setattr(smoke_tests, "measure_data_loading", lambda *told, repeats: {"all": {"median": 10.0}})
+    assert smoke_tests.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
 
 
 def test_broken_images_are_told(config: PretrainConfig, tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"no image")
-    found = trials.check_loader(open_dataset(str(tmp_path)), config, 1.0)
+    found = smoke_tests.check_loader(open_dataset(str(tmp_path)), config, 1.0)
     assert found.state == "warn"
     assert found.message.startswith("1 of 3 images cannot be decoded")
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"no image")
-    assert trials.check_loader(open_dataset(str(tmp_path)), config, 1.0).state == "fail"
+    assert smoke_tests.check_loader(open_dataset(str(tmp_path)), config, 1.0).state == "fail"
 
 
 def test_one_batch_is_learnt_by_heart() -> None:
-    found = trials.check_overfit(open_dataset("shapes:train=64"), CPU)
+    found = smoke_tests.check_overfit(open_dataset("shapes:train=64"), CPU)
     assert found.state == "ok", found.message
 
 
 @pytest.mark.parametrize("fault", ["no gradient", "NaN"])
 def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    loss = trials.PretrainTask.compute_loss
+    loss = smoke_tests.PretrainTask.compute_loss
     factor = 0.0 if fault == "no gradient" else math.nan
 
     def spoilt(self: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
         true = loss(self, batch, step)["loss"]
         return {"loss": true.detach() + factor * true}
 
-    monkeypatch.setattr(trials.PretrainTask, "compute_loss", spoilt)
-    monkeypatch.setattr(trials, "OVERFIT_STEPS", 10)
-    assert trials.check_overfit(open_dataset("shapes:train=64"), CPU).state == "fail"
+    monkeypatch.setattr(smoke_tests.PretrainTask, "compute_loss", spoilt)
+    monkeypatch.setattr(smoke_tests, "OVERFIT_STEPS", 10)
+    assert smoke_tests.check_overfit(open_dataset("shapes:train=64"), CPU).state == "fail"
 
 
 @pytest.mark.slow
 def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "PROCESSES_TIMEOUT", 600)  # a busy machine is no failure
-    assert trials.check_processes(CPU).state == "ok"
+    monkeypatch.setattr(smoke_tests, "PROCESSES_TIMEOUT", 600)  # a busy machine is no failure
+    assert smoke_tests.check_processes(CPU).state == "ok"
 
 
 def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,44 +309,44 @@ def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -
         return lambda *told, **more: SimpleNamespace(returncode=code, stderr=stderr)
 
     def hangs(command: list[str], **more: Any) -> Any:
-        raise trials.subprocess.TimeoutExpired(command, more["timeout"])
+        raise smoke_tests.subprocess.TimeoutExpired(command, more["timeout"])
 
-    monkeypatch.setattr(trials.subprocess, "run", ended(1, "trace\nno route to host"))
-    assert "no route to host" in trials.check_processes(CPU).message
-    monkeypatch.setattr(trials.subprocess, "run", hangs)
-    assert trials.check_processes(CPU).state == "fail"
+    monkeypatch.setattr(smoke_tests.subprocess, "run", ended(1, "trace\nno route to host"))
+    assert "no route to host" in smoke_tests.check_processes(CPU).message
+    monkeypatch.setattr(smoke_tests.subprocess, "run", hangs)
+    assert smoke_tests.check_processes(CPU).state == "fail"
 
 
 def test_a_run_folder_is_tried_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trials.check_run_folder(tmp_path).state in ("ok", "warn")  # the disk may be slow
+    assert smoke_tests.check_run_folder(tmp_path).state in ("ok", "warn")  # the disk may be slow
     assert list(tmp_path.iterdir()) == []
-    load = trials.checkpoint.load_checkpoint
+    load = smoke_tests.checkpoint.load_checkpoint
 
     def flipped(path: Path) -> Any:
         tensors, header = load(path)
         return {name: t + 1 for name, t in tensors.items()}, header
 
-    monkeypatch.setattr(trials.checkpoint, "load_checkpoint", flipped)
-    assert trials.check_run_folder(tmp_path).state == "fail"
+    monkeypatch.setattr(smoke_tests.checkpoint, "load_checkpoint", flipped)
+    assert smoke_tests.check_run_folder(tmp_path).state == "fail"
 
 
 def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials.os, "access", lambda path, mode: False)
-    assert trials.check_run_folder(tmp_path).state == "fail"
+    monkeypatch.setattr(smoke_tests.os, "access", lambda path, mode: False)
+    assert smoke_tests.check_run_folder(tmp_path).state == "fail"
 
 
 def test_a_step_that_does_not_fit_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "get_free_memory", lambda device: 1 << 40)
-    assert machine.check_preset_memory(config, CPU).state == "ok"
-    monkeypatch.setattr(machine, "get_free_memory", lambda device: 1 << 20)
-    found = machine.check_preset_memory(config, CPU)
+    monkeypatch.setattr(environment, "get_free_memory", lambda device: 1 << 40)
+    assert environment.check_preset_memory(config, CPU).state == "ok"
+    monkeypatch.setattr(environment, "get_free_memory", lambda device: 1 << 20)
+    found = environment.check_preset_memory(config, CPU)
     assert found.state == "warn"
     assert "optim.batch_size" in found.fix
 
 
 def test_a_slow_disk_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
     photos = GeneratedPhotos(8)
-    assert trials.check_loader(photos, config, 1).state == "ok"
+    assert smoke_tests.check_loader(photos, config, 1).state == "ok"
     read = photos.read
 
     def slowly(index: int) -> bytes:
@@ -354,6 +354,6 @@ def test_a_slow_disk_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyP
         return read(index)
 
     monkeypatch.setattr(photos, "read", slowly)
-    found = trials.check_loader(photos, config, 1)
+    found = smoke_tests.check_loader(photos, config, 1)
     assert found.state == "warn"
     assert "waited" in found.message

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from relicctl import load_encoder
 from relicctl.commands import export as command
 from relicctl.commands.export import export
+from relicctl.encoders.file import load_encoder
+from relicctl.encoders.resolve import open_trained_encoder
 from relicctl.errors import RunFailed, UsageError
 from relicctl.export import torchvision
 from relicctl.export.bundle import EncoderOutputs
-from relicctl.export.verify import compute_max_difference
-from relicctl.reference import open_trained_encoder
+from relicctl.export.write import compute_max_difference
 
 
 @pytest.fixture

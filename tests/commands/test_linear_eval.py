@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from relicctl import load_encoder
 from relicctl.cli import run as relicctl
-from relicctl.commands import linear_job as command
-from relicctl.data.sources import open_dataset
+from relicctl.commands import linear_eval as command
+from relicctl.data.datasets.open import open_dataset
+from relicctl.encoders.file import load_encoder
 from relicctl.export.bundle import load_head
 
 DATA = "shapes:size=16,train=80,val=40"

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ports import free_ports
 from safetensors.torch import load_file
 
 from relicctl.cli import run as relicctl
 from relicctl.core import checkpoint
+from tests.helpers.ports import free_ports
 
 TINY = """
 model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
@@ -500,7 +500,7 @@ def test_two_runs_cannot_write_into_one_folder(tiny, tmp_path, capsys):
 
 def hold(run: Path, ready, done) -> None:
     """Lock the folder, as a run that has a data worker."""
-    from relicctl.runs import RunFolder
+    from relicctl.runs.folder import RunFolder
 
     folder = RunFolder.reopen(run, keep=2)
     if os.fork() == 0:

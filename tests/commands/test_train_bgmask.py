@@ -13,24 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade_runs import lively_encoder
 from PIL import Image
 from safetensors.torch import load_file
 
+from relicctl.bgmask import images as saliency_photos
+from relicctl.bgmask import prior_cache, self_training
+from relicctl.bgmask.data import SyntheticGroundTruth
+from relicctl.bgmask.evaluate import METRICS
+from relicctl.bgmask.network import load_saliency_net
+from relicctl.bgmask.prior_cache import PriorCache
+from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.cli import run as relicctl
-from relicctl.data import masks
-from relicctl.data.masks import MaskBank, MaskBankWriter
-from relicctl.data.sources import open_dataset
-from relicctl.encoder import save_encoder
+from relicctl.data import mask_bank
+from relicctl.data.datasets.open import open_dataset
+from relicctl.data.mask_bank import MaskBank, MaskBankWriter
+from relicctl.encoders.file import save_encoder
 from relicctl.errors import Terminated
-from relicctl.runs import RunFolder
-from relicctl.saliency import photos as saliency_photos
-from relicctl.saliency import prior_store, recipe
-from relicctl.saliency.measures import METRICS
-from relicctl.saliency.nets import load_saliency_net
-from relicctl.saliency.prior_store import PriorCache
-from relicctl.saliency.priors import PRIOR_NAMES
-from relicctl.saliency.truth import SyntheticGroundTruth
+from relicctl.runs.folder import RunFolder
+from tests.helpers.runs import lively_encoder
 
 TINY = """
 model: {{arch: resnet, size: 32, encoder: {encoder}}}
@@ -186,7 +186,7 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
         asked.append(bool(inside))
         return right(self, index)
 
-    from relicctl.saliency.stages import StageTable
+    from relicctl.bgmask.evaluate import StageTable
 
     measuring = StageTable.add_stage
 
@@ -212,7 +212,7 @@ def test_without_hints_priors_are_made_for_labels_alone(tiny, tmp_path, whole, m
         raise AssertionError("priors were made for a network that takes none")
 
     monkeypatch.setattr(saliency_photos, "compute_prior_maps", refuse)
-    monkeypatch.setattr(recipe, "build_prior_channels", refuse)
+    monkeypatch.setattr(self_training, "build_prior_channels", refuse)
     assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL) == 0
     assert_same(whole, tmp_path / "run")
     assert "hints" not in load_saliency_net(whole).metadata
@@ -276,7 +276,7 @@ def kill_after(calls: int, owner: Any, name: str) -> Callable[[], None]:
     """When ``owner.name`` has returned so many times."""
 
     def prepare() -> None:
-        masks.FLUSH_EVERY = 2
+        mask_bank.FLUSH_EVERY = 2
         wrapped, left = getattr(owner, name), [calls]
 
         def call(*args: Any, **named: Any) -> Any:
@@ -293,9 +293,9 @@ def kill_after(calls: int, owner: Any, name: str) -> Callable[[], None]:
 
 MOMENTS = {
     "priors": (1, PriorCache, "_write"),
-    "first labels": (1, recipe, "fuse_priors"),
+    "first labels": (1, self_training, "fuse_priors"),
     "a round's steps": (2, RunFolder, "save"),
-    "a round's end": (4, recipe.checkpoint, "save_checkpoint"),
+    "a round's end": (4, self_training.checkpoint, "save_checkpoint"),
     "the final network's steps": (5, RunFolder, "save"),
     "masks": (7, MaskBankWriter, "write_mask"),
     "the sheet": (1, MaskBankWriter, "close"),
@@ -342,7 +342,11 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tiny, tmp_path, whole, monkeypa
 
     run = tmp_path / "run"
     arguments = ["--config", str(tiny), "--out", str(run), "--eval-data", EVAL]
-    for owner, name in ((prior_store, "_write_at"), (recipe.checkpoint, "save_file"), (MaskBankWriter, "_write")):
+    for owner, name in (
+        (prior_cache, "_write_at"),
+        (self_training.checkpoint, "save_file"),
+        (MaskBankWriter, "_write"),
+    ):
         with monkeypatch.context() as broken:
             broken.setattr(owner, name, full)
             assert relicctl(["train-bgmask", "--quiet", *arguments]) == 1, name

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handmade_runs import lively_encoder
-from handmade_voc import write_voc
 from PIL import Image
 
 from relicctl.cli import run as relicctl
-from relicctl.commands import transfer as command
 from relicctl.config.resolve import resolve_config
-from relicctl.encoder import save_encoder
+from relicctl.encoders.file import save_encoder
 from relicctl.errors import Terminated
-from relicctl.evaluation import kept as keeping
-from relicctl.evaluation import logistic
+from relicctl.evaluation import features as keeping
+from relicctl.evaluation import logistic_regression
+from relicctl.evaluation import transfer as command
 from relicctl.evaluation.metrics import DATASET_METRICS
+from tests.helpers.runs import lively_encoder
+from tests.helpers.voc import write_voc
 
 DATA = "shapes:size=16,train=120,val=60"
 FAST = """
@@ -143,7 +143,7 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders,
 
 
 def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp_path, monkeypatch):
-    from relicctl.commands import transfer_tuning as tuning
+    from relicctl.evaluation import finetune as tuning
 
     told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune"]
     assert compare("whole", *told) == 0
@@ -164,7 +164,7 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp
 
 def test_more_data_or_protocols_keep_what_is_there(encoders, compare, tmp_path, monkeypatch):
     assert compare("out", encoders[0], "--data", f"one={DATA}") == 0
-    monkeypatch.setattr(logistic, "fit_logistic_regression", None)
+    monkeypatch.setattr(logistic_regression, "fit_logistic_regression", None)
     more = [*PROTOCOLS[:2], "--resume", str(tmp_path / "out")]
     assert relicctl(["transfer", *more, "--quiet"]) == 0
     assert [c["protocol"] for c in results(tmp_path / "out")["cells"]] == ["logistic", "knn"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handmade_runs import lively_encoder
 from PIL import Image
 
 from relicctl.cli import run as relicctl
-from relicctl.encoder import save_encoder
+from relicctl.encoders.file import save_encoder
 from relicctl.evaluation.dense.detection import DetectionTask
 from relicctl.evaluation.dense.segmentation import SegmentationTask
+from tests.helpers.runs import lively_encoder
 
 DATA = "shapes:size=32,train=16,val=10"
 COMMON = """

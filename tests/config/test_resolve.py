@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relicctl.config.plain_yaml import load_mapping, parse_yaml
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import (
     dump_yaml,
     flatten,
@@ -21,7 +21,7 @@ from relicctl.config.resolve import (
     resolve_config,
     resolve_from_run,
 )
-from relicctl.config.schema import PretrainConfig
+from relicctl.config.yaml_io import load_mapping, parse_yaml
 from relicctl.errors import UsageError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import flatten, get_config_fields
-from relicctl.config.schema import PretrainConfig
 from relicctl.errors import UsageError
 
 # The names that pipelines rely on.

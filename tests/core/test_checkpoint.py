@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from relicctl.core import checkpoint
+from relicctl.core import atomic_io, checkpoint
 from relicctl.core.checkpoint import BrokenCheckpoint
 from relicctl.errors import RunFailed
 
@@ -101,7 +101,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, half)
+        atomic_io.write_atomically(path, half)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

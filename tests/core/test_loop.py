@@ -13,13 +13,14 @@ from relicctl.config.resolve import resolve_config
 from relicctl.core import loop
 from relicctl.core.distributed import World
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
-from relicctl.data.augment import AugmentConfig
-from relicctl.data.bad_images import BadImages
-from relicctl.data.feed import CropSpec, ViewLoader, ViewSpec
+from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import ViewLoader
+from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
-from relicctl.data.shapes import ShapesDataset
+from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.errors import Diverged, UsageError
-from relicctl.pretraining import PretrainTask
+from relicctl.pretraining.task import PretrainTask
 
 CPU = torch.device("cpu")
 

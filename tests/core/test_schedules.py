@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from relicctl.core.schedules import compute_ema_gamma, compute_learning_rate
+from relicctl.core.optim import compute_ema_gamma, compute_learning_rate
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.config.schema import PhotometricConfig
-from relicctl.data.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    JITTER_OPS,
-    AugmentConfig,
-    AugmentParams,
-    apply_augmentations,
-    compute_blur_radius,
-    draw_augment_params,
-)
-from relicctl.data.resample import make_gaussian_matrices
+from relicctl.config.pretrain import PhotometricConfig
+from relicctl.data.augment import JITTER_OPS, apply_augmentations
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.crops import make_gaussian_matrices
+from relicctl.data.photometric import AugmentConfig, AugmentParams, compute_blur_radius, draw_augment_params
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

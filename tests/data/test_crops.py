@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from relicctl.core.counted import Stream, draw_uniform
+from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.data.crops import crop_on_device, crop_on_host, draw_crop_boxes, make_eval_box
 
 LARGE, SMALL, ASPECT = (0.14, 1.0), (0.05, 0.14), (3 / 4, 4 / 3)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from handmade_runs import lively_encoder
 
-from relicctl.data.feed import Batch
+from relicctl.data.views import Batch
 from relicctl.evaluation.finetune import FinetuneParams, FinetuneTask, compute_bn_momentum
+from tests.helpers.runs import lively_encoder
 
 
 @pytest.mark.parametrize(("steps", "decay"), [(5, 0.9), (100, 0.9), (101, 1 - 10 / 101), (1000, 0.99)])

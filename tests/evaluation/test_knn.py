@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relicctl.evaluation.knn import compute_knn_accuracy, iter_knn_votes
-from relicctl.evaluation.probe import compute_probe_accuracy
+from relicctl.evaluation.linear import compute_probe_accuracy
 
 
 def literal_knn(bank, bank_labels, queries, labels, k, temperature=0.07):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from relicctl.core.loop import LoopConfig, TrainState, train
-from relicctl.core.schedules import compute_learning_rate
-from relicctl.data.feed import Batch
+from relicctl.core.optim import compute_learning_rate
 from relicctl.data.sampler import Sampler
+from relicctl.data.views import Batch
 from relicctl.evaluation.linear import EncodedFeatureLoader, FeatureLoader, LinearClassifier, LinearTask, StandardScaler
 
 CPU = torch.device("cpu")

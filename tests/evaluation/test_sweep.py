@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.evaluation.linear import LinearClassifierGrid
-from relicctl.evaluation.sweep import SweepResult, evaluate_rates, split_holdout_rows
+from relicctl.evaluation.linear import LinearClassifierGrid, SweepResult, evaluate_rates, split_holdout_rows
 
 
 @pytest.mark.parametrize(("count", "held"), [(1000, 100), (15, 2), (3, 1), (2, 1)])

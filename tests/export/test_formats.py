@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from relicctl import load_encoder
 from relicctl.commands.export import export
+from relicctl.encoders.file import load_encoder
 from relicctl.errors import UsageError
 from relicctl.export.bundle import load_head
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import TINY, command, in_a_process
+
+from tests.helpers.faults import TINY, command, in_a_process
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faulty import assert_same_run, command, in_a_process, two_sentences
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from relicctl.core import checkpoint
+from tests.helpers.faults import assert_same_run, command, in_a_process, two_sentences
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def cut(tiny, tmp_path_factory) -> Path:
 def after_step_6() -> None:
     import os
 
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     genuine = PretrainTask.after_step
     PretrainTask.after_step = lambda self, step: os._exit(7) if step == 6 else genuine(self, step)  # type: ignore

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty import command, in_a_process, two_sentences
 from PIL import Image, PngImagePlugin
 
-from relicctl.data.images import BadImageError, decode_rgb
+from relicctl.data.decoding import BadImageError, decode_rgb
+from tests.helpers.faults import command, in_a_process, two_sentences
 
 GRADIENT = np.add.outer(np.arange(24) * 5, np.arange(32) * 4).astype(np.uint8)
 PHOTO = Image.fromarray(np.stack([GRADIENT, GRADIENT.T.copy().reshape(24, 32), 255 - GRADIENT], axis=2))
@@ -164,7 +164,7 @@ def at_step_4_a_reader_is_killed() -> None:
 
 
 def _at_step_4(fault) -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     genuine = PretrainTask.after_step
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import assert_same_run, command, in_a_process, two_sentences
 
 from relicctl.cli import run as relicctl
 from relicctl.core import checkpoint
+from tests.helpers.faults import assert_same_run, command, in_a_process, two_sentences
 
 LEFT = 1000  # bytes: less than any file here takes
 
@@ -50,7 +50,7 @@ def at_a_checkpoint() -> None:
 
 
 def at_metrics() -> None:
-    from relicctl.runs import RunFolder
+    from relicctl.runs.folder import RunFolder
 
     def when(run: RunFolder, record: dict) -> Path | None:
         if record["step"] != 5:
@@ -70,7 +70,7 @@ def at_the_encoder() -> None:
 
 
 def at_the_results() -> None:
-    from relicctl.runs import RunFolder
+    from relicctl.runs.folder import RunFolder
 
     _before(RunFolder, "write_json", lambda run, *_: run.path)
 
@@ -115,7 +115,7 @@ def test_features_that_find_no_room_are_made_anew(small_disk):
 
     from relicctl.core.distributed import World
     from relicctl.errors import RunFailed
-    from relicctl.evaluation.kept import load_or_extract
+    from relicctl.evaluation.features import load_or_extract
 
     path, device = small_disk.path / "features" / "a.safetensors", torch.device("cpu")
     made = torch.randn(20_000, 32), np.arange(20_000)

@@ -11,9 +11,19 @@ import zipfile
 import zlib
 
 import pytest
-from hostile import TARGETS, banks, read_archive, read_bank, read_checkpoint, read_config, read_weights, with_true_sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.helpers.hostile import (
+    TARGETS,
+    banks,
+    read_archive,
+    read_bank,
+    read_checkpoint,
+    read_config,
+    read_weights,
+    with_true_sums,
+)
 
 SECONDS, BYTES = 20, 400 << 20  # of one input at most, on a busy machine; of all inputs together
 
@@ -124,8 +134,8 @@ def test_a_member_that_claims_ten_gigabytes_takes_none(tmp_path):
     with open(sparse, "wb") as file:
         file.write(entry.tobuf(tarfile.GNU_FORMAT))
         file.truncate((10 << 30) + 4096)
-    from relicctl.data.images import BadImageError
-    from relicctl.data.sources import open_dataset
+    from relicctl.data.datasets.open import open_dataset
+    from relicctl.data.decoding import BadImageError
 
     with pytest.raises(BadImageError, match="claims"):
         open_dataset(str(sparse)).read(0)

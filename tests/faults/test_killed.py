@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import assert_same_run, command, in_a_process
 
 from relicctl.core import checkpoint
+from tests.helpers.faults import assert_same_run, command, in_a_process
 
 
 def die() -> None:
@@ -18,7 +18,7 @@ def die() -> None:
 
 
 def in_a_step() -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     genuine = PretrainTask.after_step
 
@@ -31,7 +31,7 @@ def in_a_step() -> None:
 
 
 def before_the_first_checkpoint() -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     PretrainTask.after_step = lambda self, step: die()  # type: ignore[method-assign]
 
@@ -81,18 +81,18 @@ def before_the_results() -> None:
 def in_half_a_line_of_metrics() -> None:
     import json
 
-    from relicctl import runs
+    from relicctl.runs import folder
 
-    genuine = runs.RunFolder.write_metrics
+    genuine = folder.RunFolder.write_metrics
 
-    def metrics(self: runs.RunFolder, record: dict) -> None:
+    def metrics(self: folder.RunFolder, record: dict) -> None:
         if record["step"] == 5:
             with open(self.path / "metrics.jsonl", "a") as handle:
                 handle.write(json.dumps(record)[:40])
             die()
         genuine(self, record)
 
-    runs.RunFolder.write_metrics = metrics  # type: ignore[method-assign]
+    folder.RunFolder.write_metrics = metrics  # type: ignore[method-assign]
 
 
 def while_old_checkpoints_go() -> None:

@@ -7,10 +7,10 @@ import os
 import pickle
 from pathlib import Path
 
-import hostile
 import pytest
 
 import relicctl
+from tests.helpers import hostile
 
 PACKAGE = Path(relicctl.__file__).parent
 FORBIDDEN = {"dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle", "pandas", "imp", "runpy"}
@@ -88,9 +88,9 @@ def test_nothing_in_the_package_runs_what_it_reads():
 def test_the_loader_of_yaml_is_a_safe_one():
     import yaml
 
-    from relicctl.config import plain_yaml
+    from relicctl.config import yaml_io
 
-    assert issubclass(plain_yaml._StrictLoader, yaml.SafeLoader)
+    assert issubclass(yaml_io._StrictLoader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(

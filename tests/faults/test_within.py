@@ -9,15 +9,15 @@ import sys
 
 import pytest
 import torch
-from faulty import assert_same_run, command, in_a_process, two_sentences
 
 from relicctl.core import checkpoint
+from tests.helpers.faults import assert_same_run, command, in_a_process, two_sentences
 
 WAYS = ("optim.batch_size", "views.large", "runtime.activation_checkpointing")
 
 
 def not_a_number_in_one_gradient() -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     genuine = PretrainTask.compute_loss
 
@@ -43,7 +43,7 @@ def test_one_nan_in_one_gradient_ends_the_run_with_exit_4(tiny, whole, tmp_path)
 
 
 def the_same_signal_twice() -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     genuine = PretrainTask.after_step
 
@@ -69,7 +69,7 @@ def test_under_torchrun_a_signal_that_comes_twice_is_one(tiny, tmp_path, launche
 
 
 def _no_memory(error: BaseException) -> None:
-    from relicctl.pretraining import PretrainTask
+    from relicctl.pretraining.task import PretrainTask
 
     def loss(self, batch, step):
         raise error

@@ -6,8 +6,9 @@ which size an image is resized to) come from its generator, which is set anew fr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from relicctl.config.dense import DetectionConfig
-from relicctl.core.counted import Stream, derive_seed
+from relicctl.config.transfer import DetectionConfig
+from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World
-from relicctl.core.models.resnet import ResNet, fork_seeded_rng
-from relicctl.data.images import BadImageError
-from relicctl.evaluation.dense.average_precision import Detections, compute_average_precision
-from relicctl.evaluation.dense.boxes import Boxes, DetectionDataset
+from relicctl.data.datasets.voc import Boxes
+from relicctl.data.decoding import BadImageError
+from relicctl.errors import UsageError
+from relicctl.evaluation.dense.detection_data import DetectionDataset
 from relicctl.evaluation.dense.training import (
     build_sgd,
     compute_multistep_lr,
@@ -33,11 +34,11 @@ from relicctl.evaluation.dense.training import (
     prepare_encoder,
     wrap_ddp,
 )
+from relicctl.models.resnet import ResNet
 
 EVAL_BATCH_SIZE = 8
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 PYRAMID_STAGES = ("layer1", "layer2", "layer3", "layer4")
-
 DetectionBatch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -158,3 +159,76 @@ def _fork_rng(seed: int, device: torch.device) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed(seed)
         yield
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections in one image: ``corners`` float ``[K, 4]``, ``scores`` float ``[K]``, ``labels`` int64 ``[K]``."""
+
+    corners: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def check_pycocotools() -> None:
+    """Raises UsageError where it is not installed."""
+    try:
+        import pycocotools.cocoeval  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "--task detection is measured by pycocotools, which is not installed.", "pip install 'relicctl[detection]'."
+        ) from None
+
+
+def compute_average_precision(samples: DetectionDataset, detections: dict[int, Detections]) -> dict[str, float]:
+    """``ap`` over thresholds .50 to .95, ``ap50`` and ``ap75``, on the images that ``found`` has, by row.
+
+    Boxes are matched up to 100 a picture; ignored ones, crowds among them, neither help nor harm.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": row, "height": int(h), "width": int(w)} for row, (h, w) in enumerate(samples.sizes)],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(samples.classes)],
+        "annotations": [a for row in detections for a in _to_coco_annotations(samples, row)],
+    }
+    for number, annotation in enumerate(truth.dataset["annotations"], 1):
+        annotation["id"] = number  # from 1: the evaluation takes 0 for no match
+    results = [
+        {"image_id": row, "category_id": int(label), "bbox": _to_xywh(corners), "score": float(score)}
+        for row, one in detections.items()
+        for corners, score, label in zip(one.corners, one.scores, one.labels, strict=True)
+    ]
+    if not results:
+        return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+    with redirect_stdout(io.StringIO()):  # it prints, and stdout is for results
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.params.imgIds = sorted(detections)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    ap, ap50, ap75 = (max(0.0, float(value)) for value in evaluation.stats[:3])
+    return {"ap": ap, "ap50": ap50, "ap75": ap75}
+
+
+def _to_coco_annotations(samples: DetectionDataset, row: int) -> list[dict[str, Any]]:
+    boxes = samples.load_target(row)
+    return [
+        {
+            "image_id": row,
+            "category_id": int(label),
+            "bbox": _to_xywh(corners),
+            "area": float(area),
+            "iscrowd": int(crowd),
+        }
+        for corners, label, area, crowd in zip(boxes.corners, boxes.labels, boxes.area, boxes.ignored, strict=True)
+    ]
+
+
+def _to_xywh(corners: np.ndarray) -> list[float]:
+    left, top, right, bottom = map(float, corners)
+    return [left, top, right - left, bottom - top]

@@ -7,26 +7,25 @@ the image; where a mask says 255 nothing is asked.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relicctl.config.dense import SegmentationConfig, SegmentationCropConfig
-from relicctl.core.batchnorm import convert_sync_batchnorm
-from relicctl.core.counted import Stream, derive_seed
+from relicctl.config.transfer import SegmentationConfig, SegmentationCropConfig
+from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World, all_reduce_sum
-from relicctl.core.models.resnet import ResNet, fork_seeded_rng
-from relicctl.data.augment import IMAGENET_MEAN
-from relicctl.data.images import BadImageError
+from relicctl.data.constants import IMAGENET_MEAN
+from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.dilated import compute_feature_map, dilate_last_stage
-from relicctl.evaluation.dense.masks import IGNORE_INDEX
-from relicctl.evaluation.dense.samples import DenseDataset
+from relicctl.evaluation.dense.data import DenseDataset
+from relicctl.evaluation.dense.segmentation_data import IGNORE_INDEX
 from relicctl.evaluation.dense.training import (
     build_sgd,
     compute_multistep_lr,
@@ -34,6 +33,8 @@ from relicctl.evaluation.dense.training import (
     prepare_encoder,
     wrap_ddp,
 )
+from relicctl.models.layers import convert_sync_batchnorm
+from relicctl.models.resnet import STEMS, ResNet
 
 EVAL_BATCH_SIZE = 16
 PAD_COLOR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # beyond the border: about 0 once normalised
@@ -192,3 +193,59 @@ def _iter_same_size_batches(samples: DenseDataset, bad: dict[int, str]) -> Itera
         masks.append(samples.load_target(index))
     if images:
         yield np.stack(images), np.stack(masks)
+
+
+def dilate_last_stage(encoder: ResNet) -> ResNet:
+    """A copy of ``encoder`` whose last stage has stride 1, and dilation 2 behind its first convolution."""
+    encoder = copy.deepcopy(encoder)
+    strided_before = False
+    for block in encoder.layer4:
+        for name, conv in list(block.named_children()):
+            if not isinstance(conv, nn.Conv2d) or conv.kernel_size == (1, 1):
+                continue
+            if conv.stride == (2, 2):
+                setattr(block, name, _remove_stride(conv))
+                strided_before = True
+            elif strided_before:
+                conv.dilation, conv.padding = (2, 2), (2, 2)
+        if block.downsample is not None:
+            cast(nn.Conv2d, cast(nn.Sequential, block.downsample)[0]).stride = (1, 1)
+    return encoder
+
+
+def get_output_stride(encoder: ResNet) -> int:
+    """Pixels between two features of ``dilated(encoder)``."""
+    pooled = 1 if isinstance(encoder.maxpool, nn.Identity) else 2
+    return STEMS[encoder.stem][1] * pooled * 4
+
+
+def compute_feature_map(encoder: ResNet, images: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N, feature_dim, h, w]: what the encoder takes the spatial mean of."""
+    x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
+    return encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
+
+
+def _remove_stride(conv: nn.Conv2d) -> nn.Conv2d:
+    if conv.padding == (1, 1):
+        conv.stride = (1, 1)
+        return conv
+    dense = _UnstridedSameConv2d(conv.in_channels, conv.out_channels, 3, bias=False)
+    dense.weight = conv.weight
+    return dense
+
+
+class _UnstridedSameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's SAME padding at stride 2, without the stride.
+
+    At an even size SAME puts all its padding behind, so the strided kernels lie one pixel further than PyTorch's.
+    Rows and columns are padded so that output 2 i is the strided one's output i.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = (_compute_same_padding(size) for size in input.shape[-2:])
+        return F.conv2d(F.pad(input, (width, 2 - width, height, 2 - height)), self.weight)
+
+
+def _compute_same_padding(size: int) -> int:
+    """Pixels that SAME puts before ``size`` for a 3x3 kernel of stride 2."""
+    return max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) // 2

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.config.dense import DenseEncoderConfig, DenseOptimConfig
-from relicctl.core.batchnorm import convert_sync_batchnorm
+from relicctl.config.transfer import DenseEncoderConfig, DenseOptimConfig
 from relicctl.core.distributed import World
+from relicctl.models.layers import convert_sync_batchnorm
 
 
 def compute_multistep_lr(step: int, schedule: DenseOptimConfig) -> float:

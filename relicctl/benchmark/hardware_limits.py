@@ -1,0 +1,101 @@
+"""What the hardware could do, and what a step asks of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.core.hardware import get_free_memory
+from relicctl.data.views import Batch
+from relicctl.pretraining.estimate import estimate_step_memory
+from relicctl.pretraining.task import PretrainTask, build_networks
+
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # rows and columns: large enough that arithmetic is all that counts
+
+
+def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
+    """Floating-point operations (a multiply-add is two) of both networks' passes for one image's views.
+
+    Counted on a shadow of the networks without memory or values; what is computed twice to save memory counts once.
+    """
+    config = config.model_copy(
+        update={
+            "optim": config.optim.model_copy(update={"microbatch": None}),
+            "runtime": config.runtime.model_copy(update={"activation_checkpointing": False}),
+        }
+    )
+    with torch.device("meta"):
+        networks = build_networks(config, classes)
+        sizes = [view for view in (config.views.large, config.views.small) if view.count]
+        views = [torch.empty(view.count, 2, 3, view.size, view.size) for view in sizes]
+        with FlopCounterMode(display=False) as counter:
+            _, outputs = networks.forward_online(views)
+            if networks.target is not None:
+                networks.forward_target(views[0])
+            outputs.sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> float:
+    """Floating-point operations per second of a large square matrix product, the best of ``runs``."""
+    n = MATMUL_SIZE[device.type]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    factor = torch.randn(n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        factor @ factor
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds[1:])
+
+
+def estimate_largest_batch(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> int:
+    """Images whose step fits into the device's free memory, by the estimate of ``--dry-run``; 0 for none."""
+    with torch.device("meta"):
+        networks = build_networks(config, classes)
+    parts = estimate_step_memory(config, networks, precision)
+    growing = parts.pop("views")
+    if config.optim.microbatch is None:  # else so many images are in the networks whatever the batch
+        growing += parts.pop("activations")
+    return max(0, int((get_free_memory(device) - sum(parts.values())) * config.optim.batch_size / growing))
+
+
+def find_largest_fit(fits: Callable[[int], bool], guess: int, step: int = 8) -> int:
+    """The largest multiple of ``step`` for which ``is_supported`` holds, found from ``guess`` outwards; 0 for none."""
+    low, high = 0, max(1, guess // step)  # low fits, and so does nothing from high on, once the loop is through
+    while fits(high * step):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def try_train_step(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> bool:
+    """Whether a step with the config's batch passes on a CUDA device without running out of its memory."""
+    sizes = [view for view in (config.views.large, config.views.small) if view.count]
+    batch = config.optim.batch_size
+    try:
+        task = PretrainTask(
+            config, classes=classes, steps_per_epoch=1, total_steps=1, device=device, precision=precision
+        )
+        views = [torch.randn(view.count, batch, 3, view.size, view.size, device=device) for view in sizes]
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        for step in range(2):  # momentum is allocated by the first
+            task.compute_loss(Batch(views, labels), step)["loss"].backward()
+            task.optimizer.step()
+            task.optimizer.zero_grad(set_to_none=True)
+            task.after_step(step)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        task = views = None  # type: ignore[assignment]
+        torch.cuda.empty_cache()
+    return True

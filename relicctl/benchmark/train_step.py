@@ -1,0 +1,159 @@
+"""The device's step: its parts one by one, and the real loop with the real feed."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from relicctl.core.loop import LoopConfig, TrainState, record_nonfinite, train
+from relicctl.data.loader import ViewLoader
+from relicctl.pretraining.task import PretrainTask
+
+NETWORKS = ("networks forward", "networks backward")
+
+
+def measure_step_parts(
+    task: PretrainTask, feed: ViewLoader, repeats: int, log_every: int, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of each part of a step (lists over ``repeats`` steps), the host's half left out.
+
+    The same work as in the loop, and a GPU as busy; the first step is not counted. The log line, for which the loop
+    waits, comes after all steps, and its cost is spread over the steps between two.
+    """
+    laps = LapTimer(device)
+    bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
+    data_wait = feed.data_wait_seconds
+    laps.reset()
+    for step, batch in enumerate(feed.iter_from_step(0, repeats + 1)):
+        laps.record_lap("augmentation", excluded=feed.data_wait_seconds - data_wait)
+        outputs, target = task.embed(batch)
+        laps.record_lap("networks forward")
+        ends = outputs.detach().requires_grad_()
+        losses = task.compute_objective(ends, target, batch.labels, step)
+        losses["loss"].backward()
+        laps.record_lap("loss")
+        outputs.backward(ends.grad)
+        laps.record_lap("networks backward")
+        bad_step = record_nonfinite(bad_step, step, losses["loss"], parameters)
+        laps.record_lap("check")
+        task.optimizer.step()
+        task.optimizer.zero_grad(set_to_none=True)
+        laps.record_lap("optimiser")
+        task.after_step(step)
+        laps.record_lap("ema")
+        data_wait = feed.data_wait_seconds
+    for _ in range(repeats + 1):
+        task.compute_metrics(step)
+        bad_step.item()
+        {name: value.item() for name, value in losses.items()}
+        laps.record_lap("logging")
+    parts = {name: seconds[1:] for name, seconds in laps.get_seconds().items()}
+    parts["logging"] = [seconds / log_every for seconds in parts["logging"]]
+    return parts
+
+
+def summarize_step(parts: dict[str, list[float]], batch: int) -> dict[str, Any]:
+    """Images per second of the step alone (spread), and the shares of its parts that are outside the networks."""
+    whole = [sum(step) for step in zip(*parts.values(), strict=True)]
+    usual = {name: statistics.median(seconds) for name, seconds in parts.items()}
+    total = sum(usual.values())
+    shares = {name: round(seconds / total, 5) for name, seconds in usual.items() if name not in NETWORKS}
+    return {
+        "step_images_per_s": summarize_timings([batch / seconds for seconds in whole]),
+        "outside_networks": round(sum(shares.values()), 5),
+        "outside_parts": shares,
+        "step_seconds": {name: summarize_timings(seconds) for name, seconds in parts.items()},
+    }
+
+
+def measure_train_loop(
+    task: PretrainTask, feed: ViewLoader, batch: int, repeats: int, window: int, device: torch.device
+) -> Any:
+    """The training loop as it is, fed as it is: images per second and data wait (spreads), windows of ``window``."""
+    logger = _RecordingLogger()
+    loop_config = LoopConfig(
+        total=(repeats + 1) * window, steps_per_epoch=sys.maxsize, batch_size=batch, log_every=window
+    )
+    train(task, feed, loop_config, logger, state=TrainState(), device=device)
+    measured = logger.records[1:]
+    return (
+        summarize_timings([record["images_per_s"] for record in measured]),
+        summarize_timings([record["data_wait"] for record in measured]),
+    )
+
+
+class _RecordingLogger:
+    """A journal that keeps the log lines and saves nothing."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        pass
+
+    def get_last_checkpoint(self) -> str | None:
+        return None
+
+
+class LapTimer:
+    """Seconds between laps, by name; on a GPU by its own clock, so that nothing waits and it works as in training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._laps: list[tuple[str, Any, Any, float]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self._last = self._record_time()
+
+    def record_lap(self, name: str, excluded: float = 0.0) -> None:
+        """Since the last lap, less ``without`` seconds."""
+        now = self._record_time()
+        self._laps.append((name, self._last, now, excluded))
+        self._last = now
+
+    def get_seconds(self) -> dict[str, list[float]]:
+        """Of all laps so far; a GPU is waited for."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds_by_name: dict[str, list[float]] = {}
+        for name, since, now, without in self._laps:
+            taken = since.elapsed_time(now) / 1000 if self._cuda else now - since
+            seconds_by_name.setdefault(name, []).append(max(0.0, taken - without))
+        return seconds_by_name
+
+    def _record_time(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def measure_cpu_seconds(function: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of this process's processor time for each of ``repeats`` calls, after one that is not counted.
+
+    Processor time is what one core gives, whatever else runs beside; waiting for a disk is no part of it.
+    """
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
+def summarize_timings(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest, and how many there were; four digits."""
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in figures.items()} | {"runs": len(values)}

@@ -1,0 +1,132 @@
+"""Images squashed to a square, whatever their shape: streamed through data workers, or all kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from relicctl.bgmask.priors.maps import build_prior_channels, compute_prior_maps, quantize_maps
+from relicctl.core.distributed import World
+from relicctl.data.crops import crop_on_host
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import BadImageError, BadImages
+from relicctl.data.workers import _init_image_worker, run_workers
+from relicctl.errors import DataError
+
+
+@dataclass(frozen=True)
+class ResizedBatch:
+    """Some samples of a source. ``bad`` are (index, reason) of those among them that cannot be decoded."""
+
+    indices: np.ndarray  # int64 [K], in the order asked for, without the bad ones
+    images: Tensor  # uint8 [K, 3, S, S]
+    bad: list[tuple[int, str]]
+    prior_channels: Tensor | None = None  # uint8 [K, P, h, h]
+
+
+@dataclass(frozen=True)
+class InMemoryImages:
+    """The decodable images of a source, in memory."""
+
+    indices: np.ndarray  # int64 [K]
+    images: Tensor  # uint8 [K, 3, S, S]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def resize_to_square(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 ``[size, size, 3]``: the whole image, uint8 ``[H, W, 3]``, its aspect given up (antialiased bicubic)."""
+    box = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
+    return crop_on_host(image, box, size)[0]
+
+
+def load_resized_images(
+    source: ImageDataset,
+    size: int,
+    *,
+    workers: int,
+    bad: BadImages,
+    show: Callable[[int], None] = lambda done: None,
+    world: World | None = None,
+) -> InMemoryImages:
+    """Decode every image of ``source`` once, each process its share; in the end all have all.
+
+    Bad ones are left out and told to ``bad``; DataError if all are bad. ``show`` is told how many are decoded, where
+    the other processes are taken to be as fast as this one.
+    """
+    world = world or World()
+    first, last = world.split_evenly(len(source))[world.rank]
+    images = torch.empty(last - first, 3, size, size, dtype=torch.uint8)
+    indices: list[int] = []
+    failed: list[tuple[int, str]] = []
+    with closing(iter_resized_batches(source, np.arange(first, last), size, batch_size=64, workers=workers)) as decoded:
+        for batch in decoded:
+            images[len(indices) : len(indices) + len(batch.indices)] = batch.images
+            indices += batch.indices.tolist()
+            failed += batch.bad
+            show(min(len(source), world.size * (len(indices) + len(failed))))
+    gathered = world.all_gather_object([indices, failed])
+    for index, reason in (pair for _, theirs in gathered for pair in theirs):
+        bad.add(source.get_name(index), reason)
+    all_indices = [index for theirs, _ in gathered for index in theirs]
+    if not all_indices:
+        raise DataError(f"Not one of the {len(source)} images can be decoded.", "Check that the files are images.")
+    all_images = world.gather_rows(images[: len(indices)], [len(theirs) for theirs, _ in gathered])
+    return InMemoryImages(np.array(all_indices, dtype=np.int64), all_images)
+
+
+def iter_resized_batches(
+    source: ImageDataset, indices: np.ndarray, size: int, *, batch_size: int, workers: int, prior_size: int = 0
+) -> Generator[ResizedBatch, None, None]:
+    """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time.
+
+    ``prior_size``: side in pixels of the priors' maps that come along; 0 = none.
+    """
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    loader = DataLoader(
+        _ResizedBatchDataset(source, batches, size, prior_size),
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        worker_init_fn=_init_image_worker,
+        prefetch_factor=2 if workers and batches else None,
+    )
+    with run_workers(loader) as items:
+        yield from items
+
+
+class _ResizedBatchDataset(Dataset):
+    def __init__(self, source: ImageDataset, batches: Sequence[np.ndarray], size: int, prior_size: int) -> None:
+        self._source, self._batches, self._size, self._prior_size = source, batches, size, prior_size
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> ResizedBatch:
+        # Sums depend on the number of threads in their last bits.
+        with threadpool_limits(1) if self._prior_size else nullcontext():
+            return self._load_batch(self._batches[number])
+
+    def _load_batch(self, batch: np.ndarray) -> ResizedBatch:
+        loaded, images, priors, bad = [], [], [], []
+        for index in batch.tolist():
+            try:
+                image = self._source.load(index)
+            except BadImageError as reason:
+                bad.append((index, reason.reason))
+                continue
+            loaded.append(index)
+            images.append(resize_to_square(image, self._size))
+            if self._prior_size:
+                priors.append(quantize_maps(compute_prior_maps(image, self._prior_size)))
+        pixels = np.stack(images) if images else np.empty((0, self._size, self._size, 3), np.uint8)
+        planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        prior_channels = build_prior_channels(*map(np.stack, zip(*priors, strict=True))) if priors else None
+        return ResizedBatch(np.array(loaded, dtype=np.int64), planes, bad, prior_channels)

@@ -1,0 +1,35 @@
+"""Saliency by graph-based manifold ranking (MR).
+
+After C. Yang, L. Zhang, H. Lu, X. Ruan, M.-H. Yang, "Saliency Detection via Graph-Based Manifold Ranking", CVPR 2013.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from relicctl.bgmask.priors.superpixels import Superpixels, normalize_min_max
+
+ALPHA = 0.99  # how far a rank spreads over the graph
+
+
+def compute_mr(superpixels: Superpixels) -> np.ndarray:
+    """Saliency float64 ``[n]`` from 0 to 1: unlike each side of the image, then like what was found so.
+
+    NaN throughout where the superpixels have nothing to tell an object by.
+    """
+    if superpixels.is_featureless:
+        return np.full(len(superpixels), np.nan)
+    ranking = compute_ranking_matrix(superpixels)
+    unlike = np.ones(len(superpixels))
+    for side in superpixels.sides:
+        unlike *= 1.0 - normalize_min_max(ranking @ side)
+    queries = unlike > unlike.mean()
+    return normalize_min_max(ranking @ queries)
+
+
+def compute_ranking_matrix(superpixels: Superpixels) -> np.ndarray:
+    """(D - alpha W)^-1 with its diagonal cleared, so that a query does not vote for itself: float64 ``[n, n]``."""
+    affinity = superpixels.affinity
+    ranking = np.linalg.inv(np.diag(affinity.sum(axis=1)) - ALPHA * affinity)
+    np.fill_diagonal(ranking, 0.0)
+    return ranking

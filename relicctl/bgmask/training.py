@@ -1,0 +1,206 @@
+"""Training a mask network on soft labels: the loop's batches and its task.
+
+A batch is a function of (seed, step) alone: which images, where they are cropped (image, label and weight
+alike), what colours they get. Of several processes each has its rows of it, and they minimise the loss of the whole
+batch. The labels come from priors or from an earlier network; nothing here has ever seen a true mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from relicctl.core.distributed import World
+from relicctl.core.optim import build_optimizer, compute_learning_rate
+from relicctl.data.augment import apply_augmentations
+from relicctl.data.crops import crop_on_device, draw_crop_boxes
+from relicctl.data.photometric import AugmentConfig, draw_augment_params
+from relicctl.data.sampler import Sampler
+from relicctl.models.layers import convert_sync_batchnorm
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MaskTrainingSet:
+    """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255.
+
+    ``prior_channels``: uint8 ``[K, P, S, S]`` for a network that takes them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    prior_channels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class MaskAugmentation:
+    """How an image is varied: share of its area, width / height, and colours (flip among them)."""
+
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    photometric: AugmentConfig
+
+
+@dataclass(frozen=True)
+class MaskBatch:
+    """float32 of one size: what the network takes, normalised images and hints, ``[B, 3 + P, s, s]``; labels and
+    weights ``[B, 1, s, s]`` in [0, 1].
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+class MaskLoader:
+    """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident.
+
+    ``batch_size`` is that of all processes of ``world`` together. Raises UsageError if they cannot share it evenly.
+    """
+
+    data_wait_seconds = 0.0
+
+    def __init__(
+        self,
+        data: MaskTrainingSet,
+        views: MaskAugmentation,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        first: int = 0,
+        world: World | None = None,
+    ) -> None:
+        self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
+        self.sampler = Sampler(seed, len(data), batch_size)
+        self._rows = np.arange(*(world or World()).get_local_rows(batch_size))
+
+    def iter_from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
+        """This process's rows of the batches of steps ``step`` to ``stop - 1``."""
+        return (self._make_batch(number - self._first) for number in range(step, stop))
+
+    def _make_batch(self, step: int) -> MaskBatch:
+        data, seed, samples = self._data, self._seed, self.sampler.get_batch_indices(step)[self._rows]
+        rows = torch.from_numpy(samples).to(data.images.device)
+        planes = (
+            data.images,
+            data.labels,
+            data.weights,
+            *([] if data.prior_channels is None else [data.prior_channels]),
+        )
+        layers = torch.cat([layer[rows] for layer in planes], 1)
+        side = np.full(len(samples), layers.shape[-1])
+        boxes = draw_crop_boxes(
+            seed, self.sampler.get_epoch(step), samples, side, side,
+            first_view=0, count=1, area=self._views.area, aspect=self._views.aspect,
+        )  # fmt: skip
+        crops = crop_on_device(layers, boxes, self._size)
+        draw = draw_augment_params(self._views.photometric, seed, step, self._rows, 1)
+        flips = torch.from_numpy(draw.flip[0]).to(crops.device)[:, None, None, None]
+        maps = crops[0, :, 3:]
+        maps = torch.where(flips, maps.flip(-1), maps)
+        images = apply_augmentations(crops[:, :, :3], draw)[0]
+        if data.prior_channels is not None:
+            images = torch.cat([images, maps[:, 2:] - 0.5], 1)
+        return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:2])
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much of each term the loss has; ``beta2`` is the squared beta of the F loss."""
+
+    bce: float
+    iou: float
+    f: float
+    beta2: float
+
+
+class MaskTask:
+    """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``.
+
+    With several processes in ``world`` BatchNorm's statistics, the loss and its gradient are those of the joined batch.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: LossWeights,
+        *,
+        rate: float,
+        weight_decay: float,
+        warmup: int,
+        steps: int,
+        first: int = 0,
+        stage: int = 0,
+        autocast: torch.autocast,
+        world: World | None = None,
+    ) -> None:
+        self._world = world or World()
+        self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
+        self._first, self._stage, self._autocast = first, stage, autocast
+        self.model = self._network = net
+        if self._world.size > 1:
+            self.model = convert_sync_batchnorm(net, next(net.parameters()).device)
+            self._network = DistributedDataParallel(self.model)
+        self.optimizer = build_optimizer("adamw", self.model.named_parameters(), rate, 0.9, weight_decay)
+
+    def compute_loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
+        """``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
+        self.model.train()
+        with self._autocast:
+            outputs = self._network(batch.images)
+        total_weight = self._world.all_reduce_mean(batch.weights.sum())
+        losses = [
+            mask_loss(logits.to(batch.labels.dtype), batch.labels, batch.weights, self._loss, total_weight)
+            for logits in outputs
+        ]
+        loss, fused = self._world.all_reduce_mean(torch.stack([torch.stack(losses).mean(), losses[0]])).unbind()
+        return {"loss": loss, "fused": fused.detach()}
+
+    def get_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(
+            step - self._first + 1, peak=self._rate, warmup_steps=self._warmup, total_steps=self._steps + 1
+        )
+
+    def after_step(self, step: int) -> None: ...
+
+    def compute_metrics(self, step: int) -> dict[str, float]:
+        return {"stage": self._stage}
+
+
+def mask_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights, total_weight: Tensor | None = None
+) -> Tensor:
+    """Scalar. ``logits``, soft ``labels`` and pixels' ``weights``: float32 ``[B, 1, H, W]``; weight 0 = not looked at.
+
+    Weighted binary cross-entropy per pixel, plus, per image and from the soft overlap of prediction and label,
+    1 - IoU and 1 - F (DeepUSPS, arXiv 1909.13055: (1 + beta2) PR / (beta2 P + R)).
+    Of one of several equal parts of a batch: the mean of the parts' losses is the batch's if ``whole``, scalar, is the
+    mean over the parts of the sum of their weights.
+    """
+    total_weight = weights.sum() if total_weight is None else total_weight
+    total = logits.new_zeros(())
+    if terms.bce:
+        cross = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
+        total = total + terms.bce * cross / total_weight.clamp_min(EPS)
+    if terms.iou or terms.f:
+        p, y, w = logits.sigmoid().flatten(1), labels.flatten(1), weights.flatten(1)
+        overlap, predicted, expected = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)
+        if terms.iou:
+            iou = (overlap + EPS) / (predicted + expected - overlap + EPS)
+            total = total + terms.iou * (1 - iou).mean()
+        if terms.f:
+            f = ((1 + terms.beta2) * overlap + EPS) / (terms.beta2 * expected + predicted + EPS)
+            total = total + terms.f * (1 - f).mean()
+    return total

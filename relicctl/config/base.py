@@ -1,0 +1,80 @@
+"""What the configurations of all commands share: sections, keys and their types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from relicctl.errors import UsageError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+# YAML has lists only, so a pair itself is not strict; its two numbers are.
+Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
+Aspect = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field: its default, its meaning with the unit, and limits of its value."""
+    return Field(default, description=meaning, **limits)
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys are refused and nothing is converted silently; immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises UsageError for the first key whose pair is no range above 0."""
+    for name, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            raise UsageError(
+                f"{name} is [{low:g}, {high:g}], which is no range above 0.",
+                f"Give {name} as [smallest, largest], both above 0.",
+            )
+
+
+class EncoderConfig(Section):
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"] = key(
+        "resnet50", "encoder, in torchvision's layout (stride on the 3x3)"
+    )
+    width: PositiveFloat = key(1.0, "factor on all channels, the stem's too, in steps of 1/8", multiple_of=0.125)
+    stem: Literal["imagenet", "cifar", "stride2"] = key(
+        "imagenet",
+        "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, no pool; stride2: 3x3 stride 2, no pool",
+    )
+    padding: Literal["symmetric", "same"] = key(
+        "symmetric", "symmetric as in torchvision, or TensorFlow's SAME (asymmetric at stride 2)"
+    )
+
+
+class DataConfig(Section):
+    train: str | None = key(None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)")
+    val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
+    cache: Literal["auto", "none", "memory", "device"] = key(
+        "auto", "keep decoded images in host memory or on the device; auto = where they fit"
+    )
+    subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
+    max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = key(None, "steps between two checkpoints; null = by time only")
+    every_minutes: PositiveFloat | None = key(15.0, "minutes between two checkpoints; null = by steps only")
+    keep: PositiveInt = key(2, "newest checkpoints kept")
+
+
+class RuntimeConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = cuda where there is one")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = key(
+        "auto", "processes that decode and crop, beside each training process; 0 = none beside it"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "of the networks' forward pass; auto = bf16 where the hardware is faster in it, else fp32"
+    )
+    threads: PositiveInt | None = key(None, "torch's CPU threads; null = torch's own choice")
+    log_every: PositiveInt = key(50, "steps between two lines of metrics")

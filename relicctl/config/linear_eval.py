@@ -1,0 +1,84 @@
+"""The keys of a linear evaluation: a linear classifier on frozen features."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from relicctl.config.base import (
+    Aspect,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
+    Fraction,
+    Pair,
+    PositiveFloat,
+    PositiveInt,
+    RuntimeConfig,
+    Section,
+    check_ranges,
+    key,
+)
+
+LearningRates = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
+LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
+
+
+class RandomCropConfig(Section):
+    area: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area")
+    aspect: Aspect = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
+    flip: Fraction = key(0.5, "probability of a horizontal flip")
+
+
+class SweepConfig(Section):
+    rates: LearningRates = key(
+        LEARNING_RATES, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
+    )
+    holdout: float = key(0.1, "share of the training images on which the rate is chosen", gt=0, lt=1)
+
+
+class LinearOptimConfig(Section):
+    """SGD with Nesterov's momentum, cosine to 0, no warm-up, no weight decay."""
+
+    batch_size: PositiveInt = key(256, "images per step; protocol fast takes all where there are fewer (our choice)")
+    momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
+    epochs: PositiveInt = key(50, "passes over the data; they set the schedule (our choice)")
+    max_steps: PositiveInt | None = key(None, "stop after so many steps, the schedule unchanged; null = at the end")
+
+
+class LinearTestConfig(Section):
+    holdout: float = key(
+        0.0, "share of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
+    )
+    size: int | None = key(None, "side in pixels of the images; null = what the encoder was made for", ge=8)
+    crop_ratio: float | None = key(
+        None, "side of the tested centre square / the image's short side; null = the encoder's own", gt=0, le=1
+    )
+
+
+class AnalysisConfig(Section):
+    images: int = key(2000, "most test images in --analysis, the first of a seeded shuffle", ge=10)
+
+
+class LinearEvalConfig(Section):
+    """A whole linear evaluation. Raises UsageError where keys contradict each other."""
+
+    protocol: Literal["fast", "imagenet"] = key(
+        "fast", "fast: standardised features, extracted once; imagenet: features of random crops and flips"
+    )
+    model: EncoderConfig = key(EncoderConfig(), "the network of `random`; other encoders bring their own")
+    crop: RandomCropConfig = key(RandomCropConfig(), "training images of protocol imagenet")
+    sweep: SweepConfig = key(SweepConfig(), "the learning rate")
+    optim: LinearOptimConfig = key(LinearOptimConfig(), "optimiser and schedule")
+    data: DataConfig = key(DataConfig(), "the images; those of the encoder's run where not given")
+    eval: LinearTestConfig = key(LinearTestConfig(), "testing")
+    analysis: AnalysisConfig = key(AnalysisConfig(), "cluster analysis")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
+    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check_keys_agree(self) -> LinearEvalConfig:
+        check_ranges({"crop.area": self.crop.area, "crop.aspect": self.crop.aspect})
+        return self

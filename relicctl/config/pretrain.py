@@ -1,0 +1,228 @@
+"""The keys of a pretraining run: type, allowed range, default, meaning and unit of each.
+
+Defaults are the ImageNet set-up (ResNet-50, 4 x 224 + 2 x 96 px views, batch 4096, LARS). Where no source
+could be read for a default, its meaning says "our choice".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from relicctl.config.base import (
+    Aspect,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
+    Fraction,
+    Pair,
+    PositiveFloat,
+    PositiveInt,
+    RuntimeConfig,
+    Section,
+    check_ranges,
+    key,
+)
+from relicctl.errors import UsageError
+
+
+class HeadConfig(Section):
+    hidden: PositiveInt = key(4096, "units of the hidden layer")
+    out: PositiveInt = key(256, "dimensions of the output")
+
+
+class ModelConfig(EncoderConfig):
+    bn_momentum: float = key(0.1, "weight of a batch in BatchNorm's running statistics", gt=0, le=1)
+    projector: HeadConfig = key(HeadConfig(), "linear, batch norm, ReLU, linear; on both networks")
+    predictor: HeadConfig = key(HeadConfig(), "built like the projector; on the online network only")
+
+
+class LargeViewsConfig(Section):
+    count: PositiveInt = key(4, "large views per image (our choice)")
+    size: int = key(224, "side in pixels", ge=8)
+    area: Pair = key((0.14, 1.0), "range of the crop's share of the image's area (our choice)")
+
+
+class SmallViewsConfig(Section):
+    count: int = key(2, "small views per image (our choice)", ge=0)
+    size: int = key(96, "side in pixels", ge=8)
+    area: Pair = key((0.05, 0.14), "range of the crop's share of the image's area (our choice)")
+
+
+class PhotometricConfig(Section):
+    """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
+
+    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    jitter: Fraction = key(0.8, "probability of colour jitter, its four operations together")
+    brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
+    contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
+    saturation: Fraction = key(0.2, "factor on HSV's saturation, within 1 -+ this")
+    hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
+    grayscale: Fraction = key(0.2, "probability of dropping colour")
+    blur: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
+    solarize: Pair = key((0.0, 0.2), "probabilities of solarizing")
+
+
+class ViewsConfig(Section):
+    large: LargeViewsConfig = key(LargeViewsConfig(), "views that both networks see")
+    small: SmallViewsConfig = key(SmallViewsConfig(), "views that only the online network sees")
+    aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    photometric: PhotometricConfig = key(PhotometricConfig(), "flip, colour and blur")
+
+
+class LossConfig(Section):
+    temperature: PositiveFloat = key(0.2, "divides the cosine similarities (our choice)")
+    alpha: float = key(1.0, "weight of the likelihood term (our choice)", ge=0)
+    beta: float = key(5.0, "weight of the invariance term (our choice)", ge=0)
+    negatives: PositiveInt | Literal["all"] = key(
+        10, "images drawn from the global batch as negatives of each pair, or all (our choice)"
+    )
+    invariance: Literal["transposed", "swapped"] = key(
+        "transposed",
+        "a pair's likelihood is held equal to that of the same pair read the other way, "
+        "or of the swapped pair (our choice)",
+    )
+
+
+class TargetConfig(Section):
+    ema: Fraction = key(0.996, "decay of the target's moving average at the first step; it rises to 1")
+
+
+class BackgroundRemovalConfig(Section):
+    probability: Fraction = key(0.1, "probability that a large view is cut from the masked image")
+    fill: Literal["mean", "gray", "noise"] = key(
+        "mean", "what background pixels become: the data's mean, gray or noise (our choice)"
+    )
+    source: Literal["none", "bank", "alpha"] = key(
+        "none", "where masks come from: nowhere, a mask bank, the images' alpha channel"
+    )
+    bank: str | None = key(None, "run of train-bgmask, or its masks.bank, with a mask for every image (also --bgmask)")
+    limits: Pair = key(
+        (0.01, 0.99), "shares of the image between which a mask's foreground must lie for it to be used (our choice)"
+    )
+
+
+class OptimConfig(Section):
+    name: Literal["lars", "sgd", "adamw"] = key("lars", "optimiser")
+    batch_size: int = key(4096, "images per step over all processes", ge=2)
+    base_lr: PositiveFloat = key(0.3, "peak learning rate per 256 images of the batch (our choice)")
+    weight_decay: float = key(1.5e-6, "decay of weights; biases and norms are excluded (our choice)", ge=0)
+    momentum: float = key(0.9, "momentum of lars and sgd, first beta of adamw", ge=0, lt=1)
+    warmup_epochs: float = key(10.0, "epochs of linear warm-up before the cosine to 0", ge=0)
+    epochs: PositiveInt = key(1000, "passes over the data; they set the schedules")
+    max_steps: PositiveInt | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
+    microbatch: PositiveInt | None = key(
+        None,
+        "images per process that pass the networks at a time, computed twice to save memory: the loss is that of the "
+        "whole batch, BatchNorm is over the microbatch, or those of all processes; null = all at once",
+    )
+
+
+class EvalConfig(Section):
+    """kNN and a linear probe during the run, where there are labels; the networks never feel them."""
+
+    every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
+    holdout: float = key(
+        0.0, "share of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
+    )
+    size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
+    crop_ratio: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
+    train_samples: PositiveInt = key(20000, "most training images that kNN compares with")
+    val_samples: PositiveInt = key(10000, "most images that are classified")
+    probe: bool = key(True, "train a linear classifier on detached features along the way")
+
+
+class PretrainRuntimeConfig(RuntimeConfig):
+    compile: bool | Literal["auto"] = key(
+        "auto", "torch.compile the encoders; auto = on one CUDA device, for runs of 10,000 steps and more"
+    )
+    activation_checkpointing: bool = key(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
+
+
+class PretrainConfig(Section):
+    """A whole pretraining run. Raises UsageError where keys contradict each other."""
+
+    objective: Literal["relicv2", "relic", "simclr", "byol", "supervised"] = key(
+        "relicv2", "what is minimised; relic = two large views, no small ones, all negatives"
+    )
+    model: ModelConfig = key(ModelConfig(), "the networks")
+    views: ViewsConfig = key(ViewsConfig(), "crops of an image and their colours")
+    loss: LossConfig = key(LossConfig(), "the objective's constants")
+    target: TargetConfig = key(TargetConfig(), "the target network")
+    bgmask: BackgroundRemovalConfig = key(BackgroundRemovalConfig(), "background removal on large views")
+    optim: OptimConfig = key(OptimConfig(), "optimiser and schedules")
+    data: DataConfig = key(DataConfig(), "the images")
+    eval: EvalConfig = key(EvalConfig(), "evaluation during the run")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    runtime: PretrainRuntimeConfig = key(PretrainRuntimeConfig(), "how it is computed; the method is the same")
+    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check_keys_agree(self) -> PretrainConfig:
+        self._check_views()
+        self._check_objective()
+        self._check_optim()
+        self._check_masks()
+        return self
+
+    def _check_masks(self) -> None:
+        masks = self.bgmask
+        if masks.source == "bank" and masks.bank is None:
+            raise UsageError("bgmask.source is bank, but no bank is given.", "Give --bgmask RUN or BANK.")
+        if masks.source != "bank" and masks.bank is not None:
+            raise UsageError(
+                f"bgmask.bank is {masks.bank}, but bgmask.source is {masks.source}.",
+                "Set bgmask.source to bank, or leave bgmask.bank out.",
+            )
+        low, high = masks.limits
+        if low > high:
+            raise UsageError(
+                f"bgmask.limits is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
+            )
+
+    def _check_views(self) -> None:
+        views = self.views
+        check_ranges(
+            {
+                "views.large.area": views.large.area,
+                "views.small.area": views.small.area,
+                "views.aspect": views.aspect,
+            }
+        )
+
+    def _check_objective(self) -> None:
+        large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives
+        if self.objective == "relic" and (large != 2 or small or negatives != "all"):
+            raise UsageError(
+                f"objective relic is two large views, no small ones and all negatives, not {large} large, "
+                f"{small} small and {negatives} negatives.",
+                "Leave the counts of views and loss.negatives unset, or take objective relicv2.",
+            )
+        if self.objective in ("simclr", "byol") and large + small < 2:
+            raise UsageError(
+                f"objective {self.objective} compares views of an image, but there is only one.",
+                "Set views.large.count to 2 or more.",
+            )
+        batch = self.optim.batch_size
+        if self.objective == "relicv2" and negatives != "all" and negatives >= batch:
+            raise UsageError(
+                f"loss.negatives is {negatives}, but a batch of {batch} images has only {batch - 1} others.",
+                "Lower loss.negatives, set it to all, or raise optim.batch_size.",
+            )
+
+    def _check_optim(self) -> None:
+        optim = self.optim
+        if optim.warmup_epochs > optim.epochs:
+            raise UsageError(
+                f"optim.warmup_epochs {optim.warmup_epochs:g} is longer than the run, {optim.epochs} epochs.",
+                "Lower optim.warmup_epochs, or cut the run with optim.max_steps instead of optim.epochs.",
+            )
+        if optim.microbatch is not None and optim.batch_size % optim.microbatch:
+            raise UsageError(
+                f"optim.microbatch {optim.microbatch} does not divide optim.batch_size {optim.batch_size}.",
+                "Choose an optim.microbatch that divides the batch.",
+            )

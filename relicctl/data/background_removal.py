@@ -1,0 +1,263 @@
+"""Background removal: which large views are cut from the masked image, and how it is masked.
+
+After ReLICv2 (arXiv 2201.05119): every large view by itself takes the image without its background, with a
+probability; small views never do. The mask is applied to the whole image, and the view is cropped from that.
+Only the part that a crop needs is computed, and only for views that drew a mask. What a view draws depends on
+(seed, epoch, sample, view) alone.
+
+Masks of any shape are scaled to their image by the nearest pixel: in both ways of cropping the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relicctl.core.counter_rng import Stream, derive_seed, draw_uniform
+from relicctl.data.constants import IMAGENET_MEAN
+from relicctl.data.crops import crop_on_device
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import ImageSource, decode_rgba
+from relicctl.data.mask_bank import MaskBank
+
+FillMode = Literal["mean", "gray", "noise"]
+FILL_COLORS = {"mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
+PIXEL = np.dtype("V3")  # three bytes as one
+ALPHA_THRESHOLD = 128  # alpha from which on a pixel is foreground
+NOISE_KEY = 1  # keeps the noise's numbers apart from the draws'
+
+
+class MaskSource(Protocol):
+    """Where foregrounds come from."""
+
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        """What the images are loaded from, with all that ``read`` wants of them."""
+        ...
+
+    def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        """Sample ``index``'s foreground: bool ``[h, w]`` of any shape; None where no mask can be used.
+
+        ``image``: the sample as ``pictures`` loads it.
+        """
+        ...
+
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> MaskSource:
+        """Masks of images that stay decoded: place i is sample ``indices[i]``, which was loaded as ``images[i]``."""
+        ...
+
+
+class BankMasks:
+    """Masks of a bank: ``rows``, int64 ``[N]``, is each sample's there. ``limits`` of the foreground's share."""
+
+    def __init__(self, bank: MaskBank, rows: np.ndarray, limits: tuple[float, float]) -> None:
+        self.bank, self.rows, self.limits = bank, rows, limits
+
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        return source
+
+    def is_usable(self) -> np.ndarray:
+        """bool ``[N]``: whose foreground lies within the limits."""
+        return _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
+
+    def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        row = int(self.rows[index])
+        return self.bank.load_mask(row) if _is_within(self.bank.get_foreground_ratio(row), self.limits) else None
+
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> BankMasks:
+        return BankMasks(self.bank, self.rows[np.asarray(indices)], self.limits)
+
+
+class AlphaMasks:
+    """The images' own alpha channels; images without one have no mask."""
+
+    def __init__(self, limits: tuple[float, float]) -> None:
+        self.limits = limits
+
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        return _AlphaImages(source)
+
+    def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        if image.shape[2] < 4:
+            return None
+        mask = image[..., 3] >= ALPHA_THRESHOLD
+        return mask if _is_within(mask.mean(), self.limits) else None
+
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
+        return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
+
+
+class PackedMasks:
+    """Masks in memory as bits, at the images' own shapes."""
+
+    def __init__(self, masks: list[np.ndarray | None]) -> None:
+        self._shapes = [None if mask is None else mask.shape for mask in masks]
+        self._bits = [None if mask is None else np.packbits(mask) for mask in masks]
+
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        return source
+
+    def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        shape, bits = self._shapes[index], self._bits[index]
+        if shape is None or bits is None:
+            return None
+        return np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
+
+    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
+        return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
+
+
+class _AlphaImages:
+    """A source's images, uint8 ``[H, W, 4]`` where there is an alpha channel, else ``[H, W, 3]``."""
+
+    def __init__(self, source: ImageDataset) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def load(self, index: int) -> np.ndarray:
+        data = self._source.read(index)
+        return decode_rgba(data) if isinstance(data, bytes) else data
+
+
+def _is_within(share: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    return (limits[0] <= share) & (share <= limits[1])
+
+
+@dataclass(frozen=True)
+class BackgroundRemoval:
+    """Background removal of a run: where masks come from, how often, and what the background becomes."""
+
+    masks: MaskSource
+    probability: float
+    fill: FillMode
+
+    def draw_masked_views(self, seed: int, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
+        """bool ``[B, views]``: which large views of ``samples``, ``[B]``, want the image without its background."""
+        wanted = draw_uniform(seed, Stream.MASK, epoch, samples[:, None], np.arange(views), n=1)
+        return wanted[..., 0] < self.probability
+
+    def build_fills(
+        self,
+        drawn: np.ndarray,
+        seed: int,
+        epoch: int,
+        samples: np.ndarray,
+        used: np.ndarray,
+        images: list[np.ndarray],
+    ) -> list[list[BackgroundFill | None]]:
+        """Per image and large view, what removes its background, or None.
+
+        ``drawn``: bool ``[B, views]``, of ``draw``; ``samples``, ``[B]``: for whom; ``used``, ``[B]``: the samples
+        that were loaded in their places as ``images``.
+        """
+        found: list[list[BackgroundFill | None]] = [[None] * drawn.shape[1] for _ in images]
+        rows, views = np.nonzero(drawn)
+        masks = {row: self.masks.read(int(used[row]), images[row]) for row in set(rows.tolist())}
+        for row, view in zip(rows.tolist(), views.tolist(), strict=True):
+            mask = masks[row]
+            if mask is not None:
+                height, width = images[row].shape[:2]
+                fill = self.make_fill_values(seed, epoch, int(samples[row]), view, height, width)
+                found[row][view] = BackgroundFill(mask, height, width, fill)
+        return found
+
+    def make_fill_values(self, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> np.ndarray:
+        """What the background becomes: uint8 ``[3]``, or noise of the view's own, ``[height, width, 3]``."""
+        if self.fill != "noise":
+            return FILL_COLORS[self.fill]
+        count = 3 * height * width
+        words = np.random.PCG64(derive_seed(seed, Stream.MASK, epoch, sample, view, NOISE_KEY)).random_raw(
+            -(-count // 8)
+        )
+        return words.astype("<u8").view(np.uint8)[:count].reshape(height, width, 3)
+
+
+class BackgroundFill:
+    """Fills the background in any crop of an image of ``height`` x ``width`` pixels.
+
+    The mask's few rows are stretched across the crop before they are copied to its lines, and numpy fills runs of
+    whole pixels: a third of what it takes by channels.
+    """
+
+    def __init__(self, mask: np.ndarray, height: int, width: int, fill: np.ndarray) -> None:
+        self._mask, self._height, self._width, self._fill = mask, height, width, fill
+
+    def __call__(self, crop: np.ndarray, left: int, top: int) -> None:
+        """``crop``: uint8 ``[h, w, 3]``, contiguous, the pixels from (top, left) on; filled in place."""
+        h, w = crop.shape[:2]
+        rows = _compute_nearest_indices(self._height, self._mask.shape[0])[top : top + h]
+        columns = _compute_nearest_indices(self._width, self._mask.shape[1])[left : left + w]
+        background = (~self._mask[rows[0] : rows[-1] + 1])[:, columns].take(rows - rows[0], axis=0)
+        if self._fill.ndim == 1:
+            fill = np.frombuffer(self._fill.tobytes() * w, PIXEL)
+        else:
+            fill = self._fill.view(PIXEL)[top : top + h, left : left + w, 0]
+        np.copyto(crop.view(PIXEL)[..., 0], fill, where=background)
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool ``[height, width]``: the mask at the size of its image."""
+    rows, columns = _compute_nearest_indices(height, mask.shape[0]), _compute_nearest_indices(width, mask.shape[1])
+    return mask[rows][:, columns]
+
+
+@lru_cache(maxsize=256)
+def _compute_nearest_indices(pixels: int, side: int) -> np.ndarray:
+    """int64 ``[pixels]``: of ``side`` mask pixels, the one under the centre of each image pixel."""
+    return (2 * np.arange(pixels) + 1) * side // (2 * pixels)
+
+
+class DeviceMasks:
+    """Masks of images of one size, packed at that size on the images' device: 1/24 of the images' memory."""
+
+    def __init__(self, masking: BackgroundRemoval, images: list[np.ndarray], device: torch.device) -> None:
+        self._masking = masking
+        self._height, self._width = images[0].shape[:2]
+        self._usable = np.zeros(len(images), dtype=bool)
+        packed = np.zeros((len(images), -(-self._height * self._width // 8)), dtype=np.uint8)
+        for place, image in enumerate(images):
+            mask = masking.masks.read(place, image)
+            if mask is not None:
+                packed[place] = np.packbits(resize_mask(mask, self._height, self._width))
+                self._usable[place] = True
+        self._packed = torch.from_numpy(packed).to(device)
+        self._shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+
+    def crop_masked_views(
+        self, views: Tensor, images: Tensor, boxes: np.ndarray, seed: int, epoch: int, samples: np.ndarray
+    ) -> None:
+        """Cut those large views anew that drew a mask: float32 ``[V, B, 3, size, size]``, contiguous, in place.
+
+        ``images``: uint8 ``[B, 3, H, W]``, those of ``samples``, ``[B]``; ``boxes``: ``[B, V, 4]``.
+        """
+        count, batch = views.shape[:2]
+        drawn = self._masking.draw_masked_views(seed, epoch, samples, count) & self._usable[samples][:, None]
+        rows, chosen = np.nonzero(drawn)
+        if not len(rows):
+            return
+        fills = [
+            self._masking.make_fill_values(seed, epoch, sample, view, self._height, self._width)
+            for sample, view in zip(samples[rows].tolist(), chosen.tolist(), strict=True)
+        ]
+        wanted = torch.from_numpy(np.stack([rows, samples[rows], chosen * batch + rows]))
+        row, sample, place = wanted.to(images.device, non_blocking=True)
+        filled = self._remove_background(images[row], sample, fills[0] if fills[0].ndim == 1 else np.stack(fills))
+        crops = crop_on_device(filled, boxes[rows, chosen][:, None], views.shape[-1])
+        views.view(-1, *views.shape[2:]).index_copy_(0, place, crops[0])
+
+    def _remove_background(self, images: Tensor, samples: Tensor, fill: np.ndarray) -> Tensor:
+        """uint8 ``[K, 3, H, W]``: images of ``samples``, int64 ``[K]``, their backgrounds filled.
+
+        ``fill``: uint8 ``[3]``, or ``[K, H, W, 3]``.
+        """
+        bits = (self._packed[samples][..., None] >> self._shifts) & 1
+        keep = bits.flatten(1)[:, : self._height * self._width].reshape(-1, 1, self._height, self._width).bool()
+        colour = torch.from_numpy(fill).to(images.device, non_blocking=True)
+        return torch.where(keep, images, colour[:, None, None] if fill.ndim == 1 else colour.movedim(-1, 1))

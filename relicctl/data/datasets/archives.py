@@ -1,0 +1,342 @@
+"""Where the bytes of a sample lie: in a folder, a .zip or a .tar. Nothing is ever unpacked to disk.
+
+An index is made once; after that a sample is read by ``pread``, which needs no file position and so is right
+for any number of threads and processes. Nothing in an archive is trusted: names are checked, links and
+devices passed over, sizes limited before anything is read.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Protocol
+
+from relicctl.data.decoding import IMAGE_EXTENSIONS, BadImageError
+from relicctl.errors import DataError
+
+MAX_FILE_BYTES = 256 << 20  # no photo's file is larger; a member that claims more is never read
+NO_CRC = -1
+_COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, OverflowError, struct.error)
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: ends with the lengths of its name and extra field
+_MAX_OPEN_FILES = 64  # archives held open at once: a thousand shards must not use up the descriptors
+
+
+class Member(NamedTuple):
+    """Where a file lies: offset and length as stored, length unpacked, zip's method, CRC-32 or NO_CRC."""
+
+    offset: int
+    compressed_size: int
+    size: int
+    method: int = _STORED
+    crc: int = NO_CRC
+
+
+class Container(Protocol):
+    """A place that holds image files."""
+
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
+        """Every image by its safe name, relative and with ``/``. Raises DataError."""
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        """The file's bytes. Raises BadImage, and DataError if the container itself is gone."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder tree. Links are followed, except into a folder that encloses them."""
+
+    path: str
+
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
+        yield from self._walk("", frozenset())
+
+    def _walk(self, below: str, enclosing: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Member]]:
+        folder = os.path.join(self.path, below)
+        with convert_os_errors(folder):
+            here = os.stat(folder)
+            identity = here.st_dev, here.st_ino
+            if identity in enclosing:
+                return
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith("."):
+                continue
+            if _is_directory(entry):
+                yield from self._walk(name, enclosing | {identity})
+            elif usable := normalize_image_name(name):
+                yield from self._iter_file(usable, entry)
+
+    @staticmethod
+    def _iter_file(name: str, entry: os.DirEntry) -> Iterator[tuple[str, Member]]:
+        try:
+            found = entry.stat()
+        except OSError:  # a link to nowhere: reading it says so
+            yield name, Member(0, 0, 0)
+        else:
+            if stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
+                yield name, Member(0, found.st_size, found.st_size)
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        _check_size(member)
+        try:
+            with open(os.path.join(os.fsencode(self.path), name), "rb") as file:
+                return file.read()
+        except OSError as error:
+            self._check_exists()
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+    def _check_exists(self) -> None:
+        """A disk that was unplugged or unmounted is no heap of bad images."""
+        with convert_os_errors(self.path):
+            if not any(os.scandir(self.path)):
+                raise DataError(f"{self.path} has become empty.", "Check the path and the disk.")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that holds files. ``version`` is its length and time of change when it was indexed."""
+
+    path: str
+    version: tuple[int, int]
+
+    def read(self, name: bytes, member: Member) -> bytes:
+        _check_size(member)
+        data = self._read_bytes(self._find_start(member), member.compressed_size)
+        if member.method == _DEFLATED:
+            data = _inflate(data, member.size)
+        elif member.method != _STORED:
+            raise BadImageError("encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}")
+        if len(data) != member.size:
+            raise BadImageError(f"the archive ends after {len(data)} of {member.size} bytes")
+        if member.crc not in (NO_CRC, zlib.crc32(data)):
+            raise BadImageError("its checksum differs: the archive is damaged")
+        return data
+
+    def _find_start(self, member: Member) -> int:
+        """Where the member's data begin."""
+        return member.offset
+
+    def _read_bytes(self, offset: int, length: int) -> bytes:
+        file = _get_file_handle(self.path, self.version, os.getpid())  # held until the read is done
+        try:
+            return os.pread(file.descriptor, length, offset)
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+
+class Tar(Archive):
+    """An uncompressed .tar."""
+
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
+        try:
+            with convert_os_errors(self.path), tarfile.open(self.path, "r:") as tar:
+                before = -1
+                while (found := tar.next()) and tar.offset > before:
+                    before = tar.offset  # a header whose size leads backwards would be read for ever
+                    tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
+                    name = normalize_image_name(found.name)
+                    if name and found.isreg() and not found.issparse():
+                        yield name, _make_member(found.offset_data, found.size, found.size)
+                self._check_end(tar.offset)
+        except _ARCHIVE_ERRORS as error:
+            raise _make_damaged_error(self.path) from error
+
+    def _check_end(self, offset: int) -> None:
+        """tarfile takes a damaged header for the end; the true end is a block of zeros or the file's."""
+        if offset < 0 or offset > self.version[0] or any(self._read_bytes(offset, tarfile.BLOCKSIZE)):
+            raise _make_damaged_error(self.path)
+
+
+class Zip(Archive):
+    """A .zip whose members are stored or deflated."""
+
+    def iter_images(self) -> Iterator[tuple[str, Member]]:
+        try:
+            with convert_os_errors(self.path), zipfile.ZipFile(self.path) as archive:
+                members = archive.infolist()
+        except _ARCHIVE_ERRORS as error:
+            raise _make_damaged_error(self.path) from error
+        for found in members:
+            name = normalize_image_name(found.filename)
+            if name and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
+                method = _ENCRYPTED if found.flag_bits & 1 else found.compress_type
+                place = found.header_offset, found.compress_size, found.file_size
+                yield name, _make_member(*place, method, found.CRC)
+
+    def _find_start(self, member: Member) -> int:
+        header = self._read_bytes(member.offset, _LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+            raise BadImageError("its entry in the archive is damaged")
+        return member.offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
+
+
+def open_container(path: str) -> Container:
+    """The folder or archive at ``path``, told by content. Raises DataError for anything else."""
+    if os.path.isdir(path):
+        return Folder(path)
+    with convert_os_errors(path):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path} is neither a folder nor a file.", "Give a folder, a .zip or a .tar.")
+        with open(path, "rb") as file:
+            head = file.read(tarfile.BLOCKSIZE)
+    for magic, name in _COMPRESSION_MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(
+                f"{path} is compressed with {name}, so the images in it cannot be read in place.",
+                "Undo the compression once and give the plain .tar; JPEG gains nothing from it.",
+            )
+    is_tar = head[257:262] == b"ustar" or path.lower().endswith(".tar")
+    return (Tar if is_tar else Zip)(path, (found.st_size, found.st_mtime_ns))
+
+
+@contextmanager
+def convert_os_errors(path: str) -> Iterator[None]:
+    """Turn the system's refusal to read ``path`` into a DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(
+            f"{path} must not be read by this user.", "Change its permissions, for example chmod -R u+rX."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
+
+
+class _FileHandle:
+    """A file descriptor that closes when the last thread using it lets go."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(maxsize=_MAX_OPEN_FILES)
+def _get_file_handle(path: str, version: tuple[int, int], process: int) -> _FileHandle:
+    """One descriptor per process: a forked or spawned worker opens its own. Raises DataError."""
+    with convert_os_errors(path):
+        file = _FileHandle(os.open(path, os.O_RDONLY))
+        found = os.fstat(file.descriptor)
+    if (found.st_size, found.st_mtime_ns) != version:
+        raise DataError(f"{path} has changed since it was indexed.", "Start again when it is complete.")
+    return file
+
+
+def _is_directory(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _make_member(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
+    """A Member whose numbers fit 64 bits whatever the archive claims; reading refuses what is too large."""
+    offset, stored, size = (min(max(value, -1), 1 << 62) for value in (offset, stored, size))
+    return Member(offset, stored, size, method, crc)
+
+
+def _check_size(member: Member) -> None:
+    if not 0 <= max(member.compressed_size, member.size) <= MAX_FILE_BYTES:
+        raise BadImageError(
+            f"claims {max(member.compressed_size, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed"
+        )
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """Raises BadImage unless ``data`` unpack to ``size`` bytes; never unpacks more than one byte beyond."""
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        unpacked = stream.decompress(data, size + 1)
+    except zlib.error as error:
+        raise BadImageError(f"cannot be unpacked: {error}") from error
+    if len(unpacked) != size or not stream.eof:
+        raise BadImageError(f"does not unpack to the {size} bytes it claims")
+    return unpacked
+
+
+def _make_damaged_error(path: str) -> DataError:
+    return DataError(
+        f"{path} is no zip or tar archive, or a damaged one.",
+        "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again.",
+    )
+
+
+MAX_TEXT_BYTES = 2 << 30  # bytes; COCO's largest list has half a billion
+
+
+class FileReader:
+    """Files of any kind in the folder or archive that ``spec`` names, as in data sources: PATH or PATH#FOLDER."""
+
+    def __init__(self, spec: str) -> None:
+        path, folder = spec, ""
+        if "#" in spec and not os.path.lexists(spec):
+            path, _, folder = spec.rpartition("#")
+        self._path, self._folder = os.path.expanduser(path), folder.strip("/")
+        if not os.path.exists(self._path):
+            raise DataError(f"There is no folder or archive '{self._path}'.", "Check the path.")
+        self._container = open_container(self._path)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of the file; None if there is none. Raises DataError for what cannot be read."""
+        whole = posixpath.join(self._folder, name)
+        with convert_os_errors(self._path):
+            if isinstance(self._container, Folder):
+                file = os.path.join(self._path, whole)
+                if not os.path.isfile(file):
+                    return None
+                with open(file, "rb") as handle:
+                    return handle.read(MAX_TEXT_BYTES)
+            try:
+                return self._read_from_archive(whole)
+            except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, EOFError) as reason:
+                raise DataError(f"{name} in {self._path} cannot be read ({reason}).", "Pack it again.") from None
+
+    def _read_from_archive(self, name: str) -> bytes | None:
+        archive = self._archive
+        if isinstance(archive, tarfile.TarFile):
+            member = self._members.get(name)
+            handle = archive.extractfile(member) if member is not None and member.isreg() else None
+            return None if handle is None else handle.read(MAX_TEXT_BYTES)
+        try:
+            with archive.open(name) as handle:
+                return handle.read(MAX_TEXT_BYTES)
+        except KeyError:
+            return None
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | tarfile.TarFile:
+        return tarfile.open(self._path, "r:") if isinstance(self._container, Tar) else zipfile.ZipFile(self._path)
+
+    @cached_property
+    def _members(self) -> dict[str, tarfile.TarInfo]:
+        assert isinstance(self._archive, tarfile.TarFile)
+        return {posixpath.normpath(member.name): member for member in self._archive.getmembers()}
+
+
+def normalize_image_name(name: str) -> str | None:
+    """The normalised relative name of an image in an archive or folder; None for what is not to be used.
+
+    Names that lead out of their root (absolute, drive letter, ``..``), hidden files, and other kinds of files
+    are not used.
+    """
+    if not name.lower().endswith(IMAGE_EXTENSIONS) or name.startswith("/") or name[1:3] in (":/", ":\\"):
+        return None
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):  # ".." among them
+        return None
+    return "/".join(parts)

@@ -1,0 +1,202 @@
+"""Names of samples: which are safe, what folder says the class, and how a million of them stay small."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import os
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from relicctl.data.datasets.archives import Container, Folder, Member, convert_os_errors, open_container
+from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames
+from relicctl.data.decoding import IMAGE_EXTENSIONS
+from relicctl.errors import DataError
+
+MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
+SPLIT_NAMES = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "testing",
+    "unlabeled",
+    "unlabelled",
+}
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
+
+    The class is the first folder level. Folders that enclose everything come off before: ``photos/cat/1.jpg``
+    and ``photos/dog/2.jpg`` are a cat and a dog, and a single folder of images is no class. As soon as one
+    image lies beside the class folders, the data count as unlabelled.
+    Raises DataError if the folders are splits such as train and test: together they would leak.
+    """
+    enclosing = posixpath.commonpath({name.rpartition("/")[0] for name in names})
+    start = len(enclosing) + 1 if enclosing else 0
+    folders = [name[start : name.find("/", start)] if "/" in name[start:] else "" for name in names]
+    classes = sorted(set(folders))
+    if classes[0] == "":
+        return (), None
+    if SPLIT_NAMES.issuperset(map(str.lower, classes)):
+        first = min(classes, key=lambda name: not name.lower().startswith("train"))
+        inner = f"{enclosing}/{first}" if enclosing else first
+        raise DataError(
+            f"The folders of {spec} are splits, not classes: {', '.join(classes)}.",
+            f"Name one of them, for example {spec}#{inner}.",
+        )
+    number = {name: label for label, name in enumerate(classes)}
+    return tuple(classes), np.array([number[folder] for folder in folders], dtype=np.int64)
+
+
+def expand_braces(text: str) -> list[str]:
+    """``a{0..2}`` -> a0 a1 a2, ``{08..10}`` -> 08 09 10, ``{x,y}`` -> x y: every combination, as in a shell.
+
+    Braces without a range or a comma stand for themselves; braces within braces are not expanded.
+    Raises DataError beyond MAX_SHARDS names.
+    """
+    pieces = _BRACES.split(text)  # literal, inside, literal, inside, ..., literal
+    choices = [_expand_brace(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise DataError(f"{text} stands for more than {MAX_SHARDS} names.", "Check the numbers in the braces.")
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _expand_brace(inside: str) -> Sequence[str]:
+    if bounds := _RANGE.fullmatch(inside):
+        first, last = int(bounds[1]), int(bounds[2])
+        padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())
+        width = max(map(len, bounds.groups())) if padded else 0
+        step = 1 if last >= first else -1
+        # One more than allowed is enough to be refused; the whole range might not fit in memory.
+        numbers = itertools.islice(range(first, last + step, step), MAX_SHARDS + 1)
+        return [f"{number:0{width}d}" for number in numbers]
+    return inside.split(",") if "," in inside else [f"{{{inside}}}"]
+
+
+def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = False) -> ImageDataset:
+    """Open what ``spec`` names (see the module). ``split`` speaks to torchvision and the demo data.
+
+    Raises DataError, with what to do about it, for anything that cannot be used.
+    """
+    kind, _, _ = spec.partition(":")
+    if kind == "shapes":
+        from relicctl.data.datasets.shapes import ShapesDataset  # it is a Source itself
+
+        return ShapesDataset.from_spec(spec, split)
+    if kind == "torchvision":
+        from relicctl.data.datasets.torchvision import open_torchvision  # imports torch
+
+        return open_torchvision(spec, split, download)
+    return _open_files(spec)
+
+
+def _open_files(spec: str) -> FileDataset:
+    texts = [spec] if os.path.lexists(spec) else expand_braces(spec)
+    places = list(dict.fromkeys(map(_parse_path, texts)))
+    prefixes = _make_prefixes(places)
+    containers: list[Container] = []
+    found: dict[str, tuple[str, int, Member]] = {}  # by key; of two members with one name the later counts
+    for number, (path, folder) in enumerate(places):
+        container, entries = _index_container(path, folder)
+        containers.append(container)
+        found.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
+    keys = sorted(found)  # the same order for the same files, however they are packed
+    classes, labels = infer_classes([found[key][0] for key in keys], spec)
+    members = np.array([(found[key][1], *found[key][2]) for key in keys], dtype=np.int64)
+    return FileDataset(spec, containers, prefixes, PackedNames(keys), members, classes, labels)
+
+
+def _parse_path(text: str) -> tuple[str, str]:
+    path, folder = text, ""
+    if "#" in text and not os.path.lexists(text):
+        path, _, folder = text.rpartition("#")
+    return os.path.expanduser(path), folder.strip("/")
+
+
+def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
+    """What tells several places apart, without the path that they share; nothing for a single one."""
+    if len(places) == 1:
+        return [""]
+    full = [os.path.abspath(os.path.join(path, folder)) for path, folder in places]
+    shared = os.path.commonpath([os.path.dirname(path) for path in full])
+    return [os.path.relpath(path, shared).replace(os.sep, "/") + "/" for path in full]
+
+
+def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
+    """The images at ``path``, or those in its ``folder``, named from there. Raises DataError if none is."""
+    if not os.path.exists(path):
+        raise _make_missing_path_error(path)
+    container = open_container(path)
+    if folder and isinstance(container, Folder):
+        inner = os.path.join(path, folder)
+        if not os.path.isdir(inner):
+            raise _make_missing_folder_error(path, folder, _list_folders(path))
+        container = Folder(inner)
+    entries = list(container.iter_images())
+    if folder and not isinstance(container, Folder):
+        start = folder + "/"
+        inside = [(name[len(start) :], member) for name, member in entries if name.startswith(start)]
+        if entries and not inside:
+            folders = {str(parent) for name, _ in entries for parent in PurePosixPath(name).parents}
+            raise _make_missing_folder_error(path, folder, sorted(folders - {"."}))
+        entries = inside
+    if not entries:
+        empty = isinstance(container, Folder) and not os.listdir(container.path)
+        raise DataError(
+            f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}.",
+            f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.",
+        )
+    return container, entries
+
+
+def _list_folders(path: str) -> list[str]:
+    with convert_os_errors(path), os.scandir(path) as listing:
+        return sorted(entry.name for entry in listing if os.path.isdir(entry.path))
+
+
+def _make_missing_path_error(path: str) -> DataError:
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."))
+    except OSError:
+        near = []
+    return DataError(
+        f"There is no folder or archive '{path}'.",
+        "Check the path" + (f"; near it are {', '.join(near)}." if near else "."),
+    )
+
+
+def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:
+    near = difflib.get_close_matches(folder, folders) or folders[:5]
+    return DataError(
+        f"{path} has no folder {folder}.",
+        f"Name one that holds images, such as {', '.join(near)}." if near else f"Give {path} alone.",
+    )
+
+
+def join_spec(spec: str, folder: str) -> str:
+    """What names ``folder`` within the data that ``spec`` names."""
+    if not folder:
+        return spec
+    return f"{spec}{'/' if '#' in spec else '#'}{folder}"
+
+
+def parse_first_words(content: bytes) -> list[str]:
+    """The first word of every line that has one."""
+    return [line.split()[0] for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
+
+
+def summarize_names(names: list[str]) -> str:
+    """How many, and the first."""
+    return f"{len(names)} ({names[0]} among them)" if len(names) > 1 else names[0]

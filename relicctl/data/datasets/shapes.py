@@ -1,0 +1,142 @@
+"""The embedded demo data: ten kinds of labelled objects on misleading backgrounds, with their true masks.
+
+Objects of one kind share outline, surface pattern and parts; they vary in place, size, angle, proportion,
+colour and light, and lie before clutter. A background is a texture with a tint. In the training split most
+backgrounds are the one that goes with the label, in the other split they tell nothing about it: who learns
+backgrounds instead of objects fails there. Every picture is a pure function of (seed, split, index), drawn
+when it is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from relicctl.core.counter_rng import Stream, draw_uniform
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.shapes_drawing import CLASSES, NUM_UNIFORMS, render_image
+from relicctl.errors import DataError
+
+VERSION = 1  # raise it when any picture changes: the fingerprint holds it
+IMAGE_DRAWS, BACKGROUND_DRAWS = 0, 1  # what an image's numbers are drawn for
+BACKGROUNDS = ("random", "matched", "swapped")
+
+
+@dataclass(frozen=True)
+class ShapesSpec:
+    """What may follow ``shapes:``, as ``key=value`` with commas between."""
+
+    size: int = 48  # pixels of a side
+    train: int = 4000  # images of the training split
+    val: int = 1000  # images of the test split
+    seed: int = 0
+    correlation: float = 0.8  # share of training images before the background that goes with their label
+    backgrounds: str = "random"  # of the test split: any, always the label's own, or never that
+
+    @classmethod
+    def parse(cls, spec: str) -> ShapesSpec:
+        """Read ``shapes`` or ``shapes:key=value,...``. Raises DataError for anything else."""
+        _, _, settings = spec.partition(":")
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
+        values = {}
+        for setting in filter(None, settings.split(",")):
+            key, _, text = setting.partition("=")
+            if key not in defaults:
+                near = difflib.get_close_matches(key, defaults, n=1) or list(defaults)
+                raise DataError(f"The demo data have no setting {key!r}.", f"Use {', '.join(near)}.")
+            try:
+                values[key] = type(defaults[key])(text)
+            except ValueError:
+                raise _make_setting_error(key, text) from None
+        parsed = cls(**values)
+        parsed._check()
+        return parsed
+
+    def _check(self) -> None:
+        valid = {
+            "size": 16 <= self.size <= 512,
+            "train": 1 <= self.train <= 10_000_000,
+            "val": 1 <= self.val <= 10_000_000,
+            "seed": self.seed >= 0,
+            "correlation": 0 <= self.correlation <= 1,
+            "backgrounds": self.backgrounds in BACKGROUNDS,
+        }
+        for key, is_valid in valid.items():
+            if not is_valid:
+                raise _make_setting_error(key, getattr(self, key))
+
+
+def _make_setting_error(key: str, value: object) -> DataError:
+    allowed = {
+        "size": "a whole number of pixels from 16 to 512",
+        "train": "a number of images from 1 to 10,000,000",
+        "val": "a number of images from 1 to 10,000,000",
+        "seed": "a whole number from 0 on",
+        "correlation": "a number from 0 to 1",
+        "backgrounds": " or ".join(BACKGROUNDS),
+    }
+    return DataError(f"The demo data cannot have {key}={value}.", f"Give {key} {allowed[key]}.")
+
+
+class ShapesDataset(ImageDataset):
+    """Images ``rows``, int64 ``[N]``, of one split. ``behind``, int64 ``[N]``: the texture behind each."""
+
+    classes = CLASSES
+    labels: np.ndarray
+
+    def __init__(self, spec: str, settings: ShapesSpec, split: Literal["train", "val"], rows: np.ndarray) -> None:
+        self.spec, self.settings, self.split, self.rows = spec, settings, split, rows
+        self.namespace = f"shapes {VERSION} {settings.seed}"  # objects depend on no more, beside their names
+        self.labels = rows % len(CLASSES)
+        self.background_ids = self._draw_backgrounds()
+
+    @classmethod
+    def from_spec(cls, spec: str, split: Literal["train", "val"]) -> ShapesDataset:
+        """Open ``shapes[:key=value,...]``; see ShapesSpec for the keys. Raises DataError."""
+        settings = ShapesSpec.parse(spec)
+        return cls(spec, settings, split, np.arange(settings.train if split == "train" else settings.val))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def get_name(self, index: int) -> str:
+        return f"{self.split}/{CLASSES[self.labels[index]]}/{self.rows[index]:05d}"
+
+    def read(self, index: int) -> np.ndarray:
+        return self._render(index)[0]
+
+    def load_mask(self, index: int) -> np.ndarray:
+        """Where the object is: bool ``[H, W]``."""
+        return self._render(index)[1]
+
+    def select(self, indices: Iterable[int] | np.ndarray) -> ShapesDataset:
+        rows = self.rows[np.fromiter(indices, dtype=np.int64)]
+        return ShapesDataset(self.spec, self.settings, self.split, rows)
+
+    def compute_fingerprint(self) -> str:
+        """SHA-256 (hex) over all that the pictures depend on."""
+        digest = hashlib.sha256(f"{VERSION} {self.settings} {self.split}".encode())
+        digest.update(self.rows.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        uniforms = self._draw_uniforms(self.rows[index], IMAGE_DRAWS, n=NUM_UNIFORMS)
+        return render_image(uniforms, int(self.labels[index]), int(self.background_ids[index]), self.settings.size)
+
+    def _draw_backgrounds(self) -> np.ndarray:
+        which, other = self._draw_uniforms(self.rows, BACKGROUND_DRAWS, n=2).T
+        kinds = len(CLASSES)
+        wrong = (self.labels + 1 + (other * (kinds - 1)).astype(np.int64)) % kinds
+        if self.split == "train":
+            return np.where(which < self.settings.correlation, self.labels, wrong)
+        choices = {"random": (other * kinds).astype(np.int64), "matched": self.labels, "swapped": wrong}
+        return choices[self.settings.backgrounds]
+
+    def _draw_uniforms(self, rows: np.ndarray, purpose: int, n: int) -> np.ndarray:
+        split = 0 if self.split == "train" else 1
+        return draw_uniform(self.settings.seed, Stream.SHAPES, split, rows, purpose, n=n)

@@ -1,0 +1,189 @@
+"""From a file's bytes to the pixels every network here sees: RGB, uint8, upright."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Protocol
+
+import numpy as np
+
+# Importing the plugins registers their formats; Pillow would otherwise load every plugin it has to find WebP.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
+
+from relicctl.errors import DataError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is taken for a decompression bomb
+_EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
+_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImageError(Exception):
+    """One sample cannot be read or decoded, for ``reason``; the run can go on without it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable.
+
+    The EXIF orientation is applied. Transparent pixels are laid over white, as a page would show them. Grey
+    values of 16 bits and more are scaled to 8, palettes resolved, CMYK converted without its colour profile.
+    Raises BadImage for anything that is no complete image of one of FORMATS, or has more than MAX_PIXELS.
+    """
+    return _decode(data, _to_rgb)
+
+
+def decode_rgba(data: bytes) -> np.ndarray:
+    """Like ``decode_rgb``; where the image has transparency uint8 ``[H, W, 4]``, its alpha beside the same RGB."""
+    return _decode(data, _to_rgba)
+
+
+def _decode(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    try:
+        image: Image.Image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
+        if not 0 < image.width * image.height <= MAX_PIXELS:
+            raise BadImageError(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
+        image.load()
+        turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
+        image = convert(image)
+        return np.array(image if turn is None else image.transpose(turn))
+    except BadImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("no image in a known format") from None
+    except Exception as error:  # on damaged files Pillow's plugins raise almost anything
+        raise BadImageError(f"{error}" or type(error).__name__) from error
+
+
+def _read_orientation(image: Image.Image) -> int:
+    if _EXIF_KEYS.isdisjoint(image.info):
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata beside sound pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        sixteen_bits = image.mode != "F" and (image.mode != "I" or image.format == "PNG")
+        grey = _to_uint8(np.asarray(image), white=65535 if sixteen_bits else None)
+        image = Image.fromarray(grey)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return _to_rgb(image)
+    shown = _to_rgb(image)
+    shown.putalpha(image.convert("RGBA").getchannel("A"))
+    return shown
+
+
+def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
+    """Scale ``[H, W]`` linearly so that ``white`` becomes 255.
+
+    Files of 32-bit integers or floats do not say what white is: it is taken to be the smallest of 1 (floats
+    only), 255, 65535 and the values' maximum that no value exceeds.
+    """
+    grey = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    if white is None:
+        usual = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
+        white = next((w for w in usual if grey.max() <= w), grey.max())
+    return np.rint(grey.clip(0, white) * (255 / white)).astype(np.uint8)
+
+
+MAX_SKIPPED = 1000  # samples looked at for one that can be decoded
+
+
+class ImageSource(Protocol):
+    """What images are loaded from: a Source, or images that were decoded before."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> np.ndarray: ...
+
+
+@dataclass
+class BadImages:
+    """Samples that could not be decoded. Raises DataError when they are too many of ``size``."""
+
+    size: int
+    limit: float
+    report: Callable[[str, str], None] = lambda name, reason: None
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, name: str, reason: str) -> None:
+        name = name.encode("unicode_escape").decode("ascii") if not name.isprintable() else name
+        if name in self.seen:
+            return
+        self.seen.add(name)
+        self.report(name, reason)
+        if len(self.seen) > self.limit * self.size:
+            raise DataError(
+                f"{len(self.seen)} of {self.size} images cannot be decoded, more than the {self.limit:.1%} allowed; "
+                f"the latest is {name} ({reason}).",
+                "Repair or remove the files listed in bad_images.txt, or raise data.max_bad.",
+            )
+
+
+def is_decodable(source: ImageSource, index: int) -> bool:
+    try:
+        source.load(index)
+    except BadImageError:
+        return False
+    return True
+
+
+def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
+    """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
+    skipped: list[tuple[int, str]] = []
+    for candidate in range(index, index + min(len(source), MAX_SKIPPED)):
+        candidate %= len(source)
+        try:
+            return source.load(candidate), candidate, skipped
+        except BadImageError as bad:
+            skipped.append((candidate, bad.reason))
+    raise UndecodableError(skipped)
+
+
+class UndecodableError(DataError):
+    """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
+
+    def __init__(self, skipped: list[tuple[int, str]]) -> None:
+        super().__init__(
+            f"{len(skipped)} images in a row cannot be decoded, the first because: {skipped[0][1]}.",
+            "Check that the files are images.",
+        )
+        self.skipped = skipped
+
+    def __reduce__(self):
+        return type(self), (self.skipped,)

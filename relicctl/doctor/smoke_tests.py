@@ -1,0 +1,200 @@
+"""What the machine does: decoding, feeding, learning, talking between processes and writing a run's folder."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from relicctl.benchmark.data_pipeline import IMAGES_PER_REPEAT, measure_data_loading
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.config.resolve import resolve_config
+from relicctl.core import checkpoint
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import BadImages, decode_rgb, is_decodable
+from relicctl.data.loader import ViewLoader
+from relicctl.data.sampler import Sampler
+from relicctl.doctor.environment import CheckResult, fail, ok, warn
+from relicctl.pretraining.data import build_view_plan
+from relicctl.pretraining.task import PretrainTask, resolve_precision
+from relicctl.runs.folder import RunFolder
+
+TESTED_FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
+MIN_IMAGES_PER_S = 50.0  # images a second of a core, below which smaller copies of the images pay
+MAX_DISK_WAIT_SECONDS = 0.02  # seconds of waiting for an image
+OVERFIT_BATCH_SIZE = 16
+OVERFIT_STEPS = 60
+OVERFIT_BOUND = 0.5  # of a blind guess's loss, log(ONE_BATCH)
+OVERFIT_SETTINGS = (
+    "model.arch=resnet18", "model.width=0.125", "model.stem=stride2",
+    "model.projector.hidden=64", "model.projector.out=32", "model.predictor.hidden=64", "model.predictor.out=32",
+    "views.large.count=2", "views.large.size=32", "views.small.count=1", "views.small.size=20",
+    "loss.negatives=all", "loss.beta=1", "target.ema=0.9",
+    f"optim.batch_size={OVERFIT_BATCH_SIZE}", "optim.name=adamw", "optim.base_lr=0.08", "optim.warmup_epochs=0",
+    "optim.epochs=1", "data.cache=none",
+)  # fmt: skip
+PROCESSES_TIMEOUT = 90
+CHECKPOINT_ELEMENTS = 4 * 2**20  # numbers in the checkpoint that is tried: 16 MiB
+
+
+def check_decoders() -> CheckResult:
+    """A picture in every format that photos come in, and back."""
+    ramp = np.linspace(0, 255, 32, dtype=np.uint8)
+    picture = np.stack([np.tile(ramp, (32, 1)), np.tile(ramp[:, None], (1, 32)), np.full((32, 32), 128, np.uint8)], -1)
+    wrong = []
+    for name, settings in TESTED_FORMATS.items():
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, name, **settings)
+        error = np.abs(decode_rgb(buffer.getvalue()).astype(int) - picture).mean()
+        if error > 3:
+            wrong.append(name)
+    if wrong:
+        return fail(f"{', '.join(wrong)} is decoded wrongly.", "pip install --force-reinstall pillow.")
+    return ok(f"{', '.join(TESTED_FORMATS)} are read")
+
+
+def check_loader(source: ImageDataset, config: PretrainConfig, cores: float) -> CheckResult:
+    """Images a second of one core, by the views of ``config``: read, decoded and cropped."""
+    spread_out = np.linspace(0, len(source) - 1, min(IMAGES_PER_REPEAT, len(source)), dtype=np.int64)
+    before, began = measure_blocked_seconds(), time.thread_time()
+    decodable = [
+        index for index in spread_out if is_decodable(source, int(index))
+    ]  # mostly untouched files: no cache helps
+    cpu_seconds, blocked_seconds = (
+        (time.thread_time() - began) / len(spread_out),
+        (measure_blocked_seconds() - before) / len(spread_out),
+    )
+    if not decodable:
+        return fail(f"none of {len(spread_out)} images of {source.spec} can be decoded.", "Give --data images.")
+    rate = measure_data_loading(source.select(decodable), build_view_plan(config), repeats=3)["all"]["median"]
+    found = f"{rate:.4g} images/s of a core ({source.spec}), so about {rate * cores:.4g} with {cores:g} cores"
+    if len(decodable) < len(spread_out):
+        found = f"{len(spread_out) - len(decodable)} of {len(spread_out)} images cannot be decoded; {found}"
+        return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
+    if blocked_seconds > MAX_DISK_WAIT_SECONDS and blocked_seconds > 4 * cpu_seconds:
+        return warn(
+            f"{found}; but a reader waited {1000 * blocked_seconds:.0f} ms for each: "
+            f"{1 / (blocked_seconds + cpu_seconds):.3g} a second.",
+            "Copy the data to a local disk, pack them as .tar, or take more --workers.",
+        )
+    if rate < MIN_IMAGES_PER_S:
+        return warn(f"{found}.", "If the log's data_wait is high, make smaller copies of the images, or add cores.")
+    return ok(found)
+
+
+def measure_blocked_seconds() -> float:
+    """Seconds, from some start, in which this thread neither worked nor stood in line for a core: for a disk, say."""
+    in_line = 0.0
+    with suppress(OSError, IndexError, ValueError):  # told by Linux alone
+        in_line = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return time.perf_counter() - time.thread_time() - in_line
+
+
+def check_overfit(source: ImageDataset, device: torch.device) -> CheckResult:
+    """Can ReLICv2 learn one batch by heart? If not, no curve of a long run is to be believed."""
+    losses = run_overfit(source, device)
+    bound = OVERFIT_BOUND * math.log(OVERFIT_BATCH_SIZE)
+    found = f"loss of one batch {losses[0]:.3f}, after {len(losses)} steps {losses[-1]:.3f}, bound {bound:.3f}"
+    if not losses[-1] < bound:  # a NaN too
+        return fail(f"{found}.", "Try --device cpu and --set runtime.precision=fp32; if that helps, mend the driver.")
+    return ok(found)
+
+
+def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT_STEPS) -> list[float]:
+    """The loss of every step of the real task on one batch of views, again and again."""
+    config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
+    task = PretrainTask(
+        config, classes=1, steps_per_epoch=steps, total_steps=10 * steps,
+        device=device, precision=resolve_precision(config, device),
+    )  # fmt: skip
+    feed = ViewLoader(
+        source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config), seed=config.seed,
+        device=device,
+        world=World(), cache="none", workers=0, bad=BadImages(len(source), config.data.max_bad),
+    )  # fmt: skip
+    batch = next(iter(feed.iter_from_step(0, 1)))
+    losses = []
+    for step in range(steps):
+        for group in task.optimizer.param_groups:
+            group["lr"] = task.get_learning_rate(step)
+        loss = task.compute_loss(batch, step)["loss"]
+        loss.backward()
+        task.optimizer.step()
+        task.optimizer.zero_grad(set_to_none=True)
+        task.after_step(step)
+        losses.append(loss.item())
+    return losses
+
+
+def check_processes(device: torch.device) -> CheckResult:
+    """Do two processes under torchrun really add up their numbers? One for each GPU, or two of the CPU."""
+    on_gpus = device.type == "cuda" and torch.cuda.device_count() > 1
+    backend = "nccl" if on_gpus else "gloo"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "relicctl.doctor.smoke_tests", "cuda" if on_gpus else "cpu"]
+    start = time.perf_counter()
+    fix = "Check that the host's own name resolves, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to its network."
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROCESSES_TIMEOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        return fail(f"two processes under torchrun ({backend}) did not meet within {PROCESSES_TIMEOUT} s.", fix)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        return fail(f"two processes under torchrun ({backend}) failed: {last}.", fix)
+    return ok(f"two processes add up by {backend} ({time.perf_counter() - start:.0f} s with torchrun's start)")
+
+
+def check_run_folder(parent: Path) -> CheckResult:
+    """Lock, write, flush, rename and read back in a run's folder that is removed again."""
+    if not os.access(parent, os.W_OK):
+        return fail(f"{parent} cannot be written.", "Choose --out elsewhere.")
+    tensors = {"numbers": torch.arange(CHECKPOINT_ELEMENTS, dtype=torch.float32)}
+    with tempfile.TemporaryDirectory(prefix=".relicctl-doctor-", dir=parent) as folder:
+        run = RunFolder.create(Path(folder) / "run", overwrite=False, keep=1)
+        try:
+            start = time.perf_counter()
+            run.save(1, tensors, {})
+            seconds = time.perf_counter() - start
+            read, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(run.checkpoints_dir)[-1])
+        finally:
+            run.close()
+    if not torch.equal(read["numbers"], tensors["numbers"]):
+        return fail(f"what was written in {parent} is not what is read.", "Choose --out on another disk.")
+    speed = tensors["numbers"].nbytes / 1e6 / seconds
+    if speed < 20:
+        return warn(f"{parent} takes only {speed:.0f} MB/s.", "Choose --out on another disk, or save more rarely.")
+    return ok(f"locked, written, flushed, renamed and read in {parent}, {speed:.0f} MB/s")
+
+
+def main(device: str) -> int:
+    """The process's exit code: 0 when the sum is right."""
+    world = init_distributed(device)
+    place = torch.device("cuda", world.local_rank) if device == "cuda" else torch.device("cpu")
+    number = torch.tensor(float(world.rank + 1), device=place)
+    dist.all_reduce(number)
+    right = number.item() == world.size * (world.size + 1) / 2
+    destroy_distributed()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

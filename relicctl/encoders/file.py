@@ -1,0 +1,211 @@
+"""The encoder as a file, and as the module that comes back from it.
+
+A file of ours is safetensors with torchvision's tensor names; its metadata, all strings, say how to build the
+network (arch, width, stem, padding) and how to prepare an image (size, crop_ratio, mean, std). Torchvision's
+own ResNet weights can be read too.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models.resnet import Bottleneck
+
+from relicctl.core.atomic_io import write_atomically
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.crops import crop_on_host, make_eval_box
+from relicctl.errors import UsageError
+from relicctl.models.resnet import ARCHITECTURES, ResNet, build_encoder
+from relicctl.version import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = "relicctl-encoder"
+FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """An image -> what the encoder expects: centre square, resized (antialiased bicubic), normalised."""
+
+    size: int
+    crop_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image | np.ndarray) -> Tensor:
+        """PIL image (converted to RGB) or uint8 [H, W, 3] -> float32 [3, size, size]; else ValueError."""
+        pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        box = make_eval_box(pixels.shape[0], pixels.shape[1], self.crop_ratio)
+        square = torch.from_numpy(crop_on_host(pixels, box[None], self.size)[0]).permute(2, 0, 1)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (square / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def save_encoder(path: Path, encoder: ResNet, metadata: dict[str, str]) -> None:
+    """Write the encoder to ``path``, wholly or not at all.
+
+    ``metadata`` has size, crop_ratio, mean, std and whatever else is worth knowing; how to build the network
+    is read off ``encoder``.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
+    network = {
+        "format": FORMAT,
+        "arch": encoder.arch,
+        "width": str(encoder.width),
+        "stem": encoder.stem,
+        "padding": encoder.padding,
+    }
+    all_metadata = {"version": __version__, **metadata, **network}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=all_metadata))
+
+
+def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
+    """An encoder in eval mode: images [N, 3, s, s] -> features [N, ``feature_dim``].
+
+    ``path_or_run``: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or
+    a torch file with tensors alone), whose classifier is left out. ``network``: which one the file must hold.
+    Besides ``feature_dim`` the module has ``transform``, which prepares one image, and ``metadata``.
+
+    UsageError when there is no such file, it is damaged, holds more than tensors, or does not fit: then every
+    missing, unexpected or misshapen tensor is named, and nothing is loaded in part.
+    """
+    path = Path(path_or_run)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        raise UsageError(f"There are no encoder weights at {path}.", FILE_FIX)
+    tensors, metadata = _read_weights(path)
+    if metadata.get("format") != FORMAT:
+        metadata = _infer_torchvision_metadata(path, tensors)
+        tensors = {name: t for name, t in tensors.items() if name not in ("fc.weight", "fc.bias")}
+    if metadata.get("network", network) != network:
+        raise UsageError(
+            f"{path} holds the {metadata['network']} network's encoder, not the {network} network's.",
+            "Give a file that holds it, or ask for the one that is there.",
+        )
+    return build_encoder_from_tensors(tensors, metadata, path)
+
+
+def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> ResNet:
+    """The encoder that ``metadata`` describe, with ``tensors``; both were read from ``path``. As ``load_encoder``."""
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])
+        transform = EvalTransform(
+            int(metadata["size"]),
+            float(metadata["crop_ratio"]),
+            tuple(json.loads(metadata["mean"])),
+            tuple(json.loads(metadata["std"])),
+        )
+        channels = {len(transform.mean), len(transform.std)}
+        if transform.size < 1 or not 0 < transform.crop_ratio <= 1 or channels != {3}:
+            raise ValueError("no way to prepare an image")
+    except (KeyError, ValueError, TypeError, OverflowError) as reason:
+        raise UsageError(f"The metadata of {path} are damaged ({reason}).", FILE_FIX) from None
+    encoder.load_state_dict(_match_tensors(path, tensors, encoder), assign=True)
+    vars(encoder).update(transform=transform, metadata=metadata)
+    return encoder.eval()
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or the tensors of a torch file."""
+    with open(path, "rb") as handle:
+        start = handle.read(9)
+    if start[8:] != b"{":  # a safetensors file has its JSON header behind eight bytes of length, which may be any
+        if start[:2] in (b"PK", b"\x80\x02"):  # the zip file that torch.save writes, and the pickle it used to
+            return _read_torch(path), {}
+        if start[:1] == b"\x80":
+            _raise_pickle_error(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as reason:
+        raise UsageError(f"{path} is truncated or no weights file ({reason}).", FILE_FIX) from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:  # torch stores without compressing
+                    is_compressed = sum(member.file_size for member in archive.infolist()) > size
+                if is_compressed:
+                    raise UsageError(f"{path} is a compressed torch file.", "Save it anew by torch.save.")
+        with open(path, "rb") as file:  # by its content: given a path, torch would go by the name's ending
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        _raise_pickle_error(path)
+    except UsageError:
+        raise
+    except Exception as reason:  # on damaged files torch raises almost anything
+        raise UsageError(f"{path} is truncated or no torch file ({reason}).", FILE_FIX) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")
+    return content
+
+
+def _raise_pickle_error(path: Path) -> NoReturn:
+    raise UsageError(
+        f"{path} is a pickle with more than tensors, and reading it could run foreign code.",
+        "Save the network's state_dict() alone, best as safetensors.",
+    )
+
+
+def _infer_torchvision_metadata(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """How to build and feed the torchvision ResNet that ``tensors`` belong to, read off names and shapes."""
+    depths = tuple(len({name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    stem = tensors.get("conv1.weight", torch.empty(0))
+    for arch, (block, known_depths) in ARCHITECTURES.items():
+        if known_depths == depths and (block is Bottleneck) == bottleneck and stem.shape[2:] == (7, 7):
+            return {
+                "format": "torchvision",
+                "arch": arch,
+                "width": str(stem.shape[0] / 64),
+                "stem": "imagenet",
+                "padding": "symmetric",
+                "size": "224",
+                "crop_ratio": "0.875",
+                "mean": json.dumps(IMAGENET_MEAN),
+                "std": json.dumps(IMAGENET_STD),
+            }
+    raise UsageError(f"{path} holds neither an encoder of relicctl nor a torchvision ResNet.", FILE_FIX)
+
+
+def _match_tensors(path: Path, tensors: dict[str, Tensor], encoder: ResNet) -> dict[str, Tensor]:
+    """``tensors`` as float32, if they are exactly those of ``encoder``."""
+    expected = encoder.state_dict()
+    counters = {  # older files lack them, and nothing here depends on them
+        name: torch.zeros(t.shape, dtype=t.dtype)
+        for name, t in expected.items()
+        if name.endswith("num_batches_tracked")
+    }
+    tensors = {**counters, **tensors}
+    errors = [f"{name} is missing" for name in expected if name not in tensors]
+    errors += [f"{name} is unexpected" for name in tensors if name not in expected]
+    errors += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(t.shape)}"
+        for name, t in expected.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if errors:
+        raise UsageError(f"The tensors of {path} do not fit {encoder.arch}: {', '.join(errors)}.", FILE_FIX)
+    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors.values()):
+        raise UsageError(f"{path} holds fewer numbers than its tensors claim.", "Save contiguous tensors.")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}

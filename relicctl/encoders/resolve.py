@@ -1,0 +1,268 @@
+"""Where a command's encoder comes from: a run's folder, a checkpoint, weights, or ``-``, a path on stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from relicctl.config import yaml_io
+from relicctl.config.base import EncoderConfig
+from relicctl.config.resolve import load_run_config
+from relicctl.config.transfer import TransferConfig
+from relicctl.console import Console
+from relicctl.core import checkpoint
+from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.encoders.file import build_encoder_from_tensors, load_encoder
+from relicctl.errors import DataError, UsageError
+from relicctl.models.resnet import ResNet, build_encoder
+
+NETWORKS = ("online", "target")
+
+
+@dataclass(frozen=True)
+class ResolvedEncoder:
+    """``encoder``: as ``load_encoder`` gives it; ``run``: the folder of its run, where that is known."""
+
+    encoder: ResNet
+    path: Path
+    run: Path | None
+
+    def load_record(self) -> dict[str, Any]:
+        """What the run noted at its start: version, preset, data fingerprint; {} where it is not known."""
+        return _load_run_record(self.run) if self.run else {}
+
+    def load_results(self) -> dict[str, Any]:
+        """The run's results.json; {} before its end."""
+        file = self.run / "results.json" if self.run else None
+        return json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
+
+
+def read_path_from_stdin(source: str) -> str:
+    """``source``, or for ``-`` the last line on stdin that is not blank. UsageError if there is none."""
+    if source != "-":
+        return source
+    fix = "Pipe a command into it that prints a path, or give the path instead of -."
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("- reads a path from stdin, but nothing is piped in.", fix)
+    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("- reads a path from stdin, but nothing came: the command before it may have failed.", fix)
+    return lines[-1].strip()
+
+
+def open_deepmind_encoder(source: str) -> ResolvedEncoder:
+    """The online encoder of a checkpoint that ReLICv2's or BYOL's authors published. Raises UsageError."""
+    from relicctl.encoders.deepmind import read_deepmind
+
+    path = Path(read_path_from_stdin(source))
+    if not path.is_file():
+        raise UsageError(f"{path} is no file.", "Give the .pkl file that the authors published.")
+    return ResolvedEncoder(build_encoder_from_tensors(*read_deepmind(path), path), path, None)
+
+
+def open_trained_encoder(source: str, *, network: str = "online", warn: Callable[[str], None]) -> ResolvedEncoder:
+    """The encoder that ``source`` names, in eval mode.
+
+    A run's online network is that of its end, or of its newest checkpoint that can be read while it has not
+    ended; its target network lies in checkpoints alone. Raises UsageError for everything that gives no such encoder.
+    """
+    if network not in NETWORKS:
+        raise UsageError(f"There is no network {network!r}.", "Give --network online or target.")
+    path = Path(read_path_from_stdin(source))
+    if not path.exists():
+        raise UsageError(f"{path} does not exist.", "Give a run's folder, a checkpoint or a file of weights.")
+    if path.is_dir():
+        weights = path / "encoder.safetensors"
+        if network == "online" and weights.is_file():
+            return ResolvedEncoder(load_encoder(weights), path, path)
+        return _open_run_encoder(path, network, warn)
+    if _is_checkpoint(path):
+        run = path.parent.parent
+        if not (run / "config.yaml").is_file():
+            raise UsageError(
+                f"{path} lies in no run's folder, whose config.yaml says what network it holds.",
+                "Give a checkpoint in RUN/checkpoints.",
+            )
+        return ResolvedEncoder(_extract_encoder(checkpoint.load_checkpoint(path)[0], run, network, path), path, run)
+    parent = path.parent if (path.parent / "config.yaml").is_file() else None
+    return ResolvedEncoder(load_encoder(path, network), path, parent)
+
+
+def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> ResolvedEncoder:
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is no run's folder: it has no config.yaml.", "Give the folder of a run.")
+    found = checkpoint.load_newest_valid(run / "checkpoints", warn)
+    if found is None:
+        raise UsageError(
+            f"{run} has no checkpoint that can be read.",
+            f"Let the run write one: relicctl pretrain --resume {run}.",
+        )
+    path, tensors, _ = found
+    return ResolvedEncoder(_extract_encoder(tensors, run, network, path), path, run)
+
+
+def _extract_encoder(tensors: dict[str, Tensor], run: Path, network: str, path: Path) -> ResNet:
+    """The encoder in a checkpoint. Raises UsageError if there is none, or one of another architecture."""
+    config, record = load_run_config(run / "config.yaml"), _load_run_record(run)
+    prefix = f"state.{network}.encoder."
+    encoder_tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if not encoder_tensors:
+        raise UsageError(f"{path} has no {network} encoder (objective {config.objective}).", "Give --network online.")
+    model = config.model
+    metadata = {
+        "arch": model.arch,
+        "width": str(model.width),
+        "stem": model.stem,
+        "padding": model.padding,
+        "version": str(record.get("version", "")),
+        "preset": str(record.get("preset") or ""),
+        "objective": config.objective,
+        "network": network,
+        "size": str(config.eval.size or config.views.large.size),
+        "crop_ratio": str(config.eval.crop_ratio),
+        "mean": str(list(IMAGENET_MEAN)),
+        "std": str(list(IMAGENET_STD)),
+    }
+    return build_encoder_from_tensors(encoder_tensors, metadata, path)
+
+
+def _load_run_record(run: Path) -> dict[str, Any]:
+    config = run / "config.yaml"
+    return yaml_io.load_mapping(config).get("run", {}) if config.is_file() else {}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return (handle.metadata() or {}).get("format") == checkpoint.FORMAT
+    except (SafetensorError, OSError):
+        return False  # load_encoder says what is wrong with it
+
+
+BASELINES = ("random", "pixels", "torchvision")
+MAX_PIXEL_SIDE = 32  # most pixels of a side whose values are features
+
+
+class Pixels(nn.Module):
+    """The image itself as its features: ``[N, 3, s, s]`` -> ``[N, 3 s s]``, averaged down to 32 px."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._side = min(size, MAX_PIXEL_SIDE)
+        self.feature_dim = 3 * self._side**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(x, self._side).flatten(1)
+
+
+def open_encoder(
+    source: str, *, network: str, model: EncoderConfig, size: int | None, seed: int, warn: Callable[[str], None],
+    crop_ratio: float | None = None,
+) -> ResolvedEncoder:  # fmt: skip
+    """What ``open_trained_encoder`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
+
+    ``random:RUN`` is RUN's network before its first step, ``pixels:RUN`` goes with RUN's images. Without a run
+    ``random`` is a ``model`` from ``seed``; both are made for ``size`` px of the centre square ``crop_ratio``.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in BASELINES or Path(source).exists():
+        return open_trained_encoder(source, network=network, warn=warn)
+    if kind == "torchvision":
+        return ResolvedEncoder(load_encoder(find_cached_weights(rest)), Path(source), None)
+    run, crop_ratio = Path(rest) if rest else None, crop_ratio or 0.875
+    if run is not None:
+        config = load_run_config(run / "config.yaml")
+        model, seed = config.model, config.seed
+        size, crop_ratio = config.eval.size or config.views.large.size, config.eval.crop_ratio
+    if kind == "pixels":
+        return _make_baseline(Pixels(size or MAX_PIXEL_SIDE), source, run, size or MAX_PIXEL_SIDE, crop_ratio)
+    with fork_seeded_rng(derive_seed(seed, Stream.INIT)):
+        encoder = build_encoder(model.arch, model.width, model.stem, model.padding)
+    return _make_baseline(encoder, source, run, size or 224, crop_ratio)
+
+
+def find_cached_weights(name: str) -> Path:
+    """The file that torchvision downloaded for its ResNet ``name``. Nothing is fetched."""
+    try:
+        entries = list(torchvision.models.get_model_weights(name))
+    except ValueError:
+        entries = []
+    if not entries or not name.startswith("resnet"):
+        raise UsageError(f"torchvision has no ResNet {name!r}.", "Give torchvision:resnet50, or 18, 34, 101 or 152.")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for entry in entries:  # the first are those that papers compare with
+        file = folder / entry.url.rpartition("/")[2]
+        if file.is_file():
+            return file
+    raise DataError(
+        f"torchvision's weights of {name} are not in its cache {folder}.",
+        f"Fetch {entries[0].url} into it, or give the path of such a file.",
+    )
+
+
+def _make_baseline(encoder: nn.Module, source: str, run: Path | None, size: int, crop_ratio: float) -> ResolvedEncoder:
+    metadata = {
+        "arch": getattr(encoder, "arch", "pixels"),
+        "network": "none",
+        "size": str(size),
+        "crop_ratio": str(crop_ratio),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
+    }
+    vars(encoder)["metadata"] = metadata
+    return ResolvedEncoder(cast(ResNet, encoder.eval()), Path(source), run)
+
+
+@dataclass(frozen=True)
+class TransferJob:
+    """Which encoders; noted in config.yaml, so that ``--resume`` needs nothing else."""
+
+    sources: tuple[str, ...]
+    baselines: tuple[str, ...]
+    network: str
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return self.sources + self.baselines
+
+
+def open_encoders(job: TransferJob, config: TransferConfig, console: Console) -> list[ResolvedEncoder]:
+    """``random`` is the untrained network of the first encoder that has a run, ``pixels`` go with its images.
+
+    Where none has, they are made like the first encoder, whose file says what it is.
+    """
+    references: list[ResolvedEncoder] = []
+    for source in job.encoders:
+        random_run = next((str(r.run) for r in references if r.run), None)
+        spec = f"{source}:{random_run}" if random_run and source in ("random", "pixels") else source
+        first_metadata: dict[str, str] = vars(references[0].encoder)["metadata"] if references else {}
+        references.append(
+            open_encoder(
+                spec,
+                network=job.network,
+                model=match_architecture(references, config.model),
+                size=config.eval.size or (int(first_metadata["size"]) if references else None),
+                crop_ratio=float(first_metadata["crop_ratio"]) if references else None,
+                seed=config.seed,
+                warn=console.warn,
+            )
+        )
+    return references
+
+
+def match_architecture(references: list[ResolvedEncoder], model: EncoderConfig) -> EncoderConfig:
+    """``model`` made like the first encoder found, unless that is none with an architecture."""
+    first = references[0].encoder if references else None
+    if not isinstance(first, ResNet):
+        return model
+    return model.model_copy(update={name: getattr(first, name) for name in ("arch", "width", "stem", "padding")})

@@ -1,0 +1,252 @@
+"""Boxes from COCO's JSON and from VOC's XML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from relicctl.config.transfer import DetectionDataConfig
+from relicctl.data.datasets.archives import FileReader
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
+from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
+from relicctl.data.decoding import BadImageError
+from relicctl.errors import DataError
+from relicctl.evaluation.dense.data import SPLIT_FOLDERS, DenseDataset, SplitName, make_missing_split_error
+
+ANNOTATION_FILES = (
+    "annotations/instances_{part}2017.json", "annotations/instances_{part}2014.json",
+    "annotations/instances_{part}.json", "annotations/{part}.json", "{part}.json", "{part}/_annotations.coco.json",
+)  # fmt: skip
+IMAGE_FOLDERS = (
+    "{part}2017", "{part}2014", "{part}", "images/{part}2017", "images/{part}2014", "images/{part}", "images", "",
+)  # fmt: skip
+DETECTION_LAYOUTS = (
+    f"a folder or archive with {ANNOTATION_FILES[0].format(part='train')} or "
+    f"{ANNOTATION_FILES[4].format(part='train')}, the same of val, "
+    "and the images; or VOC-style data"
+)
+
+
+def read_annotations(
+    name: str, spec: str, part: SplitName, config: DetectionDataConfig, classes: tuple[str, ...] | None,
+    warn: Callable[[str], None],
+) -> DetectionDataset:  # fmt: skip
+    """One split. ``classes``: those of train, where this is another one. Raises DataError."""
+    files = FileReader(spec)
+    chosen = config.voc_train if part == "train" else config.voc_val
+    stems = files.read(f"ImageSets/Main/{chosen}.txt")
+    if stems is not None:
+        annotations = read_voc(files, parse_first_words(stems), classes, spec)
+        source = open_dataset(join_spec(spec, "JPEGImages"))
+    else:
+        places = [(word, place.format(part=word)) for word in SPLIT_FOLDERS[part] for place in ANNOTATION_FILES]
+        read = ((word, place, files.read(place)) for word, place in places)
+        word, place, content = next((r for r in read if r[2] is not None), ("", "", None))
+        if content is None:
+            raise make_missing_split_error(name, spec, part, DETECTION_LAYOUTS)
+        annotations = parse_coco(content, f"{place} in {spec}")
+        source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files)
+        annotations = BoxAnnotations(
+            stripped, annotations.sizes, annotations.image_indices, annotations.boxes, annotations.classes
+        )
+    rows = {source.get_name(row): row for row in range(len(source))}
+    missing = [file for file in annotations.files if file not in rows]
+    if missing:
+        raise DataError(
+            f"{name} lacks images that {part}'s annotations name: {summarize_names(missing)}, of "
+            f"{len(annotations.files)}.",
+            "Put the images where the annotations say, or in a folder of the split's name.",
+        )
+    source, boxes = source.select([rows[file] for file in annotations.files]), annotations.boxes
+    if classes is not None and annotations.classes != classes:
+        number = {known: label for label, known in enumerate(classes)}
+        unknown = sorted({annotations.classes[label] for label in np.unique(boxes.labels)} - set(classes))
+        if unknown:
+            raise DataError(
+                f"{name} has boxes in {part} of categories that train has not: {summarize_names(unknown)}.",
+                "Give both the same categories.",
+            )
+        labels = np.array([number.get(known, -1) for known in annotations.classes], dtype=np.int64)[boxes.labels]
+        boxes = Boxes(boxes.corners, labels, boxes.ignored, boxes.area)
+    return build_detection_dataset(
+        name,
+        source,
+        classes or annotations.classes,
+        annotations.sizes,
+        annotations.image_indices,
+        boxes,
+        config.max_bad,
+        warn,
+    )
+
+
+def parse_coco(content: bytes, where: str) -> BoxAnnotations:
+    """``where`` names the file. Raises DataError for anything that is not as COCO writes it."""
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError) as reason:
+        raise DataError(f"{where} is no JSON ({reason}).", "Write or copy it again.") from None
+    try:
+        images, annotations, categories = tree["images"], tree["annotations"], tree["categories"]
+        categories = sorted(categories, key=lambda category: category["id"])
+        label = {category["id"]: number for number, category in enumerate(categories)}
+        row = {image["id"]: number for number, image in enumerate(images)}
+        files = [str(image["file_name"]).lstrip("/") for image in images]
+        sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
+        image_indices = np.array([row[a["image_id"]] for a in annotations], dtype=np.int64)
+        labels = np.array([label[a["category_id"]] for a in annotations], dtype=np.int64)
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+        crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+        area = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], dtype=np.float64)
+        names = tuple(str(category["name"]) for category in categories)
+    except KeyError as reason:
+        raise _make_coco_error(where, f"nothing has the key or id {reason}") from None
+    except (TypeError, ValueError, IndexError, AttributeError, OverflowError) as reason:
+        raise _make_coco_error(where, str(reason)) from None
+    if len(row) < len(images) or len(label) < len(categories) or len(set(names)) < len(names):
+        raise _make_coco_error(where, "ids or names of categories occur twice")
+    if not np.isfinite(boxes).all() or not np.isfinite(area).all():
+        raise _make_coco_error(where, "a box is not finite")
+    boxes[:, 2:] += boxes[:, :2]
+    return BoxAnnotations(files, sizes, image_indices, Boxes(boxes, labels, crowd, area), names)
+
+
+def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[ImageDataset, list[str]]:
+    """Where the listed images lie, and their names from there. Raises DataError if the first is nowhere."""
+    if not files:
+        raise DataError(f"{spec} lists no image in {word}.", "Give annotations with images.")
+    shared = posixpath.commonpath([posixpath.dirname(file) for file in files])  # "" unless all are in one folder
+    stripped = [posixpath.relpath(file, shared) if shared else file for file in files]
+    for folder in dict.fromkeys([*(f.format(part=word) for f in IMAGE_FOLDERS), beside]):
+        try:
+            source = open_dataset(join_spec(spec, posixpath.join(folder, shared)))
+        except DataError:
+            continue
+        if stripped[0] in {source.get_name(row) for row in range(len(source))}:
+            return source, stripped
+    raise DataError(
+        f"{spec} has no image {files[0]}, which the annotations of {word} name.",
+        f"Put the images into a folder {word} or images, or where the annotations say.",
+    )
+
+
+def _make_coco_error(where: str, reason: Any) -> DataError:
+    return DataError(
+        f"{where} is not as COCO writes it: {reason}.",
+        "Give images with id, file_name, width and height; annotations with image_id, category_id and bbox; "
+        "and categories with id and name.",
+    )
+
+
+MIN_BOX_SIDE = 0.01  # pixels; less is lost when images are resized
+
+
+class DetectionDataset(DenseDataset):
+    """``boxes`` of all images, those of image i from ``starts[i]`` to ``starts[i + 1]``; ``sizes`` int64 ``[N, 2]``."""
+
+    def __init__(
+        self, source: ImageDataset, classes: tuple[str, ...], boxes: Boxes, starts: np.ndarray, sizes: np.ndarray
+    ) -> None:
+        self.source, self.classes, self.boxes, self.starts, self.sizes = source, classes, boxes, starts, sizes
+
+    def load(self, index: int) -> np.ndarray:
+        image = super().load(index)
+        height, width = self.sizes[index].tolist()
+        if image.shape[:2] != (height, width):
+            raise BadImageError(f"is {image.shape[1]} x {image.shape[0]}, but its boxes are of {width} x {height}")
+        return image
+
+    def load_target(self, index: int) -> Boxes:
+        return self.boxes[self.starts[index] : self.starts[index + 1]]
+
+    def compute_fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.source.compute_fingerprint()} {self.classes}".encode())
+        for array in (self.boxes.corners, self.boxes.labels, self.boxes.ignored, self.starts, self.sizes):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def select_with_boxes(self) -> DetectionDataset:
+        """The images that have a box to learn from."""
+        image_indices = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        counts = np.bincount(image_indices[~self.boxes.ignored], minlength=len(self))
+        return self._select_rows(np.flatnonzero(counts))
+
+    def _select_rows(self, rows: np.ndarray) -> DetectionDataset:
+        parts = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        starts = np.cumsum([0, *map(len, parts)])
+        boxes = self.boxes[np.concatenate(parts) if parts else np.empty(0, np.int64)]
+        return DetectionDataset(self.source.select(rows), self.classes, boxes, starts, self.sizes[rows])
+
+
+def build_detection_dataset(
+    name: str, source: ImageDataset, classes: tuple[str, ...], sizes: np.ndarray, image_indices: np.ndarray,
+    boxes: Boxes,
+    max_bad: float, warn: Callable[[str], None],
+) -> DetectionDataset:  # fmt: skip
+    """Boxes clipped to their images (``owners`` int64 ``[K]``) and put in the images' order.
+
+    Boxes of no size, or outside their image, are left out; DataError when they are more than ``max_bad`` of all.
+    """
+    limits = sizes[image_indices][:, [1, 0, 1, 0]] if len(image_indices) else np.empty((0, 4))
+    corners = np.clip(boxes.corners, 0, limits).astype(np.float32)
+    usable = (corners[:, 2:] - corners[:, :2]).min(1, initial=np.inf) > MIN_BOX_SIDE
+    if not usable.all():
+        first = int(np.flatnonzero(~usable)[0])
+        what = (
+            f"{name}: {(~usable).sum()} of {len(usable)} boxes have no size or lie outside their image, "
+            f"{boxes.corners[first].round(1).tolist()} of {source.get_name(int(image_indices[first]))} among them"
+        )
+        if (~usable).mean() > max_bad:
+            raise DataError(f"{what}.", "Mend the boxes ([left, top, width, height] in pixels), or raise data.max_bad.")
+        warn(f"{what}; they are left out")
+    order = np.flatnonzero(usable)[np.argsort(image_indices[usable], kind="stable")]
+    starts = np.searchsorted(image_indices[order], np.arange(len(source) + 1))
+    usable_boxes = Boxes(corners[order], boxes.labels[order], boxes.ignored[order], boxes.area[order])
+    return DetectionDataset(source, classes, usable_boxes, starts, sizes)
+
+
+def open_detection_data(
+    name: str, spec: str, config: DetectionDataConfig, warn: Callable[[str], None]
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """The images to train on, those with boxes, and those to test on. Raises DataError."""
+
+    if spec.partition(":")[0] == "shapes":
+        train, val = (build_shapes_detection(ShapesDataset.from_spec(spec, part)) for part in ("train", "val"))
+    else:
+        train = read_annotations(name, spec, "train", config, None, warn)
+        val = read_annotations(name, spec, "val", config, train.classes, warn)
+    train = train.select_with_boxes()
+    for part, samples in (("train", train), ("val", val)):
+        if not len(samples) or samples.boxes.ignored.all():
+            raise DataError(f"{name} has no box in {part}.", "Give annotations with boxes.")
+    return train, val
+
+
+def build_shapes_detection(source: ShapesDataset) -> DetectionDataset:
+    """Every object's box."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda index: _compute_bounding_box(source.load_mask(index)), range(len(source))))
+    image_indices = np.array([index for index, corners in enumerate(found) if corners is not None], dtype=np.int64)
+    corners = np.array([c for c in found if c is not None], dtype=np.float32).reshape(-1, 4)
+    area = (corners[:, 2:] - corners[:, :2]).prod(1).astype(np.float64)
+    boxes = Boxes(corners, source.labels[image_indices], np.zeros(len(image_indices), bool), area)
+    starts = np.searchsorted(image_indices, np.arange(len(source) + 1))
+    sizes = np.full((len(source), 2), source.settings.size)
+    return DetectionDataset(source, source.classes, boxes, starts, sizes)
+
+
+def _compute_bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of what is True in bool ``[H, W]``."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

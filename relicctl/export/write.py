@@ -1,0 +1,115 @@
+"""Does the exported form give the same features? Compared on images, in float32."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from relicctl.config.resolve import load_run_config
+from relicctl.core.atomic_io import to_os_error
+from relicctl.data.datasets.open import open_dataset
+from relicctl.data.decoding import load_or_next
+from relicctl.encoders.resolve import ResolvedEncoder
+from relicctl.errors import RelicError, RunFailed, UsageError
+from relicctl.export.bundle import EncoderOutputs, ExportBundle
+
+TOLERANCE = 1e-4  # of the largest feature where that is above 1: float32 keeps no fixed number of decimals
+NUM_IMAGES = 4
+
+
+def sample_images(reference: ResolvedEncoder) -> tuple[Tensor, str]:
+    """Prepared images ``[4, 3, s, s]`` and where they are from: the run's own data, else the demo data."""
+    transform: Any = reference.encoder.transform
+    run = reference.run
+    if run is not None and (run / "config.yaml").is_file():
+        try:
+            data = load_run_config(run / "config.yaml").data
+            for spec, split in ((data.val, "val"), (data.train, "train")):
+                if spec is not None:
+                    return _load_sample_images(transform, spec, split), f"{NUM_IMAGES} images of {spec}"
+        except RelicError:
+            pass  # moved, or of another machine
+    images = _load_sample_images(transform, "shapes", "val")
+    return images, f"{NUM_IMAGES} images of the demo data, as the run's own cannot be read here"
+
+
+def compute_max_difference(expected: EncoderOutputs, actual: EncoderOutputs) -> float:
+    """The largest absolute difference of features and logits, each over max(1, its own largest value)."""
+    assert (expected.logits is None) == (actual.logits is None)
+    pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if a is not None and b is not None]
+    assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
+    largest = max(float((a - b).abs().max() / a.abs().max().clamp_min(1.0)) for a, b in pairs)
+    return largest if np.isfinite(largest) else float("inf")
+
+
+def format_padding_change(original: torch.nn.Module, changed: ExportBundle, images: Tensor) -> str:
+    """In words, how far features move when TensorFlow's padding is replaced by the symmetric one."""
+    with torch.inference_mode():
+        before, after = original(images), changed.encoder(images)
+    cosine = torch.nn.functional.cosine_similarity(before, after).mean()
+    relative = (before - after).norm(dim=1) / before.norm(dim=1)
+    return f"mean cosine {cosine:.4f} to the original features, mean relative difference {relative.mean():.1%}"
+
+
+def _load_sample_images(transform: Callable[[Any], Tensor], spec: str, split: Any) -> Tensor:
+    source = open_dataset(spec, split=split)
+    chosen = np.linspace(0, len(source) - 1, NUM_IMAGES).astype(int)
+    return torch.stack([transform(load_or_next(source, int(index))[0]) for index in chosen])
+
+
+# what an exported folder may hold: --overwrite deletes no folder with anything else in it
+EXPORT_FILES = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
+
+
+def check_output_free(out: Path, *, folder: bool, overwrite: bool) -> None:
+    """Raises UsageError when ``out`` exists, unless it is an earlier export that may be overwritten."""
+    fix = "Choose another --out."
+    if folder and out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, and this format is a folder.", fix)
+    if not folder and out.is_dir():
+        raise UsageError(f"{out} is a folder, and this format is a file.", "Give --out a file name.")
+    existing = {child.name for child in out.iterdir()} if out.is_dir() else set()
+    if (existing or out.is_file()) and not overwrite:
+        raise UsageError(f"{out} exists already.", "Choose another --out, or give --overwrite to replace it.")
+    if not existing <= EXPORT_FILES:
+        raise UsageError(f"{out} holds more than an export, so --overwrite will not delete it.", fix)
+
+
+@contextmanager
+def open_atomic_output(out: Path) -> Iterator[Path]:
+    """A temporary path beside ``out``; it replaces ``out`` when the block ends well, else it is removed."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        reason = to_os_error(error) if isinstance(error, SafetensorError) else error
+        if reason.errno is None:  # a library's own, about what is in the files
+            raise error
+        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(f"The disk is full: {out} was not written.", "Make room, then do it again.") from None
+        raise UsageError(f"{out} cannot be written ({reason.strerror or reason}).", "Choose another --out.") from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,112 @@
+"""The online network, which is trained, and the target network, its slow average (BYOL, arXiv 2006.07733).
+
+Shape letters: V views (the L large ones first), B images, F encoder features, D outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from relicctl.models.layers import run_checkpointed
+
+
+class Siamese(nn.Module):
+    """``online``: encoder, projector, predictor if there is one. ``target``: encoder and projector, or None.
+
+    The target starts as a copy of the online network and is never trained: ``update_target`` moves it.
+    In train mode both run BatchNorm on the batch, each with running statistics of its own.
+    What makes a BatchNorm batch is our choice: all views of one size in the encoders, all views in the heads.
+
+    With ``microbatch`` so many images pass at a time and leave only their outputs; the backward pass computes each
+    microbatch again. The loss still sees the whole batch and its gradient is exact, but each microbatch has
+    BatchNorm statistics of its own. (Gao et al., arXiv 2101.06983, cache gradients to the same end.)
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module | None,
+        target: bool,
+        microbatch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.microbatch = microbatch
+        self.online = nn.ModuleDict({"encoder": encoder, "projector": projector})
+        self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
+        if predictor is not None:
+            self.online["predictor"] = predictor
+        self._compiled: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def compile_encoders(self) -> None:
+        """Compile what the encoders do in training, a graph for each size of view; evaluation is left as it is."""
+        for name, network in (("online", self.online), ("target", self.target)):
+            if network is not None:
+                self._compiled[name] = torch.compile(network["encoder"].forward, dynamic=False)
+
+    def _encode(self, name: str, views: Tensor) -> Tensor:
+        return self._compiled.get(name, getattr(self, name)["encoder"])(views)
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The trained half, ``forward_online``: what a wrapper for several processes calls."""
+        return self.forward_online(views)
+
+    def forward_online(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``views``: one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
+
+        V is the sum of the V_i. One encoder forward per size; the memory format of the views is kept.
+        """
+        parts = self._split_microbatches(views)
+        if len(parts) == 1:
+            return self._forward_online_part(*views)
+        results = [run_checkpointed(self._forward_online_part, self.online, *part) for part in parts]
+        features, outputs = zip(*results, strict=True)
+        return torch.cat(features, 1), torch.cat(outputs, 1)
+
+    def _forward_online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        features = torch.cat([self._encode("online", view.flatten(0, 1)) for view in views])
+        outputs = self.online["projector"](features)
+        if "predictor" in self.online:
+            outputs = self.online["predictor"](outputs)
+        batch = views[0].shape[1]
+        return features.unflatten(0, (-1, batch)), outputs.unflatten(0, (-1, batch))
+
+    @torch.no_grad()
+    def forward_target(self, large: Tensor) -> Tensor:
+        """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
+        assert self.target is not None, "this objective has no target network"
+        parts = [part.flatten(0, 1) for (part,) in self._split_microbatches([large])]
+        projections = [self.target["projector"](self._encode("target", part)) for part in parts]
+        return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
+
+    def _split_microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The views, cut along their images."""
+        images = self.microbatch or views[0].shape[1]
+        return list(zip(*(view.split(images, 1) for view in views), strict=True))
+
+    @torch.no_grad()
+    def update_target(self, gamma: float) -> None:
+        """target <- gamma target + (1 - gamma) online, over all parameters, after the optimiser's step."""
+        assert self.target is not None, "this objective has no target network"
+        online: list[Tensor] = [*self.online["encoder"].parameters(), *self.online["projector"].parameters()]
+        target: list[Tensor] = list(self.target.parameters())
+        torch._foreach_lerp_(target, online, 1.0 - gamma)
+
+
+class MLPHead(nn.Sequential):
+    """[N, in_dim] -> [N, out]: Linear with bias, BatchNorm, ReLU, Linear without bias.
+
+    BatchNorm eps 1e-5, momentum 0.1. PyTorch's default initialisation (our choice).
+    """
+
+    def __init__(self, in_dim: int, hidden: int, out: int) -> None:
+        super().__init__(
+            nn.Linear(in_dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out, bias=False),
+        )

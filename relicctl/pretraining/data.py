@@ -1,0 +1,180 @@
+"""The background masks of a pretraining: opened, checked against its images, and told about."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.config.resolve import ResolvedConfig
+from relicctl.console import Console
+from relicctl.core.counter_rng import Stream, permutation
+from relicctl.core.distributed import World
+from relicctl.data.background_removal import AlphaMasks, BackgroundRemoval, BankMasks, MaskSource
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.open import open_dataset
+from relicctl.data.decoding import BadImageError, BadImages
+from relicctl.data.mask_bank import MaskBank
+from relicctl.data.photometric import AugmentConfig
+from relicctl.data.views import CropSpec, ViewSpec
+from relicctl.encoders.resolve import read_path_from_stdin
+from relicctl.errors import DataError, UsageError
+from relicctl.evaluation.labelled_data import split_holdout
+from relicctl.evaluation.online import OnlineEvaluator
+
+NUM_PROBED_IMAGES = 64  # images looked at for alpha channels
+
+
+def resolve_bank_path(resolved: ResolvedConfig) -> ResolvedConfig:
+    """``resolved``, where --bgmask - says so with the bank whose path comes on stdin.
+
+    That may take as long as a training of masks: call it when all that can be refused without them has been.
+    UsageError where several processes would read it.
+    """
+    old_bgmask = resolved.config.bgmask
+    if old_bgmask.bank != "-":
+        return resolved
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("Several processes cannot all read a path from stdin.", "Give --bgmask the path itself.")
+    bgmask = old_bgmask.model_copy(update={"bank": read_path_from_stdin("-")})
+    return replace(resolved, config=resolved.config.model_copy(update={"bgmask": bgmask}))
+
+
+def open_masking(
+    config: PretrainConfig, images: ImageDataset, console: Console
+) -> tuple[BackgroundRemoval | None, dict[str, Any]]:
+    """How views lose their backgrounds, None where none does, and what results.json says of it.
+
+    ``usable``: share of the images with a mask within the limits (alpha: of the first PROBED images);
+    ``masked_views``: share of large views without their background, as it is to be expected from that.
+    Raises DataError for a bank that cannot be used or lacks masks.
+    """
+    bgmask = config.bgmask
+    info: dict[str, Any] = {"source": bgmask.source, "bank": bgmask.bank, "probability": bgmask.probability}
+    if bgmask.source == "none":
+        return None, {**info, "usable": 0.0, "masked_views": 0.0}
+    masks: MaskSource
+    if bgmask.source == "bank":
+        assert bgmask.bank is not None, "the schema asks for a bank"
+        bank, rows = MaskBank.open_for(Path(bgmask.bank), images)
+        bank_masks = BankMasks(bank, rows, bgmask.limits)
+        masks, usable, of = bank_masks, bank_masks.is_usable(), f"the masks of {bank.path}"
+        if bank.fingerprint != images.compute_fingerprint():
+            same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
+            console.warn(
+                f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks go by "
+                "name, and of other pictures with the same names they would be wrong"
+            )
+        info |= {"sha256": bank.identity, "made_by": bank.made_by}
+    else:
+        masks = AlphaMasks(bgmask.limits)
+        usable = _find_usable_masks(masks, images)
+        of = f"the alpha channels of the first {len(usable)} images"
+    share = float(usable.mean()) if len(usable) else 0.0
+    low, high = bgmask.limits
+    if bgmask.probability and not share:
+        console.warn(
+            f"none of {of} covers {low:.0%} to {high:.0%} of its image (bgmask.limits): views may all keep their "
+            "backgrounds"
+        )
+    else:
+        console.info(f"background masks: {share:.1%} of {of} can be used, on {bgmask.probability:.0%} of large views")
+    masking = BackgroundRemoval(masks, bgmask.probability, bgmask.fill) if bgmask.probability else None
+    return masking, {**info, "usable": round(share, 6), "masked_views": round(bgmask.probability * share, 6)}
+
+
+def _find_usable_masks(masks: MaskSource, images: ImageDataset) -> np.ndarray:
+    """bool: which of the first images that can be decoded have a usable mask."""
+    image_source, usable = masks.get_image_source(images), []
+    for index in range(min(NUM_PROBED_IMAGES, len(images))):
+        try:
+            usable.append(masks.read(index, image_source.load(index)) is not None)
+        except BadImageError:
+            continue
+    return np.array(usable, dtype=bool)
+
+
+def log_missing_masks(resolved: ResolvedConfig, console: Console) -> None:
+    """Say so where a preset or a file asks for masks and none are given."""
+    bgmask, origin = resolved.config.bgmask, resolved.origin["bgmask.probability"]
+    if bgmask.source == "none" and bgmask.probability and origin.startswith(("preset", "file")):
+        console.info("no background masks: every view keeps its background (--bgmask RUN gives masks)")
+
+
+def check_same_mask_bank(run: Path, record: dict[str, Any], info: dict[str, Any]) -> None:
+    """Raises DataError where a run would go on with another bank than it was started with."""
+    if record.get("bgmask_sha256") != info.get("sha256"):
+        raise DataError(
+            f"The mask bank {info['bank']} is not the one that {run} was started with.",
+            "Give --bgmask that bank, or start another run with --init-from.",
+        )
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    train: ImageDataset
+    val: ImageDataset | None
+
+
+def open_pretrain_data(config: PretrainConfig, download: bool, console: Console) -> PretrainData:
+    """The images to train on, and those to measure on if there are labels."""
+    if config.data.train is None:
+        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
+    train, val = open_dataset(config.data.train, split="train", download=download), None
+    if config.data.val is not None:
+        val = open_dataset(config.data.val, split="val", download=download)
+    elif config.eval.every_epochs and config.eval.holdout and len(train.classes) > 1:
+        train, val = split_holdout(train, config.eval.holdout, config.seed)
+        console.info(f"{len(val)} labelled images are held out for evaluation (eval.holdout).")
+    if config.data.subset is not None:
+        if config.data.subset > len(train):
+            raise UsageError(
+                f"data.subset is {config.data.subset}, but there are only {len(train)} images.",
+                "Lower data.subset.",
+            )
+        train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
+    if config.objective == "supervised" and train.labels is None:
+        raise DataError(
+            f"{config.data.train} has no labels, which supervised training needs.",
+            "Give one folder per class.",
+        )
+    return PretrainData(train, val)
+
+
+# The steps of the recipe.
+
+
+def build_evaluator(
+    config: PretrainConfig, data: PretrainData, device: torch.device, bad: BadImages, console: Console
+) -> OnlineEvaluator | None:
+    if not config.eval.every_epochs or data.val is None:
+        return None
+    if data.train.labels is None:
+        console.info("The training images have no labels: no kNN accuracy during this run, whatever --val has.")
+        return None
+    size = config.eval.size or config.views.large.size
+    return OnlineEvaluator(data.train, data.val, config.eval, size, config.seed, device, bad)
+
+
+def check_same_images(images: ImageDataset, world: World) -> None:
+    """Raises DataError if the processes see different images under the same numbers."""
+    if world.size > 1 and len(set(world.all_gather_object(images.compute_fingerprint()))) > 1:
+        raise DataError(
+            f"The processes see different images at {images.spec}.", "Give all hosts the same data at this path."
+        )
+
+
+# Small decisions.
+
+
+def build_view_plan(config: PretrainConfig) -> ViewSpec:
+    views = config.views
+    sizes = [CropSpec(views.large.count, views.large.size, views.large.area)]
+    if views.small.count:
+        sizes.append(CropSpec(views.small.count, views.small.size, views.small.area))
+    return ViewSpec(tuple(sizes), views.aspect, AugmentConfig(**views.photometric.model_dump()))

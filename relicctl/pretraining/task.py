@@ -1,0 +1,195 @@
+"""What pretraining minimises: one task for every objective, with the same networks, views and loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.core import objectives
+from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
+from relicctl.core.distributed import DistributedGather, World
+from relicctl.core.hardware import pick_precision
+from relicctl.core.loss import relicv2_loss
+from relicctl.core.optim import build_optimizer, compute_ema_gamma, compute_learning_rate
+from relicctl.data.augment import load_triton_kernels
+from relicctl.data.views import Batch
+from relicctl.errors import UsageError
+from relicctl.evaluation import online
+from relicctl.models.layers import convert_sync_batchnorm
+from relicctl.models.resnet import ResNet, build_encoder
+from relicctl.models.siamese import MLPHead, Siamese
+
+STRIDE_BEFORE_LAST_STAGE = {"imagenet": 16, "stride2": 8, "cifar": 4}
+COMPILE_MIN_STEPS = 10_000  # steps: compiling takes a minute or two
+
+
+class PretrainTask:
+    """The loop's task: online and target networks, the objective, the optimiser and the schedules.
+
+    ``total_steps`` sets the schedules (a run may be cut short without changing them).
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        classes: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        device: torch.device,
+        precision: str,
+        world: World | None = None,
+    ) -> None:
+        world = world or World()
+        optim = config.optim
+        self._config, self._device, self._world = config, device, world
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self._total_steps = total_steps
+        self._warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+        self._peak_lr = optim.base_lr * optim.batch_size / 256
+        self._gather = DistributedGather(world) if world.size > 1 else None
+        self._generator = torch.Generator(device)
+        self._last_outputs: tuple[Tensor, Tensor] | None = None
+
+        self.model = build_networks(config, classes)
+        if world.size > 1:
+            self.model = convert_sync_batchnorm(self.model, device)
+        self.model = self.model.to(device).to(memory_format=torch.channels_last)
+        if resolve_compile(config, device, world, total_steps):
+            self.model.compile_encoders()
+        self._online: nn.Module = self.model
+        if world.size > 1:
+            self._online = DistributedDataParallel(self.model)
+        self.optimizer = build_optimizer(
+            optim.name, self.model.online.named_parameters(), self._peak_lr, optim.momentum, optim.weight_decay
+        )
+
+    @property
+    def encoder(self) -> ResNet:
+        encoder = self.model.online["encoder"]
+        assert isinstance(encoder, ResNet)
+        return encoder
+
+    @property
+    def num_candidates(self) -> int | None:
+        """Among how many images the likelihood is spread: itself and its negatives. None for other objectives."""
+        if self._config.objective not in ("relicv2", "relic"):
+            return None
+        negatives = self._config.loss.negatives
+        return self._config.optim.batch_size if negatives == "all" else negatives + 1
+
+    def compute_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Scalars of this batch: ``loss`` and, where the objective has them, its parts."""
+        return self.compute_objective(*self.embed(batch), batch.labels, step)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What both networks make of the views: online [V, B, D], and target [L, B, D] where there is one."""
+        with self._autocast:
+            features, outputs = self._online(batch.views)
+            target = self.model.forward_target(batch.views[0]) if self.model.target is not None else None
+        self._last_outputs = features.detach(), outputs.detach()
+        return outputs, target
+
+    def compute_objective(
+        self, outputs: Tensor, target: Tensor | None, labels: Tensor | None, step: int
+    ) -> dict[str, Tensor]:
+        """The objective's scalars."""
+        name, loss = self._config.objective, self._config.loss
+        if name in ("relicv2", "relic"):
+            assert target is not None
+            self._generator.manual_seed(derive_seed(self._config.seed, Stream.NEGATIVES, step))
+            return relicv2_loss(
+                outputs,
+                target,
+                large=len(target),
+                temperature=loss.temperature,
+                alpha=loss.alpha,
+                beta=loss.beta,
+                negatives=loss.negatives,
+                generator=self._generator,
+                invariance=loss.invariance,
+                gather=self._gather,
+            )
+        if name == "byol":
+            assert target is not None
+            return objectives.byol_loss(outputs, target)
+        if name == "simclr":
+            return objectives.simclr_loss(outputs, temperature=loss.temperature, gather=self._gather)
+        assert labels is not None, "supervised pretraining was started without labels"
+        return objectives.supervised_loss(outputs, labels)
+
+    def get_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(
+            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, total_steps=self._total_steps
+        )
+
+    def after_step(self, step: int) -> None:
+        if self.model.target is not None:
+            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
+            self.model.update_target(gamma)
+
+    def compute_metrics(self, step: int) -> dict[str, float]:
+        """The target's decay, and the collapse monitor's figures on one view of the latest batch."""
+        assert self._last_outputs is not None
+        counts = [len(batch[0]) for batch in self._last_outputs[:1]] * self._world.size
+        features, outputs = ([self._world.gather_rows(batch[0], counts)] for batch in self._last_outputs)
+        metrics = {
+            "rank_me": round(online.compute_rankme(features[0]), 3),
+            "deviation": round(online.compute_normalized_std(outputs[0]), 5),
+            "feature_deviation": round(online.compute_normalized_std(features[0]), 5),
+        }
+        if self.model.target is not None:
+            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
+            metrics["ema"] = round(gamma, 8)
+        return metrics
+
+
+def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
+    """Encoder, heads and target of an objective, initialised as a pure function of the seed."""
+    model, microbatch = config.model, config.optim.microbatch
+    with fork_seeded_rng(derive_seed(config.seed, Stream.INIT)):
+        encoder = build_encoder(
+            model.arch, model.width, model.stem, model.padding, config.runtime.activation_checkpointing
+        )
+        if config.objective == "supervised":
+            networks = Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False, microbatch)
+        else:
+            projector = MLPHead(encoder.feature_dim, model.projector.hidden, model.projector.out)
+            predictor = MLPHead(model.projector.out, model.predictor.hidden, model.predictor.out)
+            if config.objective == "simclr":
+                networks = Siamese(encoder, projector, None, False, microbatch)
+            else:
+                networks = Siamese(encoder, projector, predictor, True, microbatch)
+    for module in networks.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = model.bn_momentum
+    return networks
+
+
+def resolve_compile(config: PretrainConfig, device: torch.device, world: World, total_steps: int) -> bool:
+    """Settle ``runtime.compile``. With several processes' SyncBatchNorm it has not been tried: only if asked for."""
+    setting = config.runtime.compile
+    if setting != "auto":
+        return setting
+    return world.size == 1 and total_steps >= COMPILE_MIN_STEPS and load_triton_kernels(device) is not None
+
+
+def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
+    """bf16 or fp32 for the networks' forward pass.
+
+    On a CPU, oneDNN's bf16 convolution of one pixel at stride 2 gives gradients of unset memory (seen with torch 2.14):
+    so views that shrink to one pixel before the last stage are computed in fp32. UsageError if bf16 was asked for.
+    """
+    precision = pick_precision(config.runtime.precision, device)
+    smallest = min(view.size for view in (config.views.large, config.views.small) if view.count)
+    if precision == "fp32" or device.type != "cpu" or smallest > STRIDE_BEFORE_LAST_STAGE[config.model.stem]:
+        return precision
+    if config.runtime.precision == "auto":
+        return "fp32"
+    raise UsageError(
+        f"Views of {smallest} px are one pixel before the last stage, where a CPU's bf16 gradients are wrong.",
+        "Set runtime.precision=fp32, or larger views.",
+    )

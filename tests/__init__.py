@@ -1,0 +1,1 @@
+"""The tests mirror the package; ``distributed`` holds the laws over ranks, ``helpers`` what tests share."""

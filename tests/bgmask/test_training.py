@@ -1,0 +1,227 @@
+"""What a mask network is trained on, and what it minimises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relicctl.bgmask.training import LossWeights, MaskAugmentation, MaskLoader, MaskTask, MaskTrainingSet, mask_loss
+from relicctl.core.counter_rng import fork_seeded_rng
+from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.photometric import AugmentConfig
+
+CPU = torch.device("cpu")
+PLAIN = AugmentConfig(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
+WHOLE = MaskAugmentation((1.0, 1.0), (1.0, 1.0), PLAIN)
+BCE, IOU, F = LossWeights(1, 0, 0, 1), LossWeights(0, 1, 0, 1), LossWeights(0, 0, 1, 0.3)
+
+
+def labelled(count=12, side=16):
+    """Images whose red plane is their label, and whose blue one is their weight."""
+    images = torch.randint(
+        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    return MaskTrainingSet(images, images[:, :1].clone(), images[:, 2:].clone())
+
+
+def batches(views, data=None, **more):
+    return MaskLoader(data or labelled(), views, **{"size": 16, "batch_size": 4, "seed": 3, **more})
+
+
+def planes(batch):
+    """The images of a batch as they were before normalising."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return batch.images * std + mean
+
+
+def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image():
+    views = MaskAugmentation(
+        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+    )
+    for batch in batches(views, size=24).iter_from_step(0, 6):
+        torch.testing.assert_close(planes(batch)[:, :1], batch.labels, atol=1e-5, rtol=0)
+        torch.testing.assert_close(planes(batch)[:, 2:], batch.weights, atol=1e-5, rtol=0)
+
+
+def test_hints_go_through_the_same_crop_and_flip_as_the_image():
+    views = MaskAugmentation(
+        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+    )
+    plain = labelled()
+    hinted = replace(plain, prior_channels=torch.cat([plain.images, plain.images[:, :1]], 1))
+    for bare, batch in zip(
+        batches(views, plain, size=24).iter_from_step(0, 6),
+        batches(views, hinted, size=24).iter_from_step(0, 6),
+        strict=True,
+    ):
+        assert batch.images.shape == (4, 7, 24, 24)
+        assert torch.equal(batch.images[:, :3], bare.images)
+        assert torch.equal(batch.labels, bare.labels)
+        assert torch.equal(batch.weights, bare.weights)
+        torch.testing.assert_close(batch.images[:, 3:6] + 0.5, planes(bare), atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch.images[:, 6:] + 0.5, batch.labels, atol=1e-5, rtol=0)
+
+
+def test_colours_change_the_image_and_leave_the_label():
+    plain = next(batches(WHOLE).iter_from_step(0, 1))
+    coloured = next(
+        batches(MaskAugmentation((1.0, 1.0), (1.0, 1.0), AugmentConfig(flip=0.0, jitter=1.0))).iter_from_step(0, 1)
+    )
+    assert not torch.allclose(plain.images, coloured.images)
+    assert torch.equal(plain.labels, coloured.labels)
+
+
+def test_an_epoch_shows_every_image_once():
+    data = labelled()
+    seen = torch.cat([batch.labels for batch in batches(WHOLE, data).iter_from_step(0, 3)])
+    expected = data.labels / 255
+    assert sorted(seen.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(expected.sum((1, 2, 3)).tolist()), rel=1e-4)
+
+
+def test_a_batch_depends_on_its_step_alone_wherever_one_starts():
+    views = MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig())
+    straight = list(batches(views).iter_from_step(0, 7))
+    later = list(batches(views, first=100).iter_from_step(104, 107))
+    for a, b in zip(straight[4:], later, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+# The loss
+
+
+def literal(logits, labels, weights, terms):
+    """The loss in float64, pixel by pixel and image by image."""
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    y, w = labels.double().numpy(), weights.double().numpy()
+    cross = -(w * (y * np.log(p) + (1 - y) * np.log1p(-p))).sum() / w.sum()
+    ious, fs = [], []
+    for one in range(len(p)):
+        both, predicted, wanted = ((w * x)[one].sum() for x in (p * y, p, y))
+        precision, recall = both / predicted, both / wanted
+        ious.append(both / (predicted + wanted - both))
+        fs.append((1 + terms.beta2) * precision * recall / (terms.beta2 * precision + recall))
+    return terms.bce * cross + terms.iou * (1 - np.mean(ious)) + terms.f * (1 - np.mean(fs))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, LossWeights(0.7, 1.3, 0.5, 4.0)]))
+def test_the_loss_is_the_literal_one(seed, terms):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(3, 1, 5, 7, generator=generator)
+    labels, weights = torch.rand(2, 3, 1, 5, 7, generator=generator)
+    found = mask_loss(logits, labels, weights, terms)
+    assert float(found) == pytest.approx(literal(logits, labels, weights, terms), rel=1e-4)
+
+
+@pytest.mark.parametrize("terms", [BCE, IOU, F])
+def test_a_right_and_certain_prediction_costs_nothing_and_a_wrong_one_much(terms):
+    labels = torch.zeros(1, 1, 4, 4)
+    labels[..., :2] = 1
+    certain = 200 * labels - 100  # beyond what a sigmoid of 32 bits can tell from 0 and 1
+    weights = torch.ones_like(labels)
+    assert float(mask_loss(certain, labels, weights, terms)) < 1e-4
+    assert float(mask_loss(-certain, labels, weights, terms)) > 0.9
+
+
+@pytest.mark.parametrize("terms", [BCE, IOU, F])
+@pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
+def test_empty_labels_no_weight_and_extreme_logits_have_finite_gradients(terms, logit):
+    for weight in (0.0, 1.0):
+        logits = torch.full((2, 1, 4, 4), logit, requires_grad=True)
+        loss = mask_loss(logits, torch.zeros_like(logits), torch.full_like(logits, weight), terms)
+        loss.backward()
+        assert math.isfinite(loss.item())
+        assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_pixels_without_weight_teach_nothing():
+    logits = torch.randn(2, 1, 4, 4, requires_grad=True)
+    weights = torch.ones(2, 1, 4, 4)
+    weights[..., 2:] = 0
+    mask_loss(logits, torch.rand(2, 1, 4, 4), weights, LossWeights(1, 1, 1, 1)).backward()
+    assert bool((logits.grad[..., 2:] == 0).all())
+    assert bool((logits.grad[..., :2] != 0).any())
+
+
+# In the loop
+
+
+class Journal:
+    def __init__(self):
+        self.saved = {}
+
+    def write_metrics(self, record): ...
+
+    def save(self, step, tensors, header):
+        self.saved[step] = {name: t.clone() for name, t in tensors.items()}, dict(header)
+
+    def get_last_checkpoint(self):
+        return None
+
+
+class Outputs(torch.nn.Module):
+    """Two outputs from a layer with a norm, which has a state besides its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3, padding=1), torch.nn.BatchNorm2d(2))
+
+    def forward(self, x):
+        return list(self.layer(x).split(1, 1))
+
+
+def task():
+    with fork_seeded_rng(1):
+        net = Outputs()
+    return MaskTask(
+        net, LossWeights(1, 1, 0, 1), rate=0.05, weight_decay=0.01, warmup=2, steps=12, first=5,
+        autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
+    )  # fmt: skip
+
+
+def go_on(doing, progress, total, journal):
+    data = labelled(side=8)
+    feed = batches(MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig()), data, size=8, first=5)
+    plan = LoopConfig(total, 3, 4, log_every=2, checkpoint_every=2)
+    return train(doing, feed, plan, journal, state=progress, device=CPU)
+
+
+def test_a_training_that_was_cut_and_resumed_is_the_same_to_the_bit():
+    whole, cut = Journal(), Journal()
+    go_on(task(), TrainState(5), 17, whole)
+    go_on(task(), TrainState(5), 11, cut)
+    resumed = task()
+    go_on(resumed, restore_state(resumed, *cut.saved[11], "x"), 17, cut)
+    for name, tensor in whole.saved[17][0].items():
+        assert torch.equal(tensor, cut.saved[17][0][name]), name
+    assert snapshot_state(resumed, TrainState(17))[0].keys() <= whole.saved[17][0].keys()
+
+
+def test_the_rate_rises_from_its_first_step_and_ends_near_nothing():
+    doing = task()
+    rates = [doing.get_learning_rate(step) for step in range(5, 17)]
+    assert rates[0] == pytest.approx(0.025)
+    assert max(rates) == rates[1] == pytest.approx(0.05)
+    assert 0 < rates[-1] < 0.002
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_all_outputs_are_supervised_and_training_learns_its_labels():
+    doing, journal = task(), Journal()
+    before = [o.detach() for o in doing.model(torch.randn(2, 3, 8, 8))]
+    assert len(before) == 2
+    losses = doing.compute_loss(next(batches(WHOLE).iter_from_step(0, 1)), 5)
+    losses["loss"].backward()
+    assert bool((doing.model.layer[0].weight.grad.flatten(1).norm(dim=1) > 0).all())
+    doing.optimizer.zero_grad()
+    first = losses["loss"].item()
+    go_on(doing, TrainState(5), 17, journal)
+    assert doing.compute_loss(next(batches(WHOLE).iter_from_step(0, 1)), 5)["loss"].item() < first

@@ -1,0 +1,261 @@
+"""The command line: light help, exit codes, and what reaches stdout."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import pytest
+
+import relicctl
+from relicctl import cli, commands
+from relicctl.config.presets import list_presets, read_preset_header
+from relicctl.config.resolve import ResolvedConfig
+from relicctl.errors import DataError
+from relicctl.runs.resume import PretrainOptions
+
+Calls = list[tuple[ResolvedConfig, PretrainOptions]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The command is not run, but what it is told is written down."""
+    made: Calls = []
+
+    def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
+        made.append((resolved, options))
+        return {"run": "runs/x", "knn20": 0.5}
+
+    stand_in(monkeypatch, pretrain)
+    linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
+    monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
+    transfer = SimpleNamespace(transfer=pretrain, format_transfer_dry_run=lambda *told: "plan")
+    monkeypatch.setattr(commands, "transfer", transfer, raising=False)
+    dense = SimpleNamespace(transfer_dense=pretrain, format_dense_dry_run=lambda *told: "plan")
+    monkeypatch.setattr(commands, "transfer_dense", dense, raising=False)
+    bgmask = SimpleNamespace(train_bgmask=pretrain)
+    monkeypatch.setattr("relicctl.bgmask.dry_run.format_bgmask_dry_run", lambda *told: "plan")
+    monkeypatch.setattr(commands, "train_bgmask", bgmask, raising=False)
+    return made
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> None:
+    module = SimpleNamespace(pretrain=pretrain)
+    monkeypatch.setattr(commands, "pretrain", module, raising=False)
+    monkeypatch.setitem(sys.modules, "relicctl.commands.pretrain", module)
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["pretrain", "--help"],
+        ["train-bgmask", "--help"],
+        ["linear-eval", "--help"],
+        ["transfer", "--help"],
+        ["bench", "--help"],
+        ["--version"],
+    ],
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from relicctl.cli import run; code = run({arguments}); "
+        "heavy = {'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules); "
+        "print('HEAVY', sorted(heavy)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def examples(help_text: str) -> list[list[str]]:
+    lines = re.findall(r"^ +(relicctl .*)$", help_text, re.M)
+    found = [shlex.split(stage)[1:] for line in lines for stage in line.split(" | ")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("command", [[], ["pretrain"], ["train-bgmask"], ["linear-eval"], ["transfer"], ["presets"]])
+def test_the_examples_in_help_run(
+    command: list[str],
+    calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "plan", SimpleNamespace(format_pretrain_dry_run=lambda *told: "plan"), raising=False)
+    assert cli.run([*command, "--help"]) == 0
+    for example in examples(capsys.readouterr().out.partition("Examples:")[2]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("runs/x\n"))  # what stands before the pipe prints
+        assert cli.run(example) == 0, example
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
+    text = read_preset_header(name).replace("\\\n", " ")
+    (command,) = re.findall(r"relicctl ((?:pretrain|train-bgmask|linear-eval|transfer) .*)", text)
+    assert cli.run(shlex.split(command)) == 0
+    assert calls[0][0].preset == name
+
+
+def test_options_that_are_their_own_metavar_are_written_out() -> None:
+    """typer 0.27 takes the metavar DATA of a parameter ``data`` for its name, and knows no ``--data`` then."""
+    for module in ("pretrain", "linear_eval", "transfer", "train_bgmask", "bench", "doctor", "export"):
+        command = getattr(importlib.import_module(f"relicctl.cli.{module}"), module)
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if getattr(option, "metavar", None) == name.upper():
+                    assert option.default == f"--{name}", module
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"{relicctl.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["presets"]])
+def test_no_command_is_answered_with_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Commands:" in said.err
+
+
+# ---------------------------------------------------------------- what the command is told
+
+
+def test_options_reach_the_command(calls: Calls) -> None:
+    arguments = "--preset demo --set loss.beta=2 --set data.cache=none --data a=b --val c --seed 3 --workers 0"
+    arguments += " --device cpu --out d --overwrite --init-from w --download --json --quiet"
+    assert cli.run(["pretrain", *arguments.split()]) == 0
+    ((resolved, options),) = calls
+    config = resolved.config
+    assert (config.loss.beta, config.data.cache, config.data.train, config.data.val) == (
+        2,
+        "none",
+        "a=b",
+        "c",
+    )
+    assert (config.seed, config.runtime.workers, config.runtime.device) == (3, 0, "cpu")
+    assert options == PretrainOptions(
+        out=Path("d"), overwrite=True, init_from="w", download=True, json=True, quiet=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [
+        ([], None),
+        (["--resume"], ""),
+        (["--resume", "--quiet"], ""),
+        (["--quiet", "--resume"], ""),
+        (["--resume", "runs/a"], "runs/a"),
+        (["--resume=runs/a"], "runs/a"),
+        (["--resume", "runs/a", "--quiet"], "runs/a"),
+    ],
+)
+def test_resume_may_stand_alone(arguments: list[str], resume: str | None, calls: Calls) -> None:
+    assert cli.run(["pretrain", *arguments]) == 0
+    assert calls[0][1].resume == resume
+
+
+# ---------------------------------------------------------------- stdout
+
+
+def test_the_result_is_the_path(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pretrain"]) == 0
+    assert capsys.readouterr().out == "runs/x\n"
+
+
+def test_the_result_as_json_is_one_object(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pretrain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"run": "runs/x", "knn20": 0.5}
+
+
+def test_one_process_of_a_group_prints(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run(["pretrain"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_gone_reader_is_no_news() -> None:
+    """As in `relicctl presets ls | head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "relicctl", "presets", "ls"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "relicctl", "presets", "ls"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pretrain", "--nope"], "--nope"),
+        (["pretrain", "--workers", "x"], "--workers"),
+        (["pretrain", "--preset"], "--preset"),
+        (["pretrain", "stray"], "stray"),
+        (["nothing"], "nothing"),
+        (["presets", "show"], "NAME"),
+        (["presets", "show", "dem"], "Did you mean demo"),
+        (["pretrain", "--preset", "dem"], "Did you mean demo"),
+        (["pretrain", "--set", "loss.bet=1"], "loss.beta"),
+        (["pretrain", "--device", "tpu"], "auto, cpu or cuda"),
+        (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_usage_is_two_sentences_and_exit_2(
+    arguments: list[str], said: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments) == 2
+    streams = capsys.readouterr()
+    assert (streams.out, calls) == ("", [])
+    what, fix = streams.err.splitlines()
+    assert what.startswith("error: ")
+    assert fix.startswith("  fix: ")
+    assert said in streams.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("No.", "Yes."), 3), (KeyboardInterrupt(), 130), (ZeroDivisionError("x"), 1)],
+)
+def test_failures_become_exit_codes(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pretrain(*told: Any) -> Any:
+        raise error
+
+    stand_in(monkeypatch, pretrain)
+    assert cli.run(["pretrain"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.run(["pretrain", "--debug"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)

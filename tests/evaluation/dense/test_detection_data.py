@@ -1,0 +1,199 @@
+"""Boxes as they come: COCO's JSON, VOC's XML, the demo data; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relicctl.config.transfer import DetectionDataConfig
+from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.datasets.voc import VOC_CLASSES
+from relicctl.data.decoding import BadImageError
+from relicctl.errors import DataError
+from relicctl.evaluation.dense.detection_data import open_detection_data
+
+CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+
+
+def annotation(image: int, category: int, box: list[float], **more) -> dict:
+    return {"id": 0, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], **more}
+
+
+def tree(part: str) -> dict:
+    """Three images of 30 x 20; the second has no box."""
+    images = [{"id": 10 + n, "file_name": f"{part}-{n}.png", "width": 30, "height": 20} for n in range(3)]
+    boxes = [annotation(12, 7, [1, 2, 10, 5]), annotation(10, 3, [20, 10, 15, 15]), annotation(12, 3, [0, 0, 9, 9])]
+    boxes.append(annotation(12, 7, [3, 3, 4, 4], iscrowd=1))
+    return {"images": images, "annotations": boxes, "categories": CATEGORIES}
+
+
+@pytest.fixture
+def coco(tmp_path):
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for part in ("train", "val"):
+        (root / f"{part}2017").mkdir()
+        for number in range(3):
+            Image.fromarray(np.full((20, 30, 3), number, np.uint8)).save(root / f"{part}2017" / f"{part}-{number}.png")
+        write(root, part, tree(part))
+    return root
+
+
+def write(root, part, content) -> None:
+    (root / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
+
+
+def opened(spec, warn=lambda text: None, **config):
+    return open_detection_data("x", str(spec), DetectionDataConfig(**config), warn)
+
+
+def test_boxes_go_with_their_images_and_are_clipped(coco):
+    train, val = opened(coco)
+    assert train.classes == ("dog", "cat")
+    assert [train.get_name(i) for i in range(len(train))] == ["train-0.png", "train-2.png"]  # no box, nothing to learn
+    assert len(val) == 3
+    assert train.load_target(0).corners.tolist() == [[20, 10, 30, 20]]
+    found = train.load_target(1)
+    assert found.corners.tolist() == [[1, 2, 11, 7], [0, 0, 9, 9], [3, 3, 7, 7]]
+    assert found.labels.tolist() == [1, 0, 1]
+    assert found.ignored.tolist() == [False, False, True]
+    assert len(val.load_target(1).labels) == 0
+    assert (train.load(1) == 2).all()
+
+
+def test_archives_and_other_layouts_are_the_same(coco, tmp_path):
+    with zipfile.ZipFile(tmp_path / "coco.zip", "w") as archive:
+        for path in coco.rglob("*.*"):
+            archive.write(path, path.relative_to(coco.parent))
+    pictures = {path.name: path.read_bytes() for path in coco.rglob("*.png")}
+    flat, rooted = tmp_path / "flat", tmp_path / "rooted"
+    for part in ("train", "val"):
+        (flat / part).mkdir(parents=True)
+        (rooted / "pictures" / part).mkdir(parents=True)
+        content = tree(part)
+        (flat / part / "_annotations.coco.json").write_text(json.dumps(content))
+        for image in content["images"]:
+            name = image["file_name"]
+            image["file_name"] = f"pictures/{part}/{name}"
+            for place in (flat / part / name, rooted / image["file_name"]):
+                place.write_bytes(pictures[name])
+        (rooted / f"{part}.json").write_text(json.dumps(content))
+    whole = opened(coco)
+    for spec in (f"{tmp_path}/coco.zip#coco", flat, rooted):
+        for ours, theirs in zip(whole, opened(spec), strict=True):
+            assert [ours.get_name(i) for i in range(len(ours))] == [theirs.get_name(i) for i in range(len(theirs))]
+            np.testing.assert_array_equal(ours.boxes.corners, theirs.boxes.corners)
+            np.testing.assert_array_equal(ours.load(1), theirs.load(1))
+
+
+def test_vocs_xml_counts_from_one_and_difficult_ones_are_ignored(tmp_path):
+    root = tmp_path / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for part, stem in (("train", "a"), ("val", "b")):
+        (root / f"ImageSets/Main/{part}.txt").write_text(f"{stem}\n")
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / f"JPEGImages/{stem}.jpg")
+        things = "".join(
+            f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox><xmin>1</xmin><ymin>3</ymin>"
+            "<xmax>10</xmax><ymax>20</ymax></bndbox></object>"
+            for name, hard in (("dog", 0), ("cat", 1))
+        )
+        size = "<size><width>30</width><height>20</height><depth>3</depth></size>"
+        (root / f"Annotations/{stem}.xml").write_text(f"<annotation>{size}{things}</annotation>")
+    train, val = opened(root)
+    assert train.classes == VOC_CLASSES
+    assert [VOC_CLASSES[label] for label in val.load_target(0).labels] == ["dog", "cat"]
+    assert val.load_target(0).corners.tolist() == [[0, 2, 10, 20]] * 2
+    assert val.load_target(0).ignored.tolist() == [False, True]
+    (root / "Annotations/b.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match=r"b\.xml"):
+        opened(root)
+
+
+def test_the_demo_datas_boxes_enclose_their_objects_closely():
+    _, val = opened("shapes:size=32,train=20,val=20")
+    source = ShapesDataset.from_spec("shapes:size=32,train=20,val=20", "val")
+    for index in range(20):
+        (left, top, right, bottom), mask = val.load_target(index).corners[0].astype(int), source.load_mask(index)
+        inner = mask[top:bottom, left:right]
+        assert inner.sum() == mask.sum()
+        assert inner[0].any() and inner[-1].any() and inner[:, 0].any() and inner[:, -1].any()  # noqa: PT018
+        assert val.load_target(index).labels.tolist() == [source.labels[index]]
+
+
+def test_boxes_that_are_none_are_left_out_or_too_many(coco):
+    content = tree("train")
+    content["annotations"] += [annotation(10, 3, [4, 4, 0, 3]), annotation(10, 3, [40, 4, 3, 3])]
+    write(coco, "train", content)
+    told: list[str] = []
+    train, _ = opened(coco, told.append, max_bad=0.5)
+    assert len(train.boxes.labels) == 4
+    assert "2 of 6 boxes" in told[0]
+    with pytest.raises(DataError, match="2 of 6 boxes"):
+        opened(coco)
+
+
+def test_an_image_of_another_size_than_its_boxes_is_bad(coco):
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(coco / "train2017/train-0.png")
+    with pytest.raises(BadImageError, match="20 x 30"):
+        opened(coco)[0].load(0)
+
+
+def spoil(coco, what) -> None:
+    content, file = tree("train"), coco / "annotations/instances_train2017.json"
+    if what == "json":
+        file.write_text(file.read_text()[:50])
+    elif what == "keys":
+        write(coco, "train", {"images": []})
+    elif what == "list":
+        write(coco, "train", [1])
+    elif what == "image id":
+        content["annotations"][0]["image_id"] = 99
+    elif what == "three numbers":
+        content["annotations"][0]["bbox"] = [1, 2, 3]
+    elif what == "nan":
+        content["annotations"][0]["bbox"] = [1, 2, float("nan"), 4]
+    elif what == "twice":
+        content["images"][1]["id"] = 12
+    elif what == "an image missing":
+        (coco / "train2017/train-2.png").unlink()
+    elif what == "images missing":
+        (coco / "train2017").rename(coco / "elsewhere")
+    elif what == "no boxes":
+        content["annotations"] = []
+    elif what == "no val":
+        (coco / "annotations/instances_val2017.json").unlink()
+    elif what == "foreign":
+        other = tree("val")
+        other["categories"] = [{"id": 7, "name": "cow"}, {"id": 3, "name": "dog"}]
+        write(coco, "val", other)
+    if what in ("image id", "three numbers", "nan", "twice", "no boxes"):
+        write(coco, "train", content)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("json", "is no JSON"),
+        ("keys", "'annotations'"),
+        ("list", "not as COCO writes it"),
+        ("image id", "99"),
+        ("three numbers", "not as COCO writes it"),
+        ("nan", "not finite"),
+        ("twice", "occur twice"),
+        ("an image missing", "train-2.png"),
+        ("images missing", "train-0.png"),
+        ("no boxes", "no box in train"),
+        ("no val", "no val split"),
+        ("foreign", "cow"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(coco, what, says):
+    spoil(coco, what)
+    with pytest.raises(DataError) as refused:
+        opened(coco)
+    assert says in refused.value.what

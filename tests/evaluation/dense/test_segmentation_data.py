@@ -1,0 +1,163 @@
+"""Masks as they come: VOC's layout, folders, archives; and what is refused."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relicctl.config.transfer import SegmentationDataConfig
+from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.errors import DataError
+from relicctl.evaluation.dense.segmentation_data import open_segmentation_data
+
+PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [9] * 759
+
+
+def mask(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 3, (20, 24)).astype(np.uint8)
+
+
+def put(root: Path, images: str, masks: str, number: int, palette: bool = True) -> None:
+    for folder in (images, masks):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(root / images / f"{number:02d}.jpg")
+    picture = Image.fromarray(mask(number))
+    if palette:
+        picture.putpalette(PALETTE)
+    picture.save(root / masks / f"{number:02d}.png")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    root = tmp_path / "streets"
+    for number in range(6):
+        part = "val" if number > 3 else "train"
+        put(root, f"{part}/images", f"{part}/masks", number, palette=number % 2 == 0)
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "VOC2012"
+    for number in range(6):
+        put(root, "JPEGImages", "SegmentationClass", number)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train.txt").write_text("03\n00\n\n01\n")
+    (root / "ImageSets/Segmentation/val.txt").write_text("05\n")
+    return root
+
+
+def opened(spec, **config):
+    return open_segmentation_data("x", str(spec), SegmentationDataConfig(**config), lambda text: None)
+
+
+def test_folders_with_palette_and_grey_masks(folders):
+    train, val = opened(folders)
+    assert (len(train), len(val)) == (4, 2)
+    assert train.classes == ("0", "1", "2")
+    for samples, first in ((train, 0), (val, 4)):
+        for index in range(len(samples)):
+            np.testing.assert_array_equal(samples.load_target(index), mask(first + index))
+            assert samples.load(index).shape == (20, 24, 3)
+
+
+def test_vocs_layout_with_its_lists_in_an_archive(voc, tmp_path):
+    with zipfile.ZipFile(tmp_path / "voc.zip", "w") as archive:
+        for path in voc.rglob("*.*"):
+            archive.write(path, Path("dev") / path.relative_to(voc.parent))
+    with tarfile.open(tmp_path / "voc.tar", "w") as archive:
+        archive.add(voc, "./dev/VOC2012")
+    for spec in (voc, f"{tmp_path}#VOC2012", *(f"{tmp_path}/voc.{kind}#dev/VOC2012" for kind in ("zip", "tar"))):
+        train, val = opened(spec)
+        assert train.classes[:2] == ("background", "aeroplane")
+        assert len(train.classes) == 21
+        assert [train.get_name(i) for i in range(len(train))] == ["03.jpg", "00.jpg", "01.jpg"]
+        np.testing.assert_array_equal(train.load_target(0), mask(3))
+        np.testing.assert_array_equal(val.load_target(0), mask(5))
+
+
+def test_the_demo_data_have_a_class_where_the_object_is():
+    train, val = opened("shapes:size=32,train=20,val=10")
+    source = ShapesDataset.from_spec("shapes:size=32,train=20,val=10", "val")
+    assert (len(train), len(val), len(val.classes)) == (20, 10, 11)
+    for index in range(10):
+        found = val.load_target(index)
+        assert set(np.unique(found)) == {0, source.labels[index] + 1}
+        np.testing.assert_array_equal(found > 0, source.load_mask(index))
+
+
+def test_another_mask_is_another_fingerprint(folders):
+    before = opened(folders)[0].compute_fingerprint()
+    assert opened(folders)[0].compute_fingerprint() == before
+    Image.fromarray(np.zeros((20, 24), np.uint8)).save(folders / "train/masks/00.png")
+    assert opened(folders)[0].compute_fingerprint() != before
+
+
+def spoilt(folders, what):
+    train, val = folders / "train/masks/01.png", folders / "val/masks/04.png"
+    if what == "missing":
+        train.unlink()
+    elif what == "size":
+        Image.fromarray(np.zeros((24, 20), np.uint8)).save(train)
+    elif what == "colour":
+        Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(train)
+    elif what == "beyond":
+        Image.fromarray(np.full((20, 24), 3, np.uint8)).save(val)
+    elif what == "wide":
+        Image.fromarray(np.full((20, 24), 300, np.uint16)).save(train)
+    elif what == "broken":
+        train.write_bytes(train.read_bytes()[:40])
+    elif what == "jpeg":
+        train.unlink()
+        Image.fromarray(mask(1)).save(train.with_suffix(".jpg"))
+    elif what == "single":
+        for path in folders.rglob("masks/*.png"):
+            Image.fromarray(np.where(mask(0) > 1, 255, 0).astype(np.uint8)).save(path)
+    elif what == "no val":
+        (folders / "val").rename(folders / "other")
+    else:
+        (folders / "train/masks").rename(folders / "train/labels")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("missing", "lacks the mask of 01"),
+        ("size", "20 x 24, image 24 x 20"),
+        ("colour", "picture in RGB"),
+        ("beyond", "beyond its 3 classes: 04.png with 3"),
+        ("wide", "class index 300"),
+        ("broken", "01.png cannot be read"),
+        ("jpeg", "01.jpg cannot be read"),
+        ("single", "only one class"),
+        ("no val", "no val split"),
+        ("no masks", "has no folder train/masks"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(folders, what, says):
+    spoilt(folders, what)
+    with pytest.raises(DataError) as refused:
+        opened(folders)
+    assert says in refused.value.what
+
+
+def test_255_is_no_class_and_a_given_number_is_held_to(folders):
+    Image.fromarray(np.full((20, 24), 255, np.uint8)).save(folders / "train/masks/01.png")
+    assert len(opened(folders)[0].classes) == 3
+    with pytest.raises(DataError, match="beyond its 2 classes"):
+        opened(folders, classes={"x": 2})
+    assert len(opened(folders, classes={"x": 5, "y": 2})[0].classes) == 5
+
+
+def test_an_image_turned_by_its_exif_goes_with_an_upright_mask(folders):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((24, 20, 3), np.uint8)).save(folders / "train/images/00.jpg", exif=exif)
+    train, _ = opened(folders)
+    assert train.load(0).shape[:2] == train.load_target(0).shape

@@ -1,0 +1,159 @@
+"""Several classes an image: VOC's objects and tables of names become one matrix, and its rows go with their images."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relicctl.data.datasets.voc import VOC_CLASSES
+from relicctl.errors import DataError, UsageError
+from relicctl.evaluation.transfer_data import open_transfer_dataset, split_trainval
+from tests.helpers.voc import write_voc
+
+CAT, DOG = VOC_CLASSES.index("cat"), VOC_CLASSES.index("dog")
+LISTS = {
+    "train": {"1": ["cat", "dog", "dog?"], "2": ["dog?"], "3": [], "4": ["dog"]},
+    "val": {"5": ["cat"], "6": ["dog"]},
+    "test": {"7": ["cat", "dog"], "8": ["dog?", "cat"]},
+}
+
+
+def opened(spec, warnings=None, **options):
+    warn = (warnings if warnings is not None else []).append
+    return open_transfer_dataset("x", str(spec), download=False, warn=warn, **options)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_voc(tmp_path / "VOCdevkit/VOC2007", LISTS)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes ``labels.csv`` and the images that it names, in the folder of a split."""
+
+    def write(split: str, text: str, images: str = "abc"):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, name in enumerate(images):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{name}.png")
+        (folder / "labels.csv").write_text(text)
+        return tmp_path / "photos"
+
+    return write
+
+
+def test_vocs_objects_are_there_not_there_or_do_not_count(voc):
+    data = opened(voc)
+    assert data.trainval.classes == VOC_CLASSES
+    wanted = np.full((6, 20), -1)
+    wanted[[0, 4], CAT] = 1
+    wanted[[0, 3, 5], DOG] = 1
+    wanted[1, DOG] = 0  # difficult alone; the first image has an easy one beside it
+    assert data.trainval.labels.tolist() == wanted.tolist()
+    assert data.test.labels[:, [CAT, DOG]].tolist() == [[1, 1], [1, 0]]
+    assert [data.trainval.source.get_name(row) for row in (0, 4)] == ["train/1.jpg", "val/5.jpg"]
+    division = split_trainval(data, "all", 0.2, 0)
+    assert (division.train.tolist(), division.val.tolist(), division.val_source) == ([0, 1, 2, 3], [4, 5], "val")
+
+
+def test_folder_archive_and_torchvision_are_the_same(voc, tmp_path):
+    write_voc(voc, {"trainval": LISTS["train"] | LISTS["val"]})
+    with zipfile.ZipFile(tmp_path / "voc.zip", "w") as archive:
+        for path in voc.rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
+    specs = (voc, f"{tmp_path / 'voc.zip'}#VOCdevkit/VOC2007", f"torchvision:VOCDetection:{tmp_path}#2007")
+    prints = {
+        (data.trainval.source.compute_fingerprint(), data.test.source.compute_fingerprint())
+        for data in map(opened, specs)
+    }
+    assert len(prints) == 1
+
+
+def test_rows_go_with_their_images_and_other_labels_are_other_data(voc):
+    source = opened(voc).trainval.source
+    some = source.select([5, 0]).select(np.array([1]))
+    assert some.get_name(0) == source.get_name(0)
+    assert some.labels.tolist() == source.labels[:1].tolist()
+    assert (
+        pickle.loads(pickle.dumps(some)).compute_fingerprint()
+        == some.compute_fingerprint()
+        != source.select([5]).compute_fingerprint()
+    )
+    write_voc(voc, {"val": LISTS["val"] | {"6": ["dog", "cat"]}})
+    assert opened(voc).trainval.source.compute_fingerprint() != source.compute_fingerprint()
+
+
+def test_few_labels_are_a_share_of_the_images(voc):
+    write_voc(voc, {"train": {str(n): [("cat", "dog")[n % 2]] for n in range(10, 50)}})
+    data = opened(voc)
+    division = split_trainval(data, "0.5", 0.2, 0)
+    assert (len(division.train), len(division.val)) == (16, 4)
+    assert max(*division.train, *division.val) < data.num_train
+    assert set(division.train).isdisjoint(division.val)
+    assert not np.array_equal(division.train, split_trainval(data, "0.5", 0.2, 1).train)
+    with pytest.raises(UsageError, match="any number of classes"):
+        split_trainval(data, "2-per-class", 0.2, 0)
+    with pytest.raises(DataError, match="too few labels"):
+        split_trainval(data, "0.01", 0.2, 0)
+
+
+def test_a_table_names_images_and_their_classes(table):
+    table("train", "b.png, sea ;sun\na.png,sun\n\nc.png,\n")
+    table("val", "a.png,sea\n")
+    spec = table("test", '"c.png","sun;sea"\n')
+    data = opened(spec)
+    assert data.trainval.classes == ("sea", "sun")
+    assert data.trainval.labels.tolist() == [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+    assert [data.trainval.source.load(row)[0, 0, 0] for row in range(4)] == [1, 0, 2, 0]
+    assert (
+        opened(f"{spec}/{{split}}").trainval.source.compute_fingerprint() == data.trainval.source.compute_fingerprint()
+    )
+
+
+def test_classes_without_an_image_are_told(voc):
+    warnings: list[str] = []
+    opened(voc, warnings)
+    assert [text.split(" in ")[1].split(",")[0] for text in warnings] == ["train", "test", "val"]
+    assert "18 classes" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "says"),
+    [
+        ("a.png,sea\nb.png,sun\n", "a.png,sky\n", "'sky'"),
+        ("a.png,sea\nb.png,sun\n", "a.png,\n", "No image"),
+        ("a.png,sea\nb.png,sun\n", "", "names no image"),
+        ("a.png,sea\nb.png,sea\n", "a.png,sea\n", "only 1 class"),
+        ("name,classes\na.png,sea\n", "a.png,sea\n", "lacks images .* name"),
+        ("a.png,sea\na.png,sun\n", "a.png,sea\n", "twice"),
+        ("a.png\n", "a.png,sea\n", "cannot be read"),
+        ('a.png,"sea\n', "a.png,sea\n", "cannot be read"),
+    ],
+)
+def test_tables_that_make_no_data_set_are_refused(table, train, test, says):
+    table("train", train)
+    with pytest.raises(DataError, match=says):
+        opened(table("test", test))
+
+
+def test_damaged_annotations_of_val_are_no_missing_val(voc):
+    (voc / "Annotations/5.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match=r"5\.xml"):
+        opened(voc)
+    (voc / "Annotations/5.xml").unlink()
+    with pytest.raises(DataError, match=r"5\.xml"):
+        opened(voc)
+
+
+def test_listed_images_must_be_there(voc):
+    (voc / "JPEGImages/7.jpg").unlink()
+    with pytest.raises(DataError, match=r"7\.jpg"):
+        opened(voc)
+    (voc / "ImageSets/Main/test.txt").unlink()
+    with pytest.raises(DataError, match="no test split"):
+        opened(voc)

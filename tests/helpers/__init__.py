@@ -1,0 +1,1 @@
+"""Shared by tests: tiny runs and configs, data sets, ports, injected faults, hostile files."""
