@@ -14,7 +14,7 @@ import torch
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.core.counter_rng import Stream, draw_uniform, permutation
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
 from relicctl.data.datasets.open import open_dataset
@@ -192,7 +192,7 @@ def resolve_bgmask_run(resolved: ResolvedConfig, options: BgmaskOptions) -> tupl
     return (resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run) if run is not None else (resolved, None)
 
 
-def open_bgmask_data(config: BgmaskConfig, download: bool, world: World | None = None) -> BgmaskData:
+def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
     """Raises DataError for what cannot be used, UsageError where no data are named."""
     if download and world is not None and world.size > 1:
         world.run_on_main(lambda: _open_datasets(config, download))  # one process fetches

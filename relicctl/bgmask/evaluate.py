@@ -28,7 +28,7 @@ from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, build_prior_channels, make_centre_prior
 from relicctl.bgmask.refine import fuse_priors
 from relicctl.config.bgmask import BgmaskConfig
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.decoding import BadImages
 from relicctl.data.mask_bank import MASK_SIDE
@@ -183,9 +183,9 @@ class StageTable:
         workers: int,
         threads: int = 1,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        self._truth, self._config, self._on_row, self._world = truth, config, on_row, world or World()
+        self._truth, self._config, self._on_row, self._world = truth, config, on_row, world
         self._device, self._precision, self._threads = device, precision, threads
         bad = BadImages(len(truth.images), 0.0)  # they were all looked at before
         self._images = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from relicctl.bgmask.priors.maps import build_prior_channels, compute_prior_maps, quantize_maps
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.data.crops import crop_on_host
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError, BadImages
@@ -55,14 +55,13 @@ def load_resized_images(
     workers: int,
     bad: BadImages,
     show: Callable[[int], None] = lambda done: None,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> InMemoryImages:
     """Decode every image of ``source`` once, each process its share; in the end all have all.
 
     Bad ones are left out and told to ``bad``; DataError if all are bad. ``show`` is told how many are decoded, where
     the other processes are taken to be as fast as this one.
     """
-    world = world or World()
     first, last = world.split_evenly(len(source))[world.rank]
     images = torch.empty(last - first, 3, size, size, dtype=torch.uint8)
     indices: list[int] = []

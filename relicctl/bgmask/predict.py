@@ -17,7 +17,7 @@ from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import build_prior_channels, to_network_input
 from relicctl.bgmask.refine import apply_guided_filter, refine_maps
 from relicctl.config.bgmask import PredictConfig, RefineConfig
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.datasets.base import ImageDataset
@@ -105,7 +105,7 @@ def write_mask_bank(
     threads: int = 1,
     show: Callable[[int], None] = lambda done: None,
     on_bad_image: Callable[[str, str], None] = lambda name, reason: None,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> MaskCounts:
     """Give every sample of ``source`` that ``writer`` misses a mask; an empty one where it cannot be decoded.
 
@@ -115,7 +115,6 @@ def write_mask_bank(
     ``show`` is told how many samples have masks, ``bad`` the name of a sample and what is wrong with it.
     The processes of ``world`` make a batch each in turn. The main one has the ``writer``, is told and gets the figures.
     """
-    world = world or World()
     missing = np.array(
         world.broadcast_from_main(lambda: writer.find_missing().tolist() if writer else []), dtype=np.int64
     )

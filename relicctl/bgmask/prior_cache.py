@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, compute_prior_maps, quantize_maps
 from relicctl.core.atomic_io import write_atomically
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError
@@ -56,14 +56,14 @@ class PriorCache:
         self.valid = valid.reshape(self._count, len(PRIOR_NAMES)).astype(bool)
 
     @classmethod
-    def open(cls, path: Path, source: ImageDataset, size: int, world: World | None = None) -> PriorCache:
+    def open(cls, path: Path, source: ImageDataset, size: int, world: World = SINGLE_PROCESS) -> PriorCache:
         """The store at ``path``, made empty if there is none, by the main process.
 
         Raises DataError when the file is no store, of another version, data set or size, or truncated.
         """
         header = {"version": VERSION, "names": list(PRIOR_NAMES), "size": size, "count": len(source)}
         header["fingerprint"] = source.compute_fingerprint()
-        (world or World()).broadcast_from_main(lambda: None if path.exists() else _create_cache_file(path, header))
+        world.broadcast_from_main(lambda: None if path.exists() else _create_cache_file(path, header))
         return cls(path, len(source), size, _read_header(path, header))
 
     @property
@@ -82,7 +82,7 @@ class PriorCache:
         return dict(zip(PRIOR_NAMES, missing.sum(axis=0).tolist(), strict=True))
 
     def fill(
-        self, source: ImageDataset, workers: int, show: Callable[[int, int], None], world: World | None = None
+        self, source: ImageDataset, workers: int, show: Callable[[int, int], None], world: World = SINGLE_PROCESS
     ) -> None:
         """Make the maps of all samples that are not done, in ``workers`` processes (0: in this one).
 
@@ -91,7 +91,6 @@ class PriorCache:
         ``show(done, total)`` is told the number of samples done, as it grows. What was made before an exception
         or a kill stays. Raises RunFailed when the file cannot be written.
         """
-        world = world or World()
         to_do = np.array(world.broadcast_from_main(lambda: np.flatnonzero(~self.done).tolist()), dtype=np.int64)
         chunks = [to_do[first : first + CHUNK_SIZE] for first in range(0, len(to_do), CHUNK_SIZE)]
         if not chunks:

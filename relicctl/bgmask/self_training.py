@@ -33,7 +33,7 @@ from relicctl.bgmask.training import LossWeights, MaskAugmentation, MaskLoader, 
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, derive_seed
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import count_process_cores
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
@@ -85,14 +85,13 @@ def run_self_training(
     on_stage_end: Callable[[str, SaliencyNet], None],
     warn: Callable[[str], None],
     resume_command: str,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> SaliencyNet:
     """Run or go on with all stages; the final network, in eval mode, which is also RUN/saliency.safetensors.
 
     ``photos`` and the maps of ``store`` are squashed to the same side. ``stage(name, net)`` is called for every
     finished training, those of an earlier process too. ``show`` is given the loop's records.
     """
-    world = world or World()
     prior_channels = (
         build_prior_channels(store.maps[photos.indices], store.valid[photos.indices]) if config.model.priors else None
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.optim import build_optimizer, compute_learning_rate
 from relicctl.data.augment import apply_augmentations
 from relicctl.data.crops import crop_on_device, draw_crop_boxes
@@ -80,11 +80,11 @@ class MaskLoader:
         batch_size: int,
         seed: int,
         first: int = 0,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
         self.sampler = Sampler(seed, len(data), batch_size)
-        self._rows = np.arange(*(world or World()).get_local_rows(batch_size))
+        self._rows = np.arange(*world.get_local_rows(batch_size))
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
         """This process's rows of the batches of steps ``step`` to ``stop - 1``."""
@@ -144,9 +144,9 @@ class MaskTask:
         first: int = 0,
         stage: int = 0,
         autocast: torch.autocast,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        self._world = world or World()
+        self._world = world
         self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
         self._first, self._stage, self._autocast = first, stage, autocast
         self.model = self._network = net

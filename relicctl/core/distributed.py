@@ -103,6 +103,9 @@ class World:
         return whole
 
 
+SINGLE_PROCESS = World()
+
+
 class StopConsensus:
     """The largest number that any process shows. Asked once a step, answered one step later, so that nobody waits.
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from relicctl.core import checkpoint
-from relicctl.core.distributed import StopConsensus, World
+from relicctl.core.distributed import SINGLE_PROCESS, StopConsensus, World
 from relicctl.core.hardware import release_freed_memory
 from relicctl.errors import Diverged, Interrupted
 
@@ -77,7 +77,17 @@ class LoopConfig:
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = None
     resume_command: str = ""
-    rate_key: str = "optim.base_lr"  # which to lower where a training diverges
+    lr_key: str = "optim.base_lr"  # which to lower where a training diverges
+
+    @classmethod
+    def from_sections(cls, checkpoint: Any, runtime: Any, **others: Any) -> LoopConfig:
+        """With what a configuration's sections ``checkpoint`` and ``runtime`` say, and ``others`` as they are."""
+        return cls(
+            log_every=runtime.log_every,
+            checkpoint_every=checkpoint.every_steps,
+            checkpoint_minutes=checkpoint.every_minutes,
+            **others,
+        )
 
 
 @dataclass
@@ -98,15 +108,14 @@ def train(
     *,
     state: TrainState,
     device: torch.device,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
     evaluate: Callable[[int], dict[str, Any]] | None = None,
     on_log: Callable[[int, dict[str, Any]], None] = lambda step, record: None,
 ) -> TrainState:
-    """Train from ``progress.step`` to ``plan.total``; leaves a checkpoint at the end.
+    """Train from ``state.step`` to ``config.total``; leaves a checkpoint at the end.
 
     Raises Diverged when the loss or a gradient was not finite, Interrupted after saving when a signal asked to stop.
     """
-    world = world or World()
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     meter = ThroughputMeter(state.step, batches)
@@ -296,7 +305,7 @@ def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopCo
     if step < 0:
         return
     last = logger.get_last_checkpoint()
-    lower = f"--set {config.rate_key}=... lower, or --set runtime.precision=fp32"
+    lower = f"--set {config.lr_key}=... lower, or --set runtime.precision=fp32"
     raise Diverged(
         f"The loss, a gradient or a weight was not finite at step {step}.",
         f"The last good checkpoint is {last}: go on from it by --resume with {lower}."

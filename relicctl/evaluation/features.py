@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.atomic_io import write_atomically
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import GIB
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import crop_on_host, make_eval_box
@@ -107,14 +107,13 @@ def extract_features(
     encoder: nn.Module,
     images: EvalImages,
     device: torch.device,
-    world: World | None = None,
+    world: World = SINGLE_PROCESS,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
     """float32 ``[N, F]`` features of all images on ``device``, in float32 arithmetic, alike on every process.
 
     Each process extracts its share; ``show`` is told how many chunks of it are done.
     """
-    world = world or World()
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
     local_features = []
@@ -208,12 +207,12 @@ class FeatureExtractor:
         device: torch.device,
         run: RunFolder,
         console: Console,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.encoder: nn.Module = encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.size = config.eval.size or int(encoder.metadata["size"])
         self.crop_ratio = config.eval.crop_ratio or float(encoder.metadata["crop_ratio"])
-        self.device, self.world = device, world or World()
+        self.device, self.world = device, world
         self._console, self._max_bad = console, config.data.max_bad
         self._run, self._recorded = run, run.read_bad_images()
 

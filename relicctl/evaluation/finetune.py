@@ -22,7 +22,7 @@ from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core import atomic_io
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
 from relicctl.core.optim import compute_learning_rate
@@ -168,7 +168,7 @@ class GridSearch:
         plan = LoopConfig(
             total=steps, steps_per_epoch=sampler.steps_per_epoch, batch_size=sampler.batch_size,
             log_every=runtime.log_every, checkpoint_every=saving.every_steps, checkpoint_minutes=saving.every_minutes,
-            resume_command=f"relicctl transfer --resume {self.run}", rate_key="finetune.rates",
+            resume_command=f"relicctl transfer --resume {self.run}", lr_key="finetune.rates",
         )  # fmt: skip
 
         def open_candidate_run() -> RunFolder:
@@ -220,7 +220,7 @@ class FinetuneTask:
     """
 
     def __init__(
-        self, encoder: Any, classes: int, params: FinetuneParams, device: torch.device, world: World | None = None
+        self, encoder: Any, classes: int, params: FinetuneParams, device: torch.device, world: World = SINGLE_PROCESS
     ) -> None:
         split = world is not None and world.size > 1
         self._params, self._classes = params, classes

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from relicctl.config.pretrain import EvalConfig
 from relicctl.core.counter_rng import Stream, permutation
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages
 from relicctl.evaluation.features import EvalImages, extract_features
@@ -48,12 +48,11 @@ class OnlineEvaluator:
         self._bank_labels = torch.from_numpy(train.labels[bank_rows]).to(device)
         self._query_labels = torch.from_numpy(held_out_labels[query_rows]).to(device)
 
-    def __call__(self, encoder: ResNet, world: World | None = None) -> dict[str, Any]:
+    def __call__(self, encoder: ResNet, world: World = SINGLE_PROCESS) -> dict[str, Any]:
         """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly.
 
         All processes of ``world`` extract features; the main one classifies, the others are told nothing: {}.
         """
-        world = world or World()
         bank = extract_features(encoder, self._bank, self._device, world)
         queries = extract_features(encoder, self._queries, self._device, world)
         bank_rows = torch.from_numpy(self._bank.get_decodable_rows(self.bad_train)).to(self._device)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.core import objectives
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.core.distributed import DistributedGather, World
+from relicctl.core.distributed import SINGLE_PROCESS, DistributedGather, World
 from relicctl.core.hardware import pick_precision
 from relicctl.core.loss import relicv2_loss
 from relicctl.core.optim import build_optimizer, compute_ema_gamma, compute_learning_rate
@@ -41,9 +41,8 @@ class PretrainTask:
         total_steps: int,
         device: torch.device,
         precision: str,
-        world: World | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        world = world or World()
         optim = config.optim
         self._config, self._device, self._world = config, device, world
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
