@@ -1,0 +1,61 @@
+"""The picture of a run: loss, accuracy, collapse figures and schedules over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from relicctl.core.atomic_io import write_atomically
+from typing import Any
+
+
+# title, figures on the left axis, figures on the right axis
+PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("objective", ("loss", "nll", "kl"), ()),
+    ("held-out accuracy", ("knn20", "knn200", "probe_top1"), ()),
+    ("collapse monitor", ("rank_me",), ("entropy", "deviation", "feature_deviation")),
+    ("schedules", ("lr",), ("ema",)),
+)
+
+
+def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """One panel per group of figures, written to ``path`` as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, left, right) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        axes.set_title(name, loc="left", fontsize="medium")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        lines = _plot_lines(axes, records, left, 0)
+        if any(key in record for key in right for record in records):
+            other = axes.twinx()
+            lines += _plot_lines(other, records, right, len(left))
+            other.set_ylabel(", ".join(right))
+            axes.set_ylabel(", ".join(left))
+        if lines:
+            _add_legend(axes, lines)
+    figure.suptitle(title)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _plot_lines(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...], first_colour: int) -> list[Any]:
+    lines = []
+    for number, key in enumerate(keys):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            style: dict[str, Any] = {"label": key, "color": f"C{first_colour + number}"}
+            if len(points) < 30:
+                style["marker"] = "."
+            if key == "loss":  # its parts may lie upon it
+                style |= {"linewidth": 4, "alpha": 0.4}
+            lines += axes.plot(*zip(*points, strict=True), **style)
+    return lines
+
+
+def _add_legend(axes: Any, lines: list[Any]) -> None:
+    """Beside the title, where it can hide no curve."""
+    axes.legend(
+        handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
+        fontsize="small", handlelength=1, columnspacing=1,
+    )  # fmt: skip

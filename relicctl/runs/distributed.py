@@ -1,0 +1,159 @@
+"""A command as one of several processes under ``torchrun``: the main one writes and speaks, and says what all go by.
+
+All of them must see the folder of results; alone, a process is the main one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from relicctl.config.base import RuntimeConfig
+from relicctl.config.linear_eval import LinearEvalConfig
+from relicctl.console import Console
+from relicctl.core import checkpoint
+from relicctl.core.distributed import World
+from relicctl.core.distributed import destroy_distributed
+from relicctl.core.distributed import init_distributed
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import BadImages
+from relicctl.data.decoding import is_decodable
+from relicctl.errors import Interrupted
+from relicctl.errors import UsageError
+from relicctl.runs.folder import RunFolder
+from torch import Tensor
+from typing import Any
+import os
+import torch
+
+LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict]
+
+
+class ErrorsOnlyConsole(Console):
+    """What is said by a process that is not the main one: errors only."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        pass
+
+
+@contextmanager
+def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[tuple[World, torch.device, Console]]:
+    """Among the processes that torchrun started: this one's place, its device, and how it speaks."""
+    device = resolve_device(runtime.device)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    world = init_distributed(device.type)
+    try:
+        if world.size > 1 and device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
+        yield world, device, Console(quiet) if world.is_main else ErrorsOnlyConsole()
+    except Interrupted as stop:
+        if world.is_main:
+            raise
+        raise SystemExit(stop.code) from None  # all stop together, and one says so
+    finally:
+        destroy_distributed()
+
+
+def open_on_main(world: World, open_folder: Callable[[], RunFolder], path: Path, keep: int) -> RunFolder:
+    """The folder at ``path``, opened and locked by the main process; the others only read there."""
+    return world.run_on_main(open_folder) or RunFolder(path, keep=keep, writer=False)
+
+
+def load_newest_checkpoint(
+    run: RunFolder,
+    world: World,
+    warn: Callable[[str], None],
+    is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+) -> LoadedCheckpoint | None:
+    """The newest that the main process can read, if its tensors fit; all go on from the same one."""
+    loaded = checkpoint.load_newest_valid(run.checkpoints_dir, warn) if world.is_main else None
+    if loaded is not None and not is_compatible(loaded[1]):
+        loaded = None
+    path = world.broadcast_from_main(lambda: str(loaded[0]) if loaded else None)
+    if loaded is None and path is not None:
+        loaded = Path(path), *checkpoint.load_checkpoint(Path(path))
+    return loaded
+
+
+class SharedBadImages:
+    """``bad`` of each process, so that it counts what the others met too; the main process writes the list."""
+
+    def __init__(self, bad: BadImages, run: RunFolder, world: World) -> None:
+        self._bad, self._run, self._world = bad, run, world
+        self._new: list[tuple[str, str]] = []
+        bad.report = self._record
+
+    def load_recorded(self, source: ImageDataset) -> None:
+        """What an earlier process of the run listed, but for images that can be decoded by now."""
+        self._bad.seen = set(self._world.broadcast_from_main(lambda: self._find_still_bad(source)))
+
+    def sync(self) -> None:
+        """Tell all processes what each has met since. Raises DataError, on all of them, where that is too much."""
+        if self._world.size == 1:
+            return
+        gathered, self._new = self._world.all_gather_object(self._new), []
+        for rank, new in enumerate(gathered):
+            for name, reason in new if rank != self._world.rank else []:
+                self._bad.add(name, reason)
+        self._new = []
+
+    def _record(self, name: str, reason: str) -> None:
+        self._new.append((name, reason))
+        self._run.add_bad_image(name, reason)
+
+    def _find_still_bad(self, source: ImageDataset) -> list[str]:
+        listed = self._run.read_bad_images()
+        if not listed:
+            return []
+        rows = {source.get_name(row): row for row in range(len(source))}
+        repaired = {name for name in listed if name in rows and is_decodable(source, rows[name])}
+        if repaired:
+            self._run.remove_bad_images(repaired)
+        return sorted(listed - repaired)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_num_workers(runtime: RuntimeConfig, device: torch.device, cache: str) -> int:
+    """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
+    if runtime.workers != "auto":
+        return runtime.workers
+    if device.type == "cpu":
+        return 1 if cache == "none" else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, (os.cpu_count() or 1) // processes))
+
+
+def select_progress_metrics(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a log line that fit on one line of a terminal."""
+    shown: dict[str, Any] = {}
+    for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):
+        if name in figures:
+            shown[name] = figures[name]
+    if "images_per_s" in figures:
+        minutes, seconds = divmod(round(figures["eta_s"]), 60)
+        shown |= {
+            "images/s": figures["images_per_s"],
+            "data_wait": f"{figures['data_wait']:.1%}",
+            "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
+        }
+    return shown
+
+
+def open_linear_folder(
+    path: Path, world: World, *, resumed: bool, overwrite: bool, config: LinearEvalConfig
+) -> RunFolder:
+    keep = config.checkpoint.keep
+    if resumed and (path / "config.yaml").is_file():
+        return open_on_main(world, lambda: RunFolder.reopen(path, keep=keep), path, keep)
+    return open_on_main(world, lambda: RunFolder.create(path, overwrite=overwrite, keep=keep), path, keep)

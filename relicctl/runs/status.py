@@ -1,0 +1,173 @@
+"""RUN/status.json: how a run is, for whoever watches it from outside, without reading its logs.
+
+The training process itself writes the file, so a hung run shows by an old ``updated``. It never asks the device for
+anything, and a file that cannot be written is no reason to stop training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC
+from datetime import datetime
+from pathlib import Path
+from relicctl.console import Console
+from relicctl.console import describe_error
+from relicctl.core.loop import Batches
+from relicctl.errors import Diverged
+from relicctl.errors import Interrupted
+from typing import Any
+import json
+import os
+import socket
+import time
+
+HEARTBEAT_SECONDS = 30.0  # between two writes where there is no log line
+
+
+class Status:
+    """The facts of status.json; every change that a watcher waits for is written at once.
+
+    Without a ``path`` nothing is written: that is how processes other than the main one keep it.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._steps_per_epoch = 0
+        self._start = self._step = 0
+        self._written = -HEARTBEAT_SECONDS
+        self._warned = False
+        self._fields: dict[str, Any] = {
+            "state": "running",
+            "step": 0,
+            "total": None,
+            "epoch": None,
+            "eta_s": None,
+            "images_per_s": None,
+            "last_checkpoint": None,
+            "last_checkpoint_step": None,
+            "images_skipped": 0,
+            "resume": None,
+            "error": None,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": _get_timestamp(),
+        }
+
+    def set_total(self, *, total: int, steps_per_epoch: int, resume: str) -> None:
+        """What the run is to become, and the command that goes on with it."""
+        self._steps_per_epoch = steps_per_epoch
+        self._update(total=total, resume=resume)
+
+    def start(self, step: int) -> None:
+        """The run starts, or goes on, at ``step``."""
+        self._start = self._step = step
+        self._update()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A record of metrics was written."""
+        self._step = record.get("step", self._step)
+        self._update(**{name: record[name] for name in ("eta_s", "images_per_s") if name in record})
+
+    def record_checkpoint(self, path: Path, step: int) -> None:
+        """A checkpoint of ``step`` was written."""
+        self._step = step
+        self._update(last_checkpoint=str(path), last_checkpoint_step=step)
+
+    def add_skipped(self, count: int) -> None:
+        """So many images could not be decoded; seen at the next write."""
+        self._fields["images_skipped"] += count
+
+    def add_heartbeat(self, batches: Batches) -> Batches:
+        """The same batches; while they are taken, status.json is written every half a minute at least."""
+        return _HeartbeatBatches(batches, self)
+
+    def wrap_in_state(self, state: str, work: Callable[[int], Any]) -> Callable[[int], Any]:
+        """``work``, with another ``state`` while it is done."""
+
+        def work_in_state(step: int) -> Any:
+            self._step = step
+            self._update(state=state)
+            result = work(step)
+            self._update(state="running")
+            return result
+
+        return work_in_state
+
+    def finish(self, error: BaseException | None) -> None:
+        """How it ended: done, stopped by a signal, diverged or failed."""
+        if error is None:
+            self._update(state="done", eta_s=0.0)
+        elif isinstance(error, Interrupted):
+            self._update(state="stopped")
+        else:
+            what, fix, _ = describe_error(error)
+            self._update(state="diverged" if isinstance(error, Diverged) else "failed", error=f"{what} {fix}")
+
+    def make_interrupted(self, signum: int) -> Interrupted:
+        """What to say of a signal that met no training loop: it came before the loop, or after its last step."""
+        resume = self._fields["resume"]
+        fix = f"Go on with: {resume}" if resume else "Start it again."
+        if self._step == self._start:
+            return Interrupted("Stopped before the first step; nothing was lost.", fix, signum)
+        what = f"Stopped after step {self._step} of {self._fields['total']}; everything is saved."
+        return Interrupted(what, fix, signum)
+
+    def disable(self) -> None:
+        """Write no more: the folder is gone."""
+        self._path = None
+
+    def write_heartbeat(self, step: int | None = None) -> None:
+        """``step`` steps are done, or as many as before; costs nothing but now and then a write."""
+        self._step = self._step if step is None else step
+        if time.monotonic() - self._written >= HEARTBEAT_SECONDS:
+            self._update()
+
+    def _update(self, **fields: Any) -> None:
+        self._fields |= fields
+        self._fields["step"] = self._step
+        if self._steps_per_epoch:
+            self._fields["epoch"] = round(self._step / self._steps_per_epoch, 4)
+        self._written = time.monotonic()
+        if self._path is None:
+            return
+        try:
+            _replace_text(self._path, json.dumps(self._fields | {"updated": _get_timestamp()}, indent=2) + "\n")
+        except OSError as reason:
+            if not self._warned:
+                Console().warn(f"{self._path} cannot be written ({reason.strerror or reason}); training goes on")
+            self._warned = True
+
+
+class _HeartbeatBatches:
+    """Batches that tell, whenever one is asked for, how many steps are done."""
+
+    def __init__(self, batches: Batches, status: Status) -> None:
+        self._batches, self._status = batches, status
+
+    @property
+    def data_wait_seconds(self) -> float:
+        return self._batches.data_wait_seconds
+
+    def iter_from_step(self, step: int, stop: int) -> Iterator[Any]:
+        self._status.start(step)
+        for done, batch in enumerate(self._batches.iter_from_step(step, stop), step):
+            self._status.write_heartbeat(done)
+            yield batch
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Whole or not at all. Not flushed to the disk, which could hold up training: the next beat is near."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _get_timestamp() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

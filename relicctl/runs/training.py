@@ -1,0 +1,66 @@
+"""Every training of every command: resume from the newest checkpoint, train, show progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
+from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import load_newest_checkpoint, select_progress_metrics
+
+
+def restore_or_start(
+    task: Task,
+    context: RunContext,
+    is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+) -> TrainState:
+    """The state of the newest checkpoint that can be read and is compatible, loaded into ``task``; else step 0.
+
+    Metrics logged after that step are removed, since they will be written again.
+    """
+    loaded = load_newest_checkpoint(context.run, context.world, context.console.warn, is_compatible)
+    state = TrainState()
+    if loaded is not None:
+        path, tensors, header = loaded
+        state = restore_state(task, tensors, header, str(path))
+        context.console.info(f"resumed from {path} at step {state.step}")
+    context.run.truncate_metrics(state.step or -1)
+    return state
+
+
+def train_with_progress(
+    task: Task,
+    batches: Batches,
+    config: LoopConfig,
+    context: RunContext,
+    state: TrainState,
+    *,
+    evaluate: Callable[[int], dict[str, Any]] | None = None,
+    on_log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+) -> TrainState:
+    """``core.loop.train`` with a progress bar; ``on_log`` gets the metrics of every log line."""
+    with context.console.progress(config.total, state.step) as bar:
+
+        def show(step: int, metrics: dict[str, Any]) -> None:
+            bar.update(step, select_progress_metrics(metrics))
+            on_log(step, metrics)
+
+        return train(
+            task,
+            batches,
+            config,
+            context.run,
+            state=state,
+            device=context.device,
+            world=context.world,
+            evaluate=evaluate,
+            on_log=show,
+        )
+
+
+def resume_and_train(task: Task, batches: Batches, config: LoopConfig, context: RunContext) -> TrainState:
+    """Train from the newest checkpoint of ``context.run``, or from the start, to the end."""
+    return train_with_progress(task, batches, config, context, restore_or_start(task, context))
