@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from relicctl.core.atomic_io import write_atomically
 from typing import Any
 
+from relicctl.core.atomic_io import write_atomically
 
 # title, figures on the left axis, figures on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (

@@ -5,27 +5,24 @@ All of them must see the folder of results; alone, a process is the main one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from relicctl.config.base import RuntimeConfig
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
-from relicctl.core.distributed import World
-from relicctl.core.distributed import destroy_distributed
-from relicctl.core.distributed import init_distributed
+from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImages
-from relicctl.data.decoding import is_decodable
-from relicctl.errors import Interrupted
-from relicctl.errors import UsageError
+from relicctl.data.decoding import BadImages, is_decodable
+from relicctl.errors import Interrupted, UsageError
 from relicctl.runs.folder import RunFolder
-from torch import Tensor
-from typing import Any
-import os
-import torch
 
 LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict]
 

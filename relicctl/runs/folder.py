@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from relicctl.core import atomic_io
-from relicctl.core import checkpoint
-from relicctl.errors import RunFailed
-from relicctl.errors import Terminated
-from relicctl.errors import UsageError
-from relicctl.runs.status import Status
-from typing import Any
 import fcntl
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from relicctl.core import atomic_io, checkpoint
+from relicctl.errors import RunFailed, Terminated, UsageError
+from relicctl.runs.status import Status
 
 
 class RunFolder:

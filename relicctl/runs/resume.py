@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from relicctl.config import yaml_io
-from relicctl.config.resolve import ResolvedConfig
-from relicctl.config.resolve import flatten
-from relicctl.config.resolve import resolve_from_run
-from relicctl.errors import UsageError
 from typing import Any
 
+from relicctl.config import yaml_io
+from relicctl.config.resolve import ResolvedConfig, flatten, resolve_from_run
+from relicctl.errors import UsageError
 
 # What may differ between a run and its continuation; everything else would make it another run.
 # The learning rate may: it is the way on after a divergence.

@@ -6,22 +6,19 @@ anything, and a file that cannot be written is no reason to stop training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import suppress
-from datetime import UTC
-from datetime import datetime
-from pathlib import Path
-from relicctl.console import Console
-from relicctl.console import describe_error
-from relicctl.core.loop import Batches
-from relicctl.errors import Diverged
-from relicctl.errors import Interrupted
-from typing import Any
 import json
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from relicctl.console import Console, describe_error
+from relicctl.core.loop import Batches
+from relicctl.errors import Diverged, Interrupted
 
 HEARTBEAT_SECONDS = 30.0  # between two writes where there is no log line
 

@@ -108,7 +108,9 @@ def test_the_loader_of_yaml_is_a_safe_one():
 )  # fmt: skip
 def test_the_walk_sees_what_it_looks_for(line):
     assert complaints(line)
-    assert not complaints("torch.load(f, weights_only=True)\nnp.load(f)\npickle.UnpicklingError\nyaml.load(t, _StrictLoader)")
+    assert not complaints(
+        "torch.load(f, weights_only=True)\nnp.load(f)\npickle.UnpicklingError\nyaml.load(t, _StrictLoader)"
+    )
 
 
 class Trap:

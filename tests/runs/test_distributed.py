@@ -7,11 +7,11 @@ from contextlib import closing
 import pytest
 from PIL import Image
 
-from relicctl.runs.distributed import SharedBadImages
 from relicctl.core.distributed import World
-from relicctl.data.decoding import BadImages
 from relicctl.data.datasets.open import open_dataset
+from relicctl.data.decoding import BadImages
 from relicctl.errors import DataError
+from relicctl.runs.distributed import SharedBadImages
 from relicctl.runs.folder import RunFolder
 
 

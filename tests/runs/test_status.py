@@ -16,12 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from relicctl.runs import status as module
 from relicctl.cli import run as relicctl
-from relicctl.errors import Diverged
-from relicctl.errors import Interrupted
-from relicctl.errors import RunFailed
-from relicctl.errors import Terminated
+from relicctl.errors import Diverged, Interrupted, RunFailed, Terminated
+from relicctl.runs import status as module
 from relicctl.runs.folder import RunFolder
 
 TINY = """

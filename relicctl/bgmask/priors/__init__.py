@@ -1,0 +1,1 @@
+"""Handcrafted saliency priors: DSR, MC, MR and RBD."""

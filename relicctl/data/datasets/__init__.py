@@ -1,0 +1,1 @@
+"""Data sets: folders, archives, torchvision and generated images behind one interface."""

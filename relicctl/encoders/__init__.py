@@ -1,0 +1,1 @@
+"""Encoders: save and load them, and find them by what a user writes (a run, a file, a torchvision name)."""

@@ -1,0 +1,1 @@
+"""Run folders, resuming, ranks and what every training command shares."""
