@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import SimpleNamespace
 
@@ -213,6 +214,7 @@ def test_training_never_opens_a_true_mask(encoder, store, tmp_path, monkeypatch)
         raise AssertionError("a true mask was opened")
 
     monkeypatch.setattr(ShapesDataset, "load_mask", refuse)
+    assert importlib.util.find_spec("relicctl.bgmask.data")  # a renamed module would be no obstacle
     monkeypatch.setitem(sys.modules, "relicctl.bgmask.data", None)  # importing it fails
     source = ShapesDataset.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
     photos = load_resized_images(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))

@@ -10,15 +10,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
 
 import relicctl
-from relicctl import cli, commands
+from relicctl import cli
 from relicctl.config.presets import list_presets, read_preset_header
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.errors import DataError
@@ -29,30 +27,24 @@ Calls = list[tuple[ResolvedConfig, PretrainOptions]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The command is not run, but what it is told is written down."""
-    made: Calls = []
+    """No command runs; the arguments that it would get are recorded."""
+    recorded: Calls = []
 
-    def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
-        made.append((resolved, options))
+    def record(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
+        recorded.append((resolved, options))
         return {"run": "runs/x", "knn20": 0.5}
 
-    stand_in(monkeypatch, pretrain)
-    linear = SimpleNamespace(linear_eval=lambda ask, options: pretrain(ask(), options))
-    monkeypatch.setattr(commands, "linear_eval", linear, raising=False)
-    transfer = SimpleNamespace(transfer=pretrain, format_transfer_dry_run=lambda *told: "plan")
-    monkeypatch.setattr(commands, "transfer", transfer, raising=False)
-    dense = SimpleNamespace(transfer_dense=pretrain, format_dense_dry_run=lambda *told: "plan")
-    monkeypatch.setattr(commands, "transfer_dense", dense, raising=False)
-    bgmask = SimpleNamespace(train_bgmask=pretrain)
-    monkeypatch.setattr("relicctl.bgmask.dry_run.format_bgmask_dry_run", lambda *told: "plan")
-    monkeypatch.setattr(commands, "train_bgmask", bgmask, raising=False)
-    return made
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, pretrain: Callable[..., Any]) -> None:
-    module = SimpleNamespace(pretrain=pretrain)
-    monkeypatch.setattr(commands, "pretrain", module, raising=False)
-    monkeypatch.setitem(sys.modules, "relicctl.commands.pretrain", module)
+    # The names are looked up in the real modules: one that was renamed is an error here.
+    monkeypatch.setattr("relicctl.commands.pretrain.pretrain", record)
+    monkeypatch.setattr(
+        "relicctl.commands.linear_eval.linear_eval", lambda resolver, options: record(resolver(), options)
+    )
+    monkeypatch.setattr("relicctl.commands.transfer.transfer", record)
+    monkeypatch.setattr("relicctl.commands.transfer.transfer_dense", record)
+    monkeypatch.setattr("relicctl.commands.train_bgmask.train_bgmask", record)
+    monkeypatch.setattr("relicctl.bgmask.dry_run.format_bgmask_dry_run", lambda *_: "plan")
+    monkeypatch.setattr("relicctl.pretraining.estimate.format_pretrain_dry_run", lambda *_: "plan")
+    return recorded
 
 
 # ---------------------------------------------------------------- help
@@ -80,7 +72,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-def examples(help_text: str) -> list[list[str]]:
+def find_examples(help_text: str) -> list[list[str]]:
     lines = re.findall(r"^ +(relicctl .*)$", help_text, re.M)
     found = [shlex.split(stage)[1:] for line in lines for stage in line.split(" | ")]
     assert found
@@ -88,7 +80,7 @@ def examples(help_text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", [[], ["pretrain"], ["train-bgmask"], ["linear-eval"], ["transfer"], ["presets"]])
-def test_the_examples_in_help_run(
+def test_examples_in_help_parse(
     command: list[str],
     calls: Calls,
     capsys: pytest.CaptureFixture[str],
@@ -96,22 +88,21 @@ def test_the_examples_in_help_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "plan", SimpleNamespace(format_pretrain_dry_run=lambda *told: "plan"), raising=False)
     assert cli.run([*command, "--help"]) == 0
-    for example in examples(capsys.readouterr().out.partition("Examples:")[2]):
+    for example in find_examples(capsys.readouterr().out.partition("Examples:")[2]):
         monkeypatch.setattr("sys.stdin", io.StringIO("runs/x\n"))  # what stands before the pipe prints
         assert cli.run(example) == 0, example
 
 
 @pytest.mark.parametrize("name", list_presets())
-def test_the_command_in_a_preset_is_one(name: str, calls: Calls) -> None:
+def test_the_command_in_a_preset_header_parses(name: str, calls: Calls) -> None:
     text = read_preset_header(name).replace("\\\n", " ")
     (command,) = re.findall(r"relicctl ((?:pretrain|train-bgmask|linear-eval|transfer) .*)", text)
     assert cli.run(shlex.split(command)) == 0
     assert calls[0][0].preset == name
 
 
-def test_options_that_are_their_own_metavar_are_written_out() -> None:
+def test_options_named_like_their_metavar_are_written_out() -> None:
     """typer 0.27 takes the metavar DATA of a parameter ``data`` for its name, and knows no ``--data`` then."""
     for module in ("pretrain", "linear_eval", "transfer", "train_bgmask", "bench", "doctor", "export"):
         command = getattr(importlib.import_module(f"relicctl.cli.{module}"), module)
@@ -121,20 +112,20 @@ def test_options_that_are_their_own_metavar_are_written_out() -> None:
                     assert option.default == f"--{name}", module
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out == f"{relicctl.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["presets"]])
-def test_no_command_is_answered_with_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_the_help_and_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert "Commands:" in said.err
 
 
-# ---------------------------------------------------------------- what the command is told
+# ---------------------------------------------------------------- options
 
 
 def test_options_reach_the_command(calls: Calls) -> None:
@@ -167,7 +158,7 @@ def test_options_reach_the_command(calls: Calls) -> None:
         (["--resume", "runs/a", "--quiet"], "runs/a"),
     ],
 )
-def test_resume_may_stand_alone(arguments: list[str], resume: str | None, calls: Calls) -> None:
+def test_resume_takes_an_optional_run(arguments: list[str], resume: str | None, calls: Calls) -> None:
     assert cli.run(["pretrain", *arguments]) == 0
     assert calls[0][1].resume == resume
 
@@ -175,17 +166,17 @@ def test_resume_may_stand_alone(arguments: list[str], resume: str | None, calls:
 # ---------------------------------------------------------------- stdout
 
 
-def test_the_result_is_the_path(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_is_the_path_of_the_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["pretrain"]) == 0
     assert capsys.readouterr().out == "runs/x\n"
 
 
-def test_the_result_as_json_is_one_object(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_stdout_is_one_object(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["pretrain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"run": "runs/x", "knn20": 0.5}
 
 
-def test_one_process_of_a_group_prints(
+def test_only_rank_0_prints(
     calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -193,7 +184,7 @@ def test_one_process_of_a_group_prints(
     assert capsys.readouterr().out == ""
 
 
-def test_a_gone_reader_is_no_news() -> None:
+def test_broken_stdout_pipe_exits_quietly() -> None:
     """As in `relicctl presets ls | head -0`."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -204,7 +195,7 @@ def test_a_gone_reader_is_no_news() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_under_stdout_is_an_error() -> None:
+def test_full_disk_under_stdout_is_an_error() -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "relicctl", "presets", "ls"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -251,10 +242,10 @@ def test_wrong_usage_is_two_sentences_and_exit_2(
 def test_failures_become_exit_codes(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pretrain(*told: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise error
 
-    stand_in(monkeypatch, pretrain)
+    monkeypatch.setattr("relicctl.commands.pretrain.pretrain", fail)
     assert cli.run(["pretrain"]) == code
     assert "Traceback" not in capsys.readouterr().err
     assert cli.run(["pretrain", "--debug"]) == code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,7 +19,9 @@ from relicctl.core import checkpoint
 
 # A process that has imported torch and done nothing with it: forks of it start at once and may compute gradients.
 NURSERY = multiprocessing.get_context("forkserver")
-NURSERY.set_forkserver_preload(["relicctl.commands.pretrain", "relicctl.commands.export", "relicctl.runs.curves"])
+PRELOADED = ["relicctl.commands.pretrain", "relicctl.commands.export", "relicctl.runs.curves"]
+assert all(map(importlib.util.find_spec, PRELOADED))  # the fork server swallows import errors
+NURSERY.set_forkserver_preload(PRELOADED)
 
 TINY = """
 model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
