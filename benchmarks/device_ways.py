@@ -22,7 +22,7 @@ from relicctl.data import augment
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.photometric import AugmentConfig, draw_augment_params
 from relicctl.data.views import Batch
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -50,7 +50,7 @@ def step(preset: str, batch: int, views: list[torch.Tensor], compiled: bool, tri
     sets += ["views.small.count=0"] if len(views) == 1 else []
     config = resolve_config(preset, None, sets, {}).config
     task = PretrainTask(
-        config, classes=0, steps_per_epoch=10, total_steps=1000, device=DEVICE, precision="bf16" if CUDA else "fp32"
+        config, Schedule(config, 10, 1000), classes=0, device=DEVICE, precision="bf16" if CUDA else "fp32"
     )
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
     bad_step = torch.full((), -1, dtype=torch.int64, device=DEVICE)

@@ -21,7 +21,7 @@ from relicctl.data.decoding import BadImages
 from relicctl.data.loader import ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
 from relicctl.pretraining.data import build_evaluator, build_view_plan, open_pretrain_data
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         bad=bad,
     )  # fmt: skip
     task = PretrainTask(
-        config, classes=0, steps_per_epoch=sampler.steps_per_epoch, total_steps=1000, device=cpu,
+        config, Schedule(config, sampler.steps_per_epoch, 1000), classes=0, device=cpu,
         precision=pick_precision(config.runtime.precision, cpu),
     )  # fmt: skip
     parts = measure_step_parts(task, feed, 20, config.runtime.log_every, cpu)

@@ -30,7 +30,7 @@ from relicctl.data.augment import apply_augmentations
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.photometric import draw_augment_params
 from relicctl.data.views import Batch
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -73,7 +73,7 @@ def our_step(views: torch.Tensor) -> Callable[[], object]:
             "views.small.count=0", "views.large.count=2", f"views.large.size={PIXELS}"]  # fmt: skip
     config = resolve_config(None, None, sets, {}).config
     task = PretrainTask(
-        config, classes=0, steps_per_epoch=10, total_steps=1000, device=DEVICE, precision="bf16" if CUDA else "fp32"
+        config, Schedule(config, 10, 1000), classes=0, device=DEVICE, precision="bf16" if CUDA else "fp32"
     )
 
     def run() -> None:

@@ -19,7 +19,7 @@ from relicctl.data.loader import ViewLoader
 from relicctl.data.photometric import AugmentConfig, draw_augment_params
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import Batch, CropSpec, ViewSpec
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,9 +36,7 @@ SMALL = [
 
 def task(device: str, precision: str = "fp32", *more: str) -> PretrainTask:
     config = resolve_config(None, None, [*SMALL, *more], {}).config
-    return PretrainTask(
-        config, classes=0, steps_per_epoch=10, total_steps=100, device=torch.device(device), precision=precision
-    )
+    return PretrainTask(config, Schedule(config, 10, 100), classes=0, device=torch.device(device), precision=precision)
 
 
 def views(device: str) -> Batch:

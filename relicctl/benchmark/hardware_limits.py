@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.core.hardware import get_free_memory
 from relicctl.data.views import Batch
-from relicctl.pretraining.estimate import estimate_step_memory
-from relicctl.pretraining.task import PretrainTask, build_networks
+from relicctl.pretraining.estimate import estimate_step_memory, outline_networks
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # rows and columns: large enough that arithmetic is all that counts
 
@@ -28,8 +28,8 @@ def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
             "runtime": config.runtime.model_copy(update={"activation_checkpointing": False}),
         }
     )
+    networks = outline_networks(config, classes)
     with torch.device("meta"):
-        networks = build_networks(config, classes)
         sizes = [view for view in (config.views.large, config.views.small) if view.count]
         views = [torch.empty(view.count, 2, 3, view.size, view.size) for view in sizes]
         with FlopCounterMode(display=False) as counter:
@@ -57,9 +57,7 @@ def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> 
 
 def estimate_largest_batch(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> int:
     """Images whose step fits into the device's free memory, by the estimate of ``--dry-run``; 0 for none."""
-    with torch.device("meta"):
-        networks = build_networks(config, classes)
-    parts = estimate_step_memory(config, networks, precision)
+    parts = estimate_step_memory(config, outline_networks(config, classes), precision)
     growing = parts.pop("views")
     if config.optim.microbatch is None:  # else so many images are in the networks whatever the batch
         growing += parts.pop("activations")
@@ -82,9 +80,7 @@ def try_train_step(config: PretrainConfig, classes: int, precision: str, device:
     sizes = [view for view in (config.views.large, config.views.small) if view.count]
     batch = config.optim.batch_size
     try:
-        task = PretrainTask(
-            config, classes=classes, steps_per_epoch=1, total_steps=1, device=device, precision=precision
-        )
+        task = PretrainTask(config, Schedule(config, 1, 1), classes=classes, device=device, precision=precision)
         views = [torch.randn(view.count, batch, 3, view.size, view.size, device=device) for view in sizes]
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         for step in range(2):  # momentum is allocated by the first

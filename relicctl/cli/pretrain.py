@@ -84,7 +84,7 @@ def pretrain(
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
     resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
-    pretrain_options = PretrainOptions(out, resume, overwrite, init_from, dry_run, download, as_json, quiet)
+    pretrain_options = PretrainOptions(out, resume, overwrite, init_from, download, as_json, quiet)
     if dry_run:
         from relicctl.pretraining import estimate
 

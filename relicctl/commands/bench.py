@@ -30,7 +30,7 @@ from relicctl.data.sampler import Sampler
 from relicctl.errors import UsageError
 from relicctl.pretraining.data import build_view_plan, open_pretrain_data
 from relicctl.pretraining.estimate import check_step_memory, check_view_memory
-from relicctl.pretraining.task import PretrainTask, build_networks, resolve_compile, resolve_precision
+from relicctl.pretraining.task import PretrainTask, Schedule, resolve_compile, resolve_precision
 from relicctl.runs.distributed import resolve_device, resolve_num_workers
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # training images that generated data stand for
@@ -72,10 +72,8 @@ def bench(
     source = dataset if dataset is not None else GeneratedPhotos(max(2 * size, 64))
     bench_config = _replace_batch_size(config, size)
     check_view_memory(bench_config, device)
-    with torch.device("meta"):
-        meta_networks = build_networks(bench_config, classes)
-    check_step_memory(bench_config, meta_networks, device, precision, 1, console)
-    total_steps = max(1, images // config.optim.batch_size) * config.optim.epochs
+    check_step_memory(bench_config, classes, device, precision, 1, console)
+    schedule = Schedule(bench_config, max(1, images // config.optim.batch_size))
 
     console.info("host: read, decode, crop, collate ...")
     host = measure_data_loading(source, build_view_plan(config), max(repeats, 5))
@@ -84,8 +82,7 @@ def bench(
 
     def build_task_and_feed(workers: int) -> tuple[PretrainTask, ViewLoader]:
         task = PretrainTask(
-            bench_config, classes=classes, steps_per_epoch=max(1, images // config.optim.batch_size),
-            total_steps=total_steps, device=device, precision=precision,
+            bench_config, schedule, classes=classes, device=device, precision=precision,
         )  # fmt: skip
         feed = ViewLoader(
             source, Sampler(config.seed, len(source), size), build_view_plan(config), seed=config.seed, device=device,
@@ -116,7 +113,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "precision": precision,
-        "compiled": resolve_compile(bench_config, device, World(), total_steps),
+        "compiled": resolve_compile(bench_config, device, World(), schedule.total_steps),
         "torch": torch.__version__,
         "data": source.spec,
         "cache": cache,

@@ -35,7 +35,7 @@ from relicctl.pretraining.data import (
     resolve_bank_path,
 )
 from relicctl.pretraining.estimate import check_step_memory, check_view_memory
-from relicctl.pretraining.task import PretrainTask, build_networks, resolve_precision
+from relicctl.pretraining.task import PretrainTask, Schedule, resolve_precision
 from relicctl.runs.curves import plot_curves
 from relicctl.runs.distributed import (
     SharedBadImages,
@@ -83,7 +83,7 @@ def _run_pretrain(
     config = resolved.config
     data = open_pretrain_data(config, options.download, console)
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
-    scheduled = sampler.steps_per_epoch * config.optim.epochs
+    schedule = Schedule(config, sampler.steps_per_epoch)
     check_batch_split(config, world)
     check_same_images(data.train, world)
     resolved = resolve_bank_path(resolved)  # memory may be taken until then by what makes the bank
@@ -99,14 +99,11 @@ def _run_pretrain(
         record = resume_pretrain_record(out, resolved, data, masks, device)
     else:
         record = make_pretrain_record(resolved, options, data, masks, device)
-    with torch.device("meta"):
-        meta_networks = build_networks(config, len(data.train.classes))
-    check_step_memory(config, meta_networks, device, record["precision"], world.size, console)
+    check_step_memory(config, len(data.train.classes), device, record["precision"], world.size, console)
     task = PretrainTask(
         config,
+        schedule,
         classes=len(data.train.classes),
-        steps_per_epoch=sampler.steps_per_epoch,
-        total_steps=scheduled,
         device=device,
         precision=record["precision"],
         world=world,
@@ -118,7 +115,7 @@ def _run_pretrain(
     run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
     status = exit_stack.enter_context(run.track_status())
     plan = LoopConfig(
-        total=min(scheduled, config.optim.max_steps or scheduled),
+        total=schedule.last_step,
         steps_per_epoch=sampler.steps_per_epoch,
         batch_size=config.optim.batch_size,
         log_every=config.runtime.log_every,

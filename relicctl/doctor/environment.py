@@ -18,10 +18,10 @@ from torch import nn
 
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.console import describe_error
-from relicctl.core.hardware import count_elements, format_bytes, get_free_memory, pick_precision
+from relicctl.core.hardware import format_bytes, get_free_memory, pick_precision
 from relicctl.data.loader import ROWS_PER_CHUNK
-from relicctl.pretraining.estimate import count_optimizer_states, estimate_step_memory
-from relicctl.pretraining.task import build_networks, resolve_precision
+from relicctl.pretraining.estimate import compute_checkpoint_bytes, estimate_step_memory, outline_networks
+from relicctl.pretraining.task import resolve_precision
 
 NUM_PREFETCHED = 4  # units that each data worker holds ready, as torch's DataLoader is told
 MAX_BF16_ERROR = 0.05  # largest error of bf16, as a share of the result's size: eight bits, summed over hundreds
@@ -97,12 +97,8 @@ def _read_driver_version() -> str:
 
 def check_preset_memory(config: PretrainConfig, device: torch.device, wanted: bool = True) -> CheckResult:
     """Does a step of the preset fit, by the estimate of ``--dry-run``? No trouble where no preset was ``wanted``."""
-    with torch.device("meta"):
-        networks = build_networks(config, classes=1000)
-    need, free = (
-        sum(estimate_step_memory(config, networks, resolve_precision(config, device)).values()),
-        get_free_memory(device),
-    )
+    memory = estimate_step_memory(config, outline_networks(config), resolve_precision(config, device))
+    need, free = sum(memory.values()), get_free_memory(device)
     found = f"a step of {'this preset' if wanted else 'the defaults'} takes about {format_bytes(need)} in one process"
     found = f"{found}, {format_bytes(free)} are free"
     if need <= free or not wanted:
@@ -180,22 +176,13 @@ def count_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 
 def check_disk(folder: Path, config: PretrainConfig) -> CheckResult:
     """Room for the checkpoints of ``config`` under ``folder``."""
-    free, need = shutil.disk_usage(folder).free, compute_checkpoint_bytes(config)
+    free, need = shutil.disk_usage(folder).free, compute_checkpoint_bytes(config, outline_networks(config))
     found = f"{format_bytes(free)} free in {folder}; the checkpoints of this preset take {format_bytes(need)}"
     if free < need:
         return fail(f"{found}.", "Make room, choose another --out, or lower checkpoint.keep.")
     if free < 3 * need:
         return warn(f"{found}.", "Make room before a long run.")
     return ok(found)
-
-
-def compute_checkpoint_bytes(config: PretrainConfig) -> int:
-    """Of all that are kept, and of the one being written beside them."""
-    with torch.device("meta"):
-        networks = build_networks(config, 1000)
-    trained = count_elements(networks.online.parameters())
-    target = count_elements(networks.target.parameters()) if networks.target is not None else 0
-    return 4 * (trained * (1 + count_optimizer_states(config)) + target) * (config.checkpoint.keep + 1)
 
 
 def check_shared_memory(config: PretrainConfig, workers: int, shm: Path = Path("/dev/shm")) -> CheckResult:

@@ -29,7 +29,7 @@ from relicctl.data.loader import ViewLoader
 from relicctl.data.sampler import Sampler
 from relicctl.doctor.environment import CheckResult, fail, ok, warn
 from relicctl.pretraining.data import build_view_plan
-from relicctl.pretraining.task import PretrainTask, resolve_precision
+from relicctl.pretraining.task import PretrainTask, Schedule, resolve_precision
 from relicctl.runs.folder import RunFolder
 
 TESTED_FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
@@ -117,8 +117,8 @@ def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT
     """The loss of every step of the real task on one batch of views, again and again."""
     config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
     task = PretrainTask(
-        config, classes=1, steps_per_epoch=steps, total_steps=10 * steps,
-        device=device, precision=resolve_precision(config, device),
+        config, Schedule(config, steps, 10 * steps), classes=1, device=device,
+        precision=resolve_precision(config, device),
     )  # fmt: skip
     feed = ViewLoader(
         source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config), seed=config.seed,

@@ -27,28 +27,24 @@ COMPILE_MIN_STEPS = 10_000  # steps: compiling takes a minute or two
 
 
 class PretrainTask:
-    """The loop's task: online and target networks, the objective, the optimiser and the schedules.
+    """The loop's task: online and target networks, the objective and the optimiser, on their schedule.
 
-    ``total_steps`` sets the schedules (a run may be cut short without changing them).
+    ``classes``: of the training images, for supervised training; ``precision``: "fp32" or "bf16", of the forward pass.
     """
 
     def __init__(
         self,
         config: PretrainConfig,
+        schedule: Schedule,
         *,
         classes: int,
-        steps_per_epoch: int,
-        total_steps: int,
         device: torch.device,
         precision: str,
         world: World = SINGLE_PROCESS,
     ) -> None:
         optim = config.optim
-        self._config, self._device, self._world = config, device, world
+        self._config, self._schedule, self._world = config, schedule, world
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self._total_steps = total_steps
-        self._warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
-        self._peak_lr = optim.base_lr * optim.batch_size / 256
         self._gather = DistributedGather(world) if world.size > 1 else None
         self._generator = torch.Generator(device)
         self._last_outputs: tuple[Tensor, Tensor] | None = None
@@ -57,13 +53,13 @@ class PretrainTask:
         if world.size > 1:
             self.model = convert_sync_batchnorm(self.model, device)
         self.model = self.model.to(device).to(memory_format=torch.channels_last)
-        if resolve_compile(config, device, world, total_steps):
+        if resolve_compile(config, device, world, schedule.total_steps):
             self.model.compile_encoders()
         self._online: nn.Module = self.model
         if world.size > 1:
             self._online = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(
-            optim.name, self.model.online.named_parameters(), self._peak_lr, optim.momentum, optim.weight_decay
+            optim.name, self.model.online.named_parameters(), schedule.peak_lr, optim.momentum, optim.weight_decay
         )
 
     @property
@@ -121,14 +117,11 @@ class PretrainTask:
         return objectives.supervised_loss(outputs, labels)
 
     def get_learning_rate(self, step: int) -> float:
-        return compute_learning_rate(
-            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, total_steps=self._total_steps
-        )
+        return self._schedule.compute_learning_rate(step)
 
     def after_step(self, step: int) -> None:
         if self.model.target is not None:
-            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
-            self.model.update_target(gamma)
+            self.model.update_target(self._schedule.compute_ema(step))
 
     def compute_metrics(self, step: int) -> dict[str, float]:
         """The target's decay, and the collapse monitor's figures on one view of the latest batch."""
@@ -141,9 +134,33 @@ class PretrainTask:
             "feature_deviation": round(online.compute_normalized_std(features[0]), 5),
         }
         if self.model.target is not None:
-            gamma = compute_ema_gamma(step, gamma0=self._config.target.ema, total_steps=self._total_steps)
-            metrics["ema"] = round(gamma, 8)
+            metrics["ema"] = round(self._schedule.compute_ema(step), 8)
         return metrics
+
+
+class Schedule:
+    """Learning rate and target decay as functions of the step, and where a run ends.
+
+    ``total_steps`` (by default those of all epochs) shapes both; ``last_step`` is earlier where optim.max_steps cuts
+    a run short, which does not change the schedule.
+    """
+
+    def __init__(self, config: PretrainConfig, steps_per_epoch: int, total_steps: int | None = None) -> None:
+        optim = config.optim
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps or optim.epochs * steps_per_epoch
+        self.last_step = min(self.total_steps, optim.max_steps or self.total_steps)
+        self.warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+        self.peak_lr = optim.base_lr * optim.batch_size / 256
+        self._initial_ema = config.target.ema
+
+    def compute_learning_rate(self, step: int) -> float:
+        return compute_learning_rate(
+            step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
+
+    def compute_ema(self, step: int) -> float:
+        return compute_ema_gamma(step, gamma0=self._initial_ema, total_steps=self.total_steps)
 
 
 def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:

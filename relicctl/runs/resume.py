@@ -114,7 +114,6 @@ class PretrainOptions:
     resume: str | None = None  # a run's folder; "": out's, or the newest run of the preset
     overwrite: bool = False
     init_from: str | None = None  # weights for the encoder
-    dry_run: bool = False
     download: bool = False
     json: bool = False
     quiet: bool = False

@@ -26,6 +26,7 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.doctor import environment, smoke_tests
 from relicctl.doctor.environment import CheckResult, fail, ok, run_check, warn
 from relicctl.errors import UsageError
+from relicctl.pretraining.estimate import compute_checkpoint_bytes, outline_networks
 
 CPU = torch.device("cpu")
 SMALL = ("model.arch=resnet18", "model.width=0.125", "views.large.size=32", "views.small.size=16")
@@ -197,7 +198,7 @@ def test_more_threads_or_load_than_cores(
 def test_the_disk_must_hold_the_checkpoints(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = environment.compute_checkpoint_bytes(config)
+    need = compute_checkpoint_bytes(config, outline_networks(config))
     for free, state in ((need - 1, "fail"), (2 * need, "warn"), (3 * need, "ok")):
         monkeypatch.setattr(environment.shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
         assert environment.check_disk(tmp_path, config).state == state
@@ -205,13 +206,14 @@ def test_the_disk_must_hold_the_checkpoints(
 
 def test_checkpoints_are_as_large_as_foreseen(config: PretrainConfig, tmp_path: Path) -> None:
     from relicctl.core.loop import TrainState, snapshot_state
-    from relicctl.pretraining.task import PretrainTask
+    from relicctl.pretraining.task import PretrainTask, Schedule
 
-    task = PretrainTask(config, classes=1, steps_per_epoch=1, total_steps=1, device=CPU, precision="fp32")
+    task = PretrainTask(config, Schedule(config, 1, 1), classes=1, device=CPU, precision="fp32")
     tensors, _ = snapshot_state(task, TrainState())
-    size = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("mean", "var", "tracked")))
-    momentum = 4 * sum(p.numel() for p in task.model.online.parameters())  # which the first step makes
-    assert environment.compute_checkpoint_bytes(config) == (config.checkpoint.keep + 1) * (size + momentum)
+    size = sum(4 * t.numel() for t in tensors.values())  # the norms' counters of steps are int64, the rest float32
+    momentum = 4 * sum(p.numel() for p in task.model.online.parameters())  # allocated by the first step
+    need = compute_checkpoint_bytes(config, outline_networks(config))
+    assert need == (config.checkpoint.keep + 1) * (size + momentum)
 
 
 def test_shared_memory_must_hold_what_workers_make(

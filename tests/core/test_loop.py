@@ -20,7 +20,7 @@ from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.errors import Diverged, UsageError
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 CPU = torch.device("cpu")
 
@@ -184,7 +184,7 @@ def tiny_pretraining() -> tuple[PretrainTask, ViewLoader]:
         bad=BadImages(len(source), 0.1),
     )  # fmt: skip
     config = resolve_config(sets=sets).config
-    task = PretrainTask(config, classes=0, steps_per_epoch=4, total_steps=99, device=CPU, precision="bf16")
+    task = PretrainTask(config, Schedule(config, 4, 99), classes=0, device=CPU, precision="bf16")
     return task, feed
 
 

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from relicctl.config.resolve import resolve_config
 from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.views import Batch
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.task import PretrainTask, Schedule
 from tests.helpers.ports import free_ports
 
 BATCH, STEPS = 8, 5
@@ -47,7 +47,7 @@ def train(case: str, world: World) -> dict[str, torch.Tensor]:
     config = resolve_config(sets=[*TINY, *CASES[case]]).config
     torch.set_default_dtype(torch.float64)
     task = PretrainTask(
-        config, classes=4, steps_per_epoch=10, total_steps=20,
+        config, Schedule(config, 10, 20), classes=4,
         device=torch.device("cpu"), precision="fp32", world=world,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)

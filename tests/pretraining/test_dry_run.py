@@ -21,7 +21,7 @@ DATA = "shapes:train=1000,val=100"
 
 def test_the_text_is_a_config_with_origins_and_figures(tmp_path: Path) -> None:
     resolved = resolve_config("demo", sets=["seed=7"], options={"data": DATA})
-    text = format_pretrain_dry_run(resolved, PretrainOptions(dry_run=True))
+    text = format_pretrain_dry_run(resolved, PretrainOptions())
     file = tmp_path / "planned.yaml"
     file.write_text(text)
     assert resolve_config(config_file=file).config == resolved.config
