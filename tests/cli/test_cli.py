@@ -176,9 +176,7 @@ def test_json_stdout_is_one_object(calls: Calls, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == {"run": "runs/x", "knn20": 0.5}
 
 
-def test_only_rank_0_prints(
-    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_rank_0_prints(calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert cli.run(["pretrain"]) == 0
     assert capsys.readouterr().out == ""
