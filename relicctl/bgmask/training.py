@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relicctl.core.distributed import SINGLE_PROCESS, World
+from relicctl.core.loop import Task
 from relicctl.core.optim import build_optimizer, compute_learning_rate
 from relicctl.data.augment import apply_augmentations
 from relicctl.data.crops import crop_on_device, draw_crop_boxes
@@ -126,7 +127,7 @@ class LossWeights:
     beta2: float
 
 
-class MaskTask:
+class MaskTask(Task):
     """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``.
 
     With several processes in ``world`` BatchNorm's statistics, the loss and its gradient are those of the joined batch.
@@ -172,8 +173,6 @@ class MaskTask:
         return compute_learning_rate(
             step - self._first + 1, peak=self._rate, warmup_steps=self._warmup, total_steps=self._steps + 1
         )
-
-    def after_step(self, step: int) -> None: ...
 
     def compute_metrics(self, step: int) -> dict[str, float]:
         return {"stage": self._stage}

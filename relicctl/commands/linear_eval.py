@@ -35,7 +35,7 @@ from relicctl.evaluation.labelled_data import LabelledDataset, match_classes, op
 from relicctl.evaluation.linear import LinearClassifier, LinearTrainer
 from relicctl.evaluation.metrics import ClassificationMetrics
 from relicctl.runs import resume
-from relicctl.runs.distributed import open_distributed_session, open_linear_folder
+from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
 from relicctl.runs.resume import LinearOptions
 from relicctl.version import __version__
@@ -47,8 +47,8 @@ def linear_eval(resolve_config: Callable[..., ResolvedConfig], options: LinearOp
     ``ask(base=...)`` resolves the config on top of what an encoder's run says.
     """
     resolved = resume_linear_config(resolve_config(), options)  # wrong keys are refused before anything is opened
-    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
-        return _run_linear_eval(resolve_config, resolved, options, device, console, world)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as session:
+        return _run_linear_eval(resolve_config, resolved, options, session.device, session.console, session.world)
 
 
 def _run_linear_eval(
@@ -64,7 +64,9 @@ def _run_linear_eval(
     if config.protocol == "imagenet":
         world.get_local_rows(config.optim.batch_size)  # before anything is computed
     train_images, test_images, tests = open_linear_data(config, job, options, console, world)
-    run = open_linear_folder(out, world, resumed=options.resume is not None, overwrite=options.overwrite, config=config)
+    run = open_or_create_run_folder(
+        world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
+    )
     record = world.broadcast_from_main(lambda: save_linear_record(run, config, job, train_images, device))
     extractor = FeatureExtractor(references[0].encoder, config, device, run, console, world)
     started = time.perf_counter()

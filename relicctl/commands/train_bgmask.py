@@ -13,13 +13,12 @@ from relicctl.bgmask.data import make_bgmask_record, open_bgmask_data, resolve_b
 from relicctl.bgmask.dry_run import check_training_memory, count_training_steps
 from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
-from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.data.mask_bank import MaskBank
-from relicctl.runs.distributed import open_distributed_session, open_on_main
-from relicctl.runs.folder import RunFolder, check_outside_data, check_overwrite, find_free_name
+from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
+from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
 from relicctl.runs.resume import BgmaskOptions
 from relicctl.version import __version__
 
@@ -29,8 +28,8 @@ def train_bgmask(resolved: ResolvedConfig, options: BgmaskOptions) -> dict[str, 
     resolved, resumed = resolve_bgmask_run(resolved, options)
     if resumed is None and options.out is not None:
         check_overwrite(options.out, overwrite=options.overwrite)
-    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
-        return _run_bgmask(resolved, options, resumed, world, device, console)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as session:
+        return _run_bgmask(resolved, options, resumed, session.world, session.device, session.console)
 
 
 def _run_bgmask(
@@ -58,7 +57,9 @@ def _run_bgmask(
         net = init_saliency_net(config)
         check_training_memory(config, net, len(data.train), device, record["precision"], world.size, console)
 
-    run = open_bgmask_run(out, config, resumed is not None, options.overwrite, world)
+    run = open_or_create_run_folder(
+        world, out, resumed=resumed is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
+    )
     resume_command = f"relicctl train-bgmask --resume {shlex.quote(str(run.path))}"
     with run.track_status() as status:
         run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
@@ -87,10 +88,3 @@ def _run_bgmask(
 
         results = world.broadcast_from_main(save_results)
     return {"run": str(run.path), **results}
-
-
-def open_bgmask_run(out: Path, config: BgmaskConfig, resumed: bool, overwrite: bool, world: World) -> RunFolder:
-    keep = config.checkpoint.keep
-    if resumed:
-        return open_on_main(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
-    return open_on_main(world, lambda: RunFolder.create(out, overwrite=overwrite, keep=keep), out, keep)

@@ -37,7 +37,7 @@ from relicctl.evaluation.transfer import (
     warn_unknown_datasets,
 )
 from relicctl.evaluation.transfer_data import split_trainval
-from relicctl.runs.distributed import open_distributed_session, open_on_main
+from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
 from relicctl.runs.resume import TransferOptions
 from relicctl.version import __version__
@@ -46,9 +46,9 @@ from relicctl.version import __version__
 def transfer(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, Any]:
     """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
     resolved = resume_transfer_config(resolved, options)
-    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
-        warn_unknown_datasets(resolved, console)
-        return _run_transfer(resolved.config, options, device, console, world)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as session:
+        warn_unknown_datasets(resolved, session.console)
+        return _run_transfer(resolved.config, options, session.device, session.console, session.world)
 
 
 def _run_transfer(
@@ -164,10 +164,9 @@ def resolve_transfer_job(config: Any, options: TransferOptions, world: World) ->
 
 
 def open_transfer_folder(out: Path, options: TransferOptions, config: Any, world: World) -> RunFolder:
-    keep = config.checkpoint.keep
-    if options.resume is not None:
-        return open_on_main(world, lambda: RunFolder.reopen(out, keep=keep), out, keep)
-    return open_on_main(world, lambda: RunFolder.create(out, overwrite=options.overwrite, keep=keep), out, keep)
+    return open_or_create_run_folder(
+        world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
+    )
 
 
 @contextmanager
@@ -199,8 +198,8 @@ def transfer_dense(resolved: ResolvedConfig, options: TransferOptions) -> dict[s
     if isinstance(resolved.config, DetectionConfig):
         check_pycocotools()
     resolved = resume_transfer_config(resolved, options)
-    with open_distributed_session(resolved.config.runtime, options.quiet) as (world, device, console):
-        return _run_dense_transfer(resolved.config, options, device, console, world)
+    with open_distributed_session(resolved.config.runtime, options.quiet) as session:
+        return _run_dense_transfer(resolved.config, options, session.device, session.console, session.world)
 
 
 def _run_dense_transfer(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -32,27 +33,26 @@ class Batches(Protocol):
     def iter_from_step(self, step: int, stop: int) -> Iterator[Any]: ...
 
 
-class Task(Protocol):
-    """What is trained.
+class Task(ABC):
+    """Base class of what is trained: a model, its optimiser and its loss."""
 
-    ``model`` holds every module whose tensors make up the run. ``compute_loss`` returns scalars, among them ``loss``,
-    which is minimised; the rest is logged as means. ``get_learning_rate`` and ``after_step`` are functions of the step.
-    """
-
+    model: nn.Module  # holds every module whose tensors make up the run
     optimizer: torch.optim.Optimizer
 
-    @property
-    def model(self) -> nn.Module: ...
+    @abstractmethod
+    def compute_loss(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
+        """Return scalars, among them ``loss``, which is minimised; all are logged as means over steps."""
 
-    def compute_loss(self, batch: Any, step: int) -> dict[str, torch.Tensor]: ...
+    @abstractmethod
+    def get_learning_rate(self, step: int) -> float:
+        """Return the learning rate of ``step``, a function of nothing else."""
 
-    def get_learning_rate(self, step: int) -> float: ...
-
-    def after_step(self, step: int) -> None: ...
+    def after_step(self, step: int) -> None:  # noqa: B027 (most tasks have nothing to do here)
+        """Update what the optimiser does not, such as a moving average."""
 
     def compute_metrics(self, step: int) -> dict[str, float]:
-        """More figures for the log line of this step; may wait for the device."""
-        ...
+        """Return more metrics for the log line of ``step``; may wait for the device."""
+        return {}
 
 
 class RunLogger(Protocol):

@@ -24,7 +24,7 @@ from relicctl.core import atomic_io
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
-from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
+from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, train
 from relicctl.core.optim import compute_learning_rate
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.loader import ViewLoader, resolve_cache
@@ -37,8 +37,7 @@ from relicctl.evaluation.labelled_data import LabelledDataset
 from relicctl.evaluation.metrics import ProtocolResult, compute_metric, find_best_candidate
 from relicctl.evaluation.transfer_data import Split, TransferDataset
 from relicctl.models.layers import convert_sync_batchnorm
-from relicctl.runs.distributed import load_newest_checkpoint, open_on_main, resolve_num_workers, select_progress_metrics
-from relicctl.runs.folder import RunFolder
+from relicctl.runs.distributed import load_newest_checkpoint, open_sub_run, resolve_num_workers, select_progress_metrics
 
 
 @dataclass(frozen=True)
@@ -171,13 +170,7 @@ class GridSearch:
             resume_command=f"relicctl transfer --resume {self.run}", lr_key="finetune.rates",
         )  # fmt: skip
 
-        def open_candidate_run() -> RunFolder:
-            path.mkdir(parents=True, exist_ok=True)
-            run = RunFolder(path, keep=saving.keep, writer=True)
-            run.resume_option = f"--resume {self.run}"
-            return run
-
-        with closing(open_on_main(world, open_candidate_run, path, saving.keep)) as run:
+        with closing(open_sub_run(world, path, parent=self.run, keep=saving.keep)) as run:
             loaded = load_newest_checkpoint(run, world, self.console.warn)
             progress = TrainState() if loaded is None else restore_state(task, loaded[1], loaded[2], str(loaded[0]))
             if world.is_main:
@@ -213,7 +206,7 @@ class FinetuneParams:
     precision: str
 
 
-class FinetuneTask:
+class FinetuneTask(Task):
     """The loop's task. ``encoder`` itself is left as it is; ``state`` is a copy of it and a linear layer.
 
     Each process of ``world`` has its rows of the global batch; BatchNorm and gradients are taken over all of them.
@@ -261,12 +254,6 @@ class FinetuneTask:
 
     def get_learning_rate(self, step: int) -> float:
         return compute_learning_rate(step, peak=self._params.lr, warmup_steps=0, total_steps=self._params.steps)
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def compute_metrics(self, step: int) -> dict[str, float]:
-        return {}
 
 
 def compute_bn_momentum(steps_per_epoch: int) -> float:

@@ -17,7 +17,7 @@ from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import World
-from relicctl.core.loop import Batches, LoopConfig, TrainState, restore_state, train
+from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
 from relicctl.core.optim import compute_learning_rate
 from relicctl.data.loader import ViewLoader
 from relicctl.data.photometric import AugmentConfig
@@ -27,7 +27,7 @@ from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
 from relicctl.evaluation.labelled_data import LabelledDataset
 from relicctl.runs.distributed import (
     load_newest_checkpoint,
-    open_linear_folder,
+    open_or_create_run_folder,
     resolve_num_workers,
     select_progress_metrics,
 )
@@ -60,7 +60,8 @@ class LinearTrainer:
     def sweep_rates(self) -> SweepResult:
         """All rates on the training images but a held-out part, compared on that part; a run within the run."""
         world = self._extractor.world
-        folder = open_linear_folder(self._run.path / "sweep", world, resumed=True, overwrite=False, config=self._config)
+        path, keep = self._run.path / "sweep", self._config.checkpoint.keep
+        folder = open_or_create_run_folder(world, path, resumed=(path / "config.yaml").is_file(), keep=keep)
         folder.write_text(folder.config_path, self._run.config_path.read_text("utf-8"))
         train_rows, val_rows = split_holdout_rows(
             len(self._train_features.labels), self._config.sweep.holdout, self._config.seed
@@ -211,7 +212,7 @@ class StandardScaler:
         return LinearClassifier(weight, linear.bias - weight @ self.mean)
 
 
-class LinearTask:
+class LinearTask(Task):
     """The loop's task. ``rates`` are per 256 images; each falls along a cosine to 0 over ``total_steps``.
 
     With ``split`` each process has its rows of the global batch, and gradients are averaged over them.
@@ -229,7 +230,7 @@ class LinearTask:
         device: torch.device,
         split: bool = False,
     ) -> None:
-        self.model = LinearClassifierGrid(features, classes, rates).to(device)
+        self.model: LinearClassifierGrid = LinearClassifierGrid(features, classes, rates).to(device)
         self._classifiers: nn.Module = DistributedDataParallel(self.model) if split else self.model
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.model.parameters(), 0.0, momentum, nesterov=True, foreach=True
@@ -246,12 +247,6 @@ class LinearTask:
 
     def get_learning_rate(self, step: int) -> float:
         return compute_learning_rate(step, peak=self._peak_lr, warmup_steps=0, total_steps=self._total_steps)
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def compute_metrics(self, step: int) -> dict[str, float]:
-        return {}
 
 
 class FeatureLoader:

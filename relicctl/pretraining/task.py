@@ -12,6 +12,7 @@ from relicctl.core import objectives
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import SINGLE_PROCESS, DistributedGather, World
 from relicctl.core.hardware import pick_precision
+from relicctl.core.loop import Task
 from relicctl.core.loss import relicv2_loss
 from relicctl.core.optim import build_optimizer, compute_ema_gamma, compute_learning_rate
 from relicctl.data.augment import load_triton_kernels
@@ -26,7 +27,7 @@ STRIDE_BEFORE_LAST_STAGE = {"imagenet": 16, "stride2": 8, "cifar": 4}
 COMPILE_MIN_STEPS = 10_000  # steps: compiling takes a minute or two
 
 
-class PretrainTask:
+class PretrainTask(Task):
     """The loop's task: online and target networks, the objective and the optimiser, on their schedule.
 
     ``classes``: of the training images, for supervised training; ``precision``: "fp32" or "bf16", of the forward pass.
@@ -49,7 +50,7 @@ class PretrainTask:
         self._generator = torch.Generator(device)
         self._last_outputs: tuple[Tensor, Tensor] | None = None
 
-        self.model = build_networks(config, classes)
+        self.model: Siamese = build_networks(config, classes)
         if world.size > 1:
             self.model = convert_sync_batchnorm(self.model, device)
         self.model = self.model.to(device).to(memory_format=torch.channels_last)

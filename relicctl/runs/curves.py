@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relicctl.core.atomic_io import write_atomically
+from relicctl.runs.figures import new_figure, save_figure
 
 # title, figures on the left axis, figures on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -18,11 +18,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """One panel per group of figures, written to ``path`` as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7)
     for axes, (name, left, right) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xlabel("step")
@@ -36,7 +32,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
         if lines:
             _add_legend(axes, lines)
     figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 def _plot_lines(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...], first_colour: int) -> list[Any]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from relicctl.config.base import RuntimeConfig
-from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, is_decodable
 from relicctl.errors import Interrupted, UsageError
+from relicctl.runs.context import Session
 from relicctl.runs.folder import RunFolder
 
 LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict]
@@ -38,8 +38,8 @@ class ErrorsOnlyConsole(Console):
 
 
 @contextmanager
-def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[tuple[World, torch.device, Console]]:
-    """Among the processes that torchrun started: this one's place, its device, and how it speaks."""
+def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[Session]:
+    """Join the processes that torchrun started: yields this one's device, its rank among them and its console."""
     device = resolve_device(runtime.device)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -48,7 +48,7 @@ def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[tu
         if world.size > 1 and device.type == "cuda":
             device = torch.device("cuda", world.local_rank)
             torch.cuda.set_device(device)
-        yield world, device, Console(quiet) if world.is_main else ErrorsOnlyConsole()
+        yield Session(device, world, Console(quiet) if world.is_main else ErrorsOnlyConsole())
     except Interrupted as stop:
         if world.is_main:
             raise
@@ -57,8 +57,32 @@ def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[tu
         destroy_distributed()
 
 
-def open_on_main(world: World, open_folder: Callable[[], RunFolder], path: Path, keep: int) -> RunFolder:
-    """The folder at ``path``, opened and locked by the main process; the others only read there."""
+def open_or_create_run_folder(
+    world: World, path: Path, *, resumed: bool, overwrite: bool = False, keep: int
+) -> RunFolder:
+    """Open the run folder at ``path`` on all ranks: the existing one if ``resumed``, else a new, empty one.
+
+    The main process locks it and writes there; the others only read. Raises UsageError as ``RunFolder.reopen`` and
+    ``RunFolder.create`` do.
+    """
+
+    def open_folder() -> RunFolder:
+        if resumed:
+            return RunFolder.reopen(path, keep=keep)
+        return RunFolder.create(path, overwrite=overwrite, keep=keep)
+
+    return world.run_on_main(open_folder) or RunFolder(path, keep=keep, writer=False)
+
+
+def open_sub_run(world: World, path: Path, *, parent: Path, keep: int) -> RunFolder:
+    """Open the folder of a training that is a part of the run at ``parent``, on all ranks; made if missing."""
+
+    def open_folder() -> RunFolder:
+        path.mkdir(parents=True, exist_ok=True)
+        run = RunFolder(path, keep=keep, writer=True)
+        run.resume_option = f"--resume {parent}"
+        return run
+
     return world.run_on_main(open_folder) or RunFolder(path, keep=keep, writer=False)
 
 
@@ -145,12 +169,3 @@ def select_progress_metrics(figures: dict[str, Any]) -> dict[str, Any]:
             "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
         }
     return shown
-
-
-def open_linear_folder(
-    path: Path, world: World, *, resumed: bool, overwrite: bool, config: LinearEvalConfig
-) -> RunFolder:
-    keep = config.checkpoint.keep
-    if resumed and (path / "config.yaml").is_file():
-        return open_on_main(world, lambda: RunFolder.reopen(path, keep=keep), path, keep)
-    return open_on_main(world, lambda: RunFolder.create(path, overwrite=overwrite, keep=keep), path, keep)

@@ -12,7 +12,7 @@ from torch import nn
 from relicctl.config.resolve import resolve_config
 from relicctl.core import loop
 from relicctl.core.distributed import World
-from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
+from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, snapshot_state, train
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
 from relicctl.data.loader import ViewLoader
@@ -33,7 +33,7 @@ class Batches:
             yield torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
 
 
-class Line:
+class Line(Task):
     """Fits a line; ``spoil`` may change the losses of a step."""
 
     def __init__(self, spoil=lambda step, loss: loss):
@@ -48,9 +48,6 @@ class Line:
 
     def get_learning_rate(self, step):
         return 0.1 / (step + 1)
-
-    def after_step(self, step):
-        pass
 
     def compute_metrics(self, step):
         return {"ema": 0.5}

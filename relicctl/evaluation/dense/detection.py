@@ -23,6 +23,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from relicctl.config.transfer import DetectionConfig
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World
+from relicctl.core.loop import Task
 from relicctl.data.datasets.voc import Boxes
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import UsageError
@@ -71,7 +72,7 @@ def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> Fa
     )
 
 
-class DetectionTask:
+class DetectionTask(Task):
     """The loop's task. A batch is (images uint8 [3, H, W] each, targets as torchvision wants them)."""
 
     def __init__(
@@ -95,12 +96,6 @@ class DetectionTask:
 
     def get_learning_rate(self, step: int) -> float:
         return compute_multistep_lr(step, self._schedule)
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def compute_metrics(self, step: int) -> dict[str, float]:
-        return {}
 
     @torch.no_grad()
     def score(self, samples: DetectionDataset, bad: dict[int, str]) -> dict[str, Any]:

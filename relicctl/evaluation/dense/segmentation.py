@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from relicctl.config.transfer import SegmentationConfig, SegmentationCropConfig
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World, all_reduce_sum
+from relicctl.core.loop import Task
 from relicctl.data.constants import IMAGENET_MEAN
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
@@ -61,7 +62,7 @@ class Segmenter(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class SegmentationTask:
+class SegmentationTask(Task):
     """The loop's task. A batch is (images uint8 [B, H, W, 3], masks uint8 [B, H, W]), this process's rows of it."""
 
     def __init__(
@@ -96,12 +97,6 @@ class SegmentationTask:
 
     def get_learning_rate(self, step: int) -> float:
         return compute_multistep_lr(step, self._schedule)
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def compute_metrics(self, step: int) -> dict[str, float]:
-        return {}
 
     @torch.no_grad()
     def score(self, samples: DenseDataset, bad: dict[int, str]) -> dict[str, Any]:

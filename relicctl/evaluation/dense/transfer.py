@@ -29,7 +29,7 @@ from relicctl.evaluation.dense.detection_data import open_detection_data
 from relicctl.evaluation.dense.segmentation_data import open_segmentation_data
 from relicctl.evaluation.features import compute_encoder_hash
 from relicctl.evaluation.transfer import compute_digest
-from relicctl.runs.distributed import load_newest_checkpoint, open_on_main, resolve_num_workers, select_progress_metrics
+from relicctl.runs.distributed import load_newest_checkpoint, open_sub_run, resolve_num_workers, select_progress_metrics
 from relicctl.runs.folder import RunFolder
 from relicctl.version import __version__
 
@@ -174,13 +174,7 @@ class DenseTrainer:
             resume_command=f"relicctl transfer --task {self.task_spec.name} --resume {self.run.path}",
         )  # fmt: skip
 
-        def open_cell_run() -> RunFolder:
-            path.mkdir(parents=True, exist_ok=True)
-            run = RunFolder(path, keep=saving.keep, writer=True)
-            run.resume_option = f"--resume {self.run.path}"
-            return run
-
-        with closing(open_on_main(self.world, open_cell_run, path, saving.keep)) as run:
+        with closing(open_sub_run(self.world, path, parent=self.run.path, keep=saving.keep)) as run:
             loaded = load_newest_checkpoint(run, self.world, self.console.warn)
             progress = TrainState() if loaded is None else restore_state(task, loaded[1], loaded[2], str(loaded[0]))
             if self.world.is_main:
