@@ -56,7 +56,7 @@ def find_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 
 def begins_with_verb(function: ast.FunctionDef) -> bool:
-    return function.name.strip("_").split("_")[0] in VERBS
+    return not function.name.startswith("__") and function.name.strip("_").split("_")[0] in VERBS
 
 
 def is_free_choice(function: ast.FunctionDef) -> bool:
