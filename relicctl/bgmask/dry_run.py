@@ -17,34 +17,26 @@ from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.bgmask.self_training import count_total_steps, list_stages
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
-from relicctl.console import Console
 from relicctl.core.hardware import count_elements, format_bytes, get_free_memory, pick_precision
 from relicctl.data.mask_bank import MASK_SIDE
 from relicctl.errors import UsageError
+from relicctl.runs.context import Session
 from relicctl.runs.distributed import resolve_device
 from relicctl.runs.resume import BgmaskOptions
 
 
 def check_training_memory(
-    config: BgmaskConfig,
-    net: SaliencyNet,
-    images: int,
-    device: torch.device,
-    precision: str,
-    processes: int,
-    console: Console,
+    config: BgmaskConfig, net: SaliencyNet, images: int, precision: str, session: Session
 ) -> None:
-    """Raises UsageError when training ``net`` clearly does not fit into memory; warns when it may not."""
-    need, free = (
-        sum(estimate_training_memory(config, net, images, precision, processes).values()),
-        get_free_memory(device),
-    )
+    """Raise UsageError when training ``net`` clearly does not fit into memory; warn when it may not."""
+    need = sum(estimate_training_memory(config, net, images, precision, session.world.size).values())
+    free = get_free_memory(session.device)
     message = f"Training takes about {format_bytes(need)}, and {format_bytes(free)} of memory are free"
     advice = "lower optim.batch_size, model.size or data.images"
     if need > 1.5 * free:
         raise UsageError(f"{message}.", f"{advice.capitalize()}.")
     if need > free:
-        console.warn(f"{message}; if it does not fit, {advice}")
+        session.console.warn(f"{message}; if it does not fit, {advice}")
 
 
 def estimate_training_memory(
@@ -98,7 +90,7 @@ def estimate_bgmask(config: BgmaskConfig, download: bool) -> dict[str, Any]:
         "masks": len(data.masks_for),
         "eval_images": len(data.truth.images) if data.truth is not None else 0,
         "stages": list_stage_names(config, images),
-        "total_steps": count_training_steps(config, images),
+        "total_steps": count_total_steps(config, images),
         "device": device.type,
         "precision": precision,
         "memory": estimate_training_memory(config, net, images, precision, processes),
@@ -108,18 +100,6 @@ def estimate_bgmask(config: BgmaskConfig, download: bool) -> dict[str, Any]:
             "masks": len(data.masks_for) * (MASK_SIDE**2 // 8 + 22),
         },
     }
-
-
-def count_training_steps(config: BgmaskConfig, images: int) -> int:
-    """Of all trainings together. Raises UsageError when the images cannot fill one batch."""
-    total = count_total_steps(config, images)
-    if not total:
-        raise UsageError(
-            f"The batch of {config.optim.batch_size} images is larger than what is trained on: "
-            f"{images} images less the share {config.labels.drop:g} whose labels are trusted least.",
-            "Lower optim.batch_size or labels.drop, or give more images.",
-        )
-    return total
 
 
 def list_stage_names(config: BgmaskConfig, images: int) -> list[str]:

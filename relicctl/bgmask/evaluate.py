@@ -1,4 +1,4 @@
-"""How well saliency maps agree with true masks, and with one another. Formulas are pysodmetrics'."""
+"""Measure saliency maps against true masks, by the formulas of pysodmetrics, and priors against one another."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from py_sod_metrics import (
 from relicctl.bgmask.data import GroundTruth
 from relicctl.bgmask.images import load_resized_images
 from relicctl.bgmask.network import SaliencyNet
-from relicctl.bgmask.predict import predict_saliency
+from relicctl.bgmask.predict import SaliencyPredictor
 from relicctl.bgmask.prior_cache import PriorCache
-from relicctl.bgmask.priors.maps import PRIOR_NAMES, build_prior_channels, make_centre_prior
+from relicctl.bgmask.priors.maps import PRIOR_NAMES, make_centre_prior
 from relicctl.bgmask.refine import fuse_priors
 from relicctl.config.bgmask import BgmaskConfig
-from relicctl.core.distributed import SINGLE_PROCESS, World
+from relicctl.core.hardware import count_process_cores
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.decoding import BadImages
 from relicctl.data.mask_bank import MASK_SIDE
+from relicctl.runs.context import RunContext
 
 BETA2 = 0.3  # weight of recall against precision in F, as in Achanta et al., CVPR 2009
 METRICS = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")
@@ -44,9 +45,9 @@ _iou, _accuracy, _precision, _recall = (
 
 
 class SaliencyMetrics:
-    """Sums over pairs of a map and a true mask; nothing is kept of a pair that was added.
+    """Sums over pairs of a map and a true mask.
 
-    ``figures`` has fractions of 1:
+    ``compute`` returns fractions of 1:
 
     - ``max_f``: precision and recall at each of 256 thresholds (map >= t / 255) are averaged over the images; F is
       (1 + beta2) P R / (beta2 P + R) of these averages with beta2 0.3; the largest F over the thresholds. One
@@ -58,8 +59,7 @@ class SaliencyMetrics:
     - ``e_measure``: enhanced-alignment measure (Fan et al., IJCAI 2018), its mean over 256 thresholds, averaged
       over the images.
 
-    Maps count as they are: none is stretched to [0, 1] first. A division of nothing by nothing, such as the recall
-    of an empty mask, is 0.
+    Maps are not rescaled to [0, 1] first. 0 / 0, such as the recall of an empty mask, is 0.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class SaliencyMetrics:
         self._sums = np.zeros(CURVE_SIZE + 2 + len(MEAN_METRICS))
 
     def update(self, saliency: np.ndarray, mask: np.ndarray) -> None:
-        """A map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
+        """Add a map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
         self.add_image_metrics(compute_image_metrics(saliency, mask))
 
     def add_image_metrics(self, image_metrics: np.ndarray) -> None:
-        """A pair by its ``compute_image_metrics``."""
+        """Add a pair by its ``compute_image_metrics``."""
         if np.isfinite(image_metrics).all():
             self._sums += image_metrics
             self.images += 1
@@ -80,18 +80,18 @@ class SaliencyMetrics:
             self.num_skipped += 1
 
     def compute(self) -> dict[str, float | None]:
-        """The figures by name; None where no image was measured."""
+        """Return the metrics by name; None where no image was measured."""
         if not self.images:
             return dict.fromkeys(METRICS)
         curve, at_half, means = np.split(self._sums, (CURVE_SIZE, CURVE_SIZE + 2))
         f_measure = partial(_compute_f_measure, num_images=self.images)
-        figures = {"max_f": float(f_measure(curve.reshape(2, -1)).max()), "f_50": float(f_measure(at_half))}
-        figures |= dict(zip(MEAN_METRICS, (means / self.images).tolist(), strict=True))
-        return {name: figures[name] for name in METRICS}
+        metrics = {"max_f": float(f_measure(curve.reshape(2, -1)).max()), "f_50": float(f_measure(at_half))}
+        metrics |= dict(zip(MEAN_METRICS, (means / self.images).tolist(), strict=True))
+        return {name: metrics[name] for name in METRICS}
 
 
 def compute_image_metrics(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What a map, float ``[H, W]``, and its true mask, bool ``[H, W]``, add to the sums: float64 ``[519]``.
+    """Return what a map, float ``[H, W]``, and its true mask, bool ``[H, W]``, add to the sums: float64 ``[519]``.
 
     Precision and recall along the curve and at 0.5, then ``MEAN_METRICS``; all NaN for a map with a NaN.
     """
@@ -118,7 +118,7 @@ def compute_image_metrics(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
-    """F of precision and recall, ``[2, ...]``, summed over ``count`` images."""
+    """Return F of precision and recall, ``[2, ...]``, summed over ``num_images`` images."""
     precision, recall = sums / num_images
     denominator = BETA2 * precision + recall
     return np.divide(
@@ -127,7 +127,7 @@ def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
 
 
 def compute_saliency_metrics(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:
-    """The figures of maps, each float ``[H, W]`` in [0, 1], beside their true masks, each bool ``[H, W]``."""
+    """Return the metrics of maps, each float ``[H, W]`` in [0, 1], against their true masks, each bool ``[H, W]``."""
     metrics = SaliencyMetrics()
     for saliency, mask in zip(maps, masks, strict=True):
         metrics.update(saliency, mask)
@@ -135,10 +135,10 @@ def compute_saliency_metrics(maps: Iterable[np.ndarray], masks: Iterable[np.ndar
 
 
 def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """How alike priors are: mean correlation over the images, float64 ``[P, P]``; NaN where no image tells.
+    """Return the priors' mean correlation over the images, float64 ``[P, P]``; NaN where no image has both.
 
-    ``maps``: uint8 ``[N, P, S, S]``, ``valid``: bool ``[N, P]``. Of an image count the priors that are valid and
-    not the same everywhere. Images are looked at one by one, so that ``maps`` may lie on the disk.
+    ``maps``: uint8 ``[N, P, S, S]``, ``valid``: bool ``[N, P]``. Constant maps are left out as well. Images are read
+    one by one, so that ``maps`` may be a memory-mapped file.
     """
     priors = maps.shape[1]
     sums, counts = np.zeros((priors, priors)), np.zeros((priors, priors))
@@ -156,50 +156,38 @@ def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def compute_mean_agreement(matrix: np.ndarray) -> float | None:
-    """The mean over pairs of different priors, float ``[P, P]``, that could be compared; None if none could."""
+    """Return the mean of ``matrix``, float ``[P, P]``, over the pairs of different priors; None if all are NaN."""
     pairs = [matrix[i, j] for i, j in combinations(range(len(matrix)), 2) if np.isfinite(matrix[i, j])]
     return float(np.mean(pairs)) if pairs else None
 
 
-MapProvider = Callable[[slice], Iterable[np.ndarray]]  # of some images, float [S, S] each from 0 to 1
+MapProvider = Callable[[slice], Iterable[np.ndarray]]  # the maps of some images, float [S, S] each from 0 to 1
 
 
 class StageTable:
-    """Measures stage after stage on images with true masks, whose priors ``store`` has, at the masks' own resolution.
+    """Measures stage after stage against true masks, at the masks' resolution; ``priors`` are of the same images.
 
-    ``rows`` are the stages so far: ``name``, the metrics of ``SaliencyMetrics``, and ``images``, their number. Each is
-    passed to ``on_row`` as it comes. Priors are looked at as they are kept, networks as they make a bank's masks.
-    The processes of ``world`` share the images out, and all of them have the rows.
+    ``rows`` are the stages so far: ``name``, the metrics of ``SaliencyMetrics``, and ``images``, their number. Priors
+    are measured as they are cached, networks as they predict the masks of a bank. The ranks share the images, and all
+    of them have the rows.
     """
 
     def __init__(
-        self,
-        truth: GroundTruth,
-        store: PriorCache,
-        config: BgmaskConfig,
-        *,
-        device: torch.device,
-        precision: str,
-        workers: int,
-        threads: int = 1,
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-        world: World = SINGLE_PROCESS,
+        self, truth: GroundTruth, priors: PriorCache, config: BgmaskConfig, context: RunContext, workers: int
     ) -> None:
-        self._truth, self._config, self._on_row, self._world = truth, config, on_row, world
-        self._device, self._precision, self._threads = device, precision, threads
-        bad = BadImages(len(truth.images), 0.0)  # they were all looked at before
+        self._truth, self._priors, self._config, self._context = truth, priors, config, context
+        bad = BadImages(len(truth.images), 0.0)  # all of them were decoded before
         self._images = {
-            size: load_resized_images(truth.images, size, workers=workers, bad=bad, world=self._world).images
+            size: load_resized_images(truth.images, size, workers=workers, bad=bad, world=context.world).images
             for size in sorted({MASK_SIDE, config.labels.size})
         }
-        self._store = store
         self.rows: list[dict[str, Any]] = []
 
     def add_stage(self, name: str, maps: MapProvider) -> None:
-        """A stage by its maps; one with a NaN is left out."""
+        """Measure a stage by its ``maps``; one with a NaN is left out."""
         count, batch_size = len(self._truth.images), self._config.predict.batch_size
         batches = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-        metrics = SaliencyMetrics()
+        metrics, world = SaliencyMetrics(), self._context.world
 
         def measure_batch(rows: slice) -> WorkResult:
             masks = map(self._truth.load_mask, range(rows.start, rows.stop))
@@ -207,57 +195,48 @@ class StageTable:
             numbers = [compute_image_metrics(resize_map(saliency, mask.shape), mask) for saliency, mask in pairs]
             return WorkResult((torch.from_numpy(np.stack(numbers)),))
 
-        def add_batch(piece: WorkResult) -> None:
-            for numbers in piece.tensors[0].numpy():
+        def add_batch(result: WorkResult) -> None:
+            for numbers in result.tensors[0].numpy():
                 metrics.add_image_metrics(numbers)
 
-        gather_in_order(self._world, len(batches), map(measure_batch, shard(self._world, batches)), add_batch)
-        self.rows.append(
-            self._world.broadcast_from_main(lambda: {"name": name, **metrics.compute(), "images": metrics.images})
-        )
-        self._on_row(self.rows[-1])
+        gather_in_order(world, len(batches), map(measure_batch, shard(world, batches)), add_batch)
+        row = world.broadcast_from_main(lambda: {"name": name, **metrics.compute(), "images": metrics.images})
+        self.rows.append(row)
+        self._context.console.info(_format_stage(row))
 
     def add_priors(self) -> None:
-        """The centre prior, each hand-made prior, the mean of those that are valid, and the labels made of them."""
-        store = self._store
+        """Measure the centre prior, each handcrafted prior, the mean of the valid ones, and the fused labels."""
+        priors = self._priors
 
         def fuse_batch(rows: slice) -> np.ndarray:
-            maps, valid = (
-                torch.from_numpy(store.maps[rows].astype(np.float32) / 255),
-                torch.from_numpy(store.valid[rows]),
-            )
-            return fuse_priors(
-                self._images[store.size][rows], maps, valid, self._config.refine, self._threads
-            ).map.numpy()
+            images, maps = self._images[priors.size][rows], torch.from_numpy(priors.maps[rows].astype(np.float32) / 255)
+            valid = torch.from_numpy(priors.valid[rows])
+            return fuse_priors(images, maps, valid, self._config.refine, count_process_cores()).map.numpy()
 
-        centre = make_centre_prior(store.size)
+        def load_prior(number: int, rows: slice) -> np.ndarray:
+            return _load_prior_maps(priors, rows)[:, number]
+
+        centre = make_centre_prior(priors.size)
         self.add_stage("centre prior", lambda rows: repeat(centre, rows.stop - rows.start))
         for number, name in enumerate(PRIOR_NAMES):
-            self.add_stage(name, partial(_load_one_prior, store, number))
-        self.add_stage("mean of priors", lambda rows: map(compute_valid_mean, _load_prior_maps(store, rows)))
+            self.add_stage(name, partial(load_prior, number))
+        self.add_stage("mean of priors", lambda rows: map(compute_valid_mean, _load_prior_maps(priors, rows)))
         self.add_stage("fused labels", fuse_batch)
 
     def add_net(self, name: str, net: SaliencyNet) -> None:
-        """A network, as it makes masks."""
+        """Measure a network by the maps that it predicts."""
+        predictor, images = SaliencyPredictor.from_config(net, self._config, self._context), self._images[MASK_SIDE]
+        self.add_stage(name, lambda rows: predictor.predict_with_cache(images[rows], self._priors, rows).numpy())
 
-        def predict_batch(rows: slice) -> np.ndarray:
-            maps = predict_saliency(
-                net,
-                self._images[MASK_SIDE][rows],
-                build_prior_channels(self._store.maps[rows], self._store.valid[rows]) if net.hints else None,
-                options=self._config.predict,
-                refine=self._config.refine,
-                device=self._device,
-                precision=self._precision,
-                threads=self._threads,
-            )
-            return maps.numpy()
 
-        self.add_stage(name, predict_batch)
+def _format_stage(row: dict[str, Any]) -> str:
+    if row["max_f"] is None:
+        return f"{row['name']}: no image could be measured"
+    return f"{row['name']}: max-F {row['max_f']:.3f}, IoU {row['iou']:.3f}, MAE {row['mae']:.3f}"
 
 
 def resize_map(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A map, float ``[S, S]``, at the resolution ``shape`` of its image: float32, bilinear, antialiased if smaller."""
+    """Resize a map, float ``[S, S]``, to its image's ``shape``: float32, bilinear, antialiased where it shrinks."""
     if not np.isfinite(saliency).all():
         return np.full(shape, np.nan, dtype=np.float32)
     height, width = shape
@@ -266,16 +245,12 @@ def resize_map(saliency: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def compute_valid_mean(maps: np.ndarray) -> np.ndarray:
-    """Float ``[P, S, S]``, invalid ones all NaN -> the others' mean ``[S, S]``; NaN where there is none."""
+    """Return the mean, ``[S, S]``, of float ``[P, S, S]``, of which invalid maps are all NaN; NaN if all are."""
     valid = np.isfinite(maps).all(axis=(1, 2))
     return maps[valid].mean(axis=0) if valid.any() else np.full(maps.shape[1:], np.nan, dtype=maps.dtype)
 
 
-def _load_one_prior(store: PriorCache, number: int, rows: slice) -> np.ndarray:
-    return _load_prior_maps(store, rows)[:, number]
-
-
-def _load_prior_maps(store: PriorCache, rows: slice) -> np.ndarray:
-    """float32 ``[B, P, S, S]`` of some images, NaN where a prior is not valid."""
-    maps, valid = store.maps[rows].astype(np.float32) / 255, store.valid[rows]
+def _load_prior_maps(priors: PriorCache, rows: slice) -> np.ndarray:
+    """Return float32 ``[B, P, S, S]`` of some images, NaN where a prior is not valid."""
+    maps, valid = priors.maps[rows].astype(np.float32) / 255, priors.valid[rows]
     return np.where(valid[:, :, None, None], maps, np.float32(np.nan))

@@ -1,6 +1,6 @@
-"""The steps of ``train-bgmask``: each leaves its result in the run's folder, and finds it there when resumed.
+"""The steps of ``train-bgmask``: each saves its result in the run's folder, and loads it from there when resumed.
 
-The processes of a run take every step together.
+The ranks of a run take every step together.
 """
 
 from __future__ import annotations
@@ -15,169 +15,125 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from relicctl.bgmask import contact_sheet
 from relicctl.bgmask.data import BgmaskData
 from relicctl.bgmask.evaluate import METRICS, StageTable, compute_mean_agreement, compute_prior_agreement
 from relicctl.bgmask.images import InMemoryImages, load_resized_images
 from relicctl.bgmask.network import SaliencyNet
-from relicctl.bgmask.predict import predict_saliency, write_mask_bank
+from relicctl.bgmask.predict import MaskSource, SaliencyPredictor, write_mask_bank
 from relicctl.bgmask.prior_cache import PriorCache
-from relicctl.bgmask.priors.maps import PRIOR_NAMES, build_prior_channels
-from relicctl.bgmask.self_training import count_total_steps, run_self_training
+from relicctl.bgmask.priors.maps import PRIOR_NAMES
+from relicctl.bgmask.self_training import run_self_training
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.console import Console
-from relicctl.core.distributed import World
 from relicctl.core.hardware import count_process_cores
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages
 from relicctl.data.mask_bank import FILE_NAME, OTHER_DATA_FILE_NAME, MaskBank
 from relicctl.errors import DataError
-from relicctl.runs.distributed import select_progress_metrics
-from relicctl.runs.folder import RunFolder
+from relicctl.runs.context import RunContext
 
-METRIC_TITLES = ("max-F", "F at .5", "MAE", "IoU", "accuracy", "S", "E")  # of FIGURES, in their order
+METRIC_TITLES = ("max-F", "F at .5", "MAE", "IoU", "accuracy", "S", "E")  # of METRICS, in their order
 
 
 class MaskPipeline:
-    """One run's work, step by step in the order of the methods."""
+    """The work of one run, step by step in the order of the methods."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        config: BgmaskConfig,
-        data: BgmaskData,
-        device: torch.device,
-        precision: str,
-        console: Console,
-        world: World,
-    ) -> None:
-        self._run, self._config, self._data = run, config, data
-        self._device, self._precision, self._console, self._world = device, precision, console, world
-        self._cores = count_process_cores()
-        self._workers = config.runtime.workers if config.runtime.workers != "auto" else self._cores
-        self._reported_names = run.read_bad_images()
+    def __init__(self, config: BgmaskConfig, data: BgmaskData, context: RunContext) -> None:
+        self._config, self._data, self._context = config, data, context
+        workers = config.runtime.workers
+        self._workers = count_process_cores() if workers == "auto" else workers
+        self._listed_bad_images = context.run.read_bad_images()
 
     def load_images(self) -> InMemoryImages:
-        """All images to train on, squashed, in memory."""
-        source = self._data.train
+        """Load all training images into memory, resized to squares."""
+        source, size = self._data.train, self._config.labels.size
         with self._show_progress("reading", len(source)) as show:
-            size, bad = self._config.labels.size, self._track_bad_images(source)
-            return load_resized_images(source, size, workers=self._workers, bad=bad, show=show, world=self._world)
+            bad, world = self._track_bad_images(source), self._context.world
+            return load_resized_images(source, size, workers=self._workers, bad=bad, show=show, world=world)
 
     def compute_priors(self) -> PriorCache:
-        """The hand-made maps of the images to train on."""
-        return self._fill_prior_cache("priors", self._data.train, self._config.labels.size)
+        """Compute the handcrafted prior maps of the training images."""
+        return self._fill_prior_cache("priors", self._data.train)
 
     def evaluate_priors(self) -> StageTable | None:
-        """The stages before training, measured, if there are true masks to measure on."""
+        """Measure the stages before training, if there are true masks to measure on."""
         truth = self._data.truth
         if truth is None:
             return None
-        store = self._fill_prior_cache(
-            f"priors-eval-{truth.images.compute_fingerprint()[:8]}", truth.images, self._config.labels.size
-        )
-        table = StageTable(
-            truth,
-            store,
-            self._config,
-            device=self._device,
-            precision=self._precision,
-            workers=self._workers,
-            threads=self._cores,
-            on_row=lambda row: self._console.info(format_stage(row)),
-            world=self._world,
-        )
+        name = f"priors-eval-{truth.images.compute_fingerprint()[:8]}"
+        priors = self._fill_prior_cache(name, truth.images)
+        table = StageTable(truth, priors, self._config, self._context, self._workers)
         table.add_priors()
         return table
 
     def train(
-        self, photos: InMemoryImages, store: PriorCache, table: StageTable | None, resume_command: str
+        self, images: InMemoryImages, priors: PriorCache, table: StageTable | None, resume_command: str
     ) -> SaliencyNet:
-        """The rounds and the final network; each is measured when it is done."""
-        with self._console.progress(count_total_steps(self._config, len(photos))) as bar:
-            return run_self_training(
-                self._config,
-                photos,
-                store,
-                self._run,
-                device=self._device,
-                precision=self._precision,
-                show=lambda step, figures: bar.update(step, select_progress_metrics(figures)),
-                on_stage_end=lambda name, net: table.add_net(name, net) if table else None,
-                warn=self._console.warn,
-                resume_command=resume_command,
-                world=self._world,
-            )
+        """Train the rounds and the final network; each is measured when it is finished."""
+        return run_self_training(
+            self._config,
+            images,
+            priors,
+            self._context,
+            resume_command=resume_command,
+            on_stage_end=table.add_net if table else lambda name, net: None,
+        )
 
-    def make_masks(self, net: SaliencyNet, store: PriorCache) -> None:
-        """The bank of all images that are to have masks, in the run's folder."""
-        path, source = self._run.path / FILE_NAME, self._data.masks_for
-        if self._world.broadcast_from_main(lambda: self._is_bank_finished(source, self._format_provenance(net))):
+    def make_masks(self, net: SaliencyNet, priors: PriorCache) -> None:
+        """Write the bank of all images that get masks to the run's folder."""
+        path, source, context = self._context.run.path / FILE_NAME, self._data.masks_for, self._context
+        if context.world.broadcast_from_main(lambda: self._is_bank_finished(source, self._format_provenance(net))):
             return
-        opened_writer = self._world.run_on_main(
+        opened_writer = context.world.run_on_main(
             lambda: MaskBank.create(path, source, made_by=self._format_provenance(net))
         )
+        cached_priors = priors if self._data.masks_for_is_prefix else None
+        mask_source = MaskSource(source, self._workers, self._config.labels.size, cached_priors)
         with opened_writer or nullcontext() as writer:
             start = len(source) - len(writer.find_missing()) if writer else 0
             with self._show_progress("making masks of", len(source), start) as show:
                 write_mask_bank(
-                    net,
-                    source,
+                    SaliencyPredictor.from_config(net, self._config, context),
+                    mask_source,
                     writer,
-                    options=self._config.predict,
-                    refine=self._config.refine,
-                    threads=self._cores,
-                    device=self._device,
-                    precision=self._precision,
-                    workers=self._workers,
-                    prior_size=self._config.labels.size,
-                    priors=store if self._data.masks_for_is_prefix else None,
+                    context.world,
                     show=show,
                     on_bad_image=self._track_bad_images(source).add,
-                    world=self._world,
                 )
 
-    def draw_sheet(self, photos: InMemoryImages, store: PriorCache, net: SaliencyNet) -> None:
-        """sheet.png: some of the images trained on, their priors and masks."""
-        rows = contact_sheet.sample_evenly(len(photos))
-        images, samples = photos.images[rows], photos.indices[rows]
-        maps = store.maps[samples].astype(np.float32) / 255
-        maps[~store.valid[samples]] = np.nan
-        predicted = predict_saliency(
-            net,
-            images,
-            build_prior_channels(store.maps[samples], store.valid[samples]) if net.hints else None,
-            options=self._config.predict,
-            refine=self._config.refine,
-            device=self._device,
-            precision=self._precision,
-            threads=self._cores,
-        )
-        masks = (predicted > self._config.predict.threshold).cpu().numpy()
+    def draw_sheet(self, images: InMemoryImages, priors: PriorCache, net: SaliencyNet) -> None:
+        """Draw sheet.png: some of the training images, their priors and masks."""
+        rows = contact_sheet.sample_evenly(len(images))
+        shown, indices = images.images[rows], images.indices[rows]
+        maps = priors.maps[indices].astype(np.float32) / 255
+        maps[~priors.valid[indices]] = np.nan
+        predictor = SaliencyPredictor.from_config(net, self._config, self._context)
+        masks = (predictor.predict_with_cache(shown, priors, indices) > self._config.predict.threshold).numpy()
         contact_sheet.draw_contact_sheet(
-            self._run.path / "sheet.png", images.permute(0, 2, 3, 1).numpy(), maps, masks, PRIOR_NAMES
+            self._context.run.path / "sheet.png", shown.permute(0, 2, 3, 1).numpy(), maps, masks, PRIOR_NAMES
         )
-
-    # Small helpers
 
     def _is_bank_finished(self, source: ImageDataset, made_by: str) -> bool:
-        """Whether the bank is finished and of these images; one of others is set aside, a broken one made again."""
-        path, expected = self._run.path / FILE_NAME, (source.compute_fingerprint(), made_by)
+        """Return whether the run has the finished bank of these images.
+
+        A bank of other images is set aside, and comes back when its images are asked for again.
+        """
+        path, expected = self._context.run.path / FILE_NAME, (source.compute_fingerprint(), made_by)
         if path.exists():
             try:
                 bank = MaskBank.open(path)
             except DataError as broken:
-                self._console.warn(f"{broken.what} It is made again.")
+                self._context.console.warn(f"{broken.what} It is computed again.")
                 return False
             if (bank.fingerprint, bank.made_by) == expected:
                 return True
             aside = _get_aside_path(path, bank.fingerprint)
             os.replace(path, aside)
-            self._console.info(f"The masks of other images are now {aside}.")
+            self._context.console.info(f"The masks of other images were moved to {aside}.")
         aside_before = _get_aside_path(path, expected[0])
-        with suppress(DataError):  # made earlier, and set aside since
+        with suppress(DataError):
             bank = MaskBank.open(aside_before)
             if (bank.fingerprint, bank.made_by) == expected:
                 os.replace(aside_before, path)
@@ -185,7 +141,7 @@ class MaskPipeline:
         return False
 
     def _format_provenance(self, net: SaliencyNet) -> str:
-        """Tells apart all that would make other masks."""
+        """Return a text that differs wherever the masks would: it is saved in the bank."""
         weights = hashlib.sha256()
         for tensor in net.state_dict().values():
             weights.update(tensor.contiguous().cpu().numpy().tobytes())
@@ -193,51 +149,44 @@ class MaskPipeline:
         parts += [f"priors at {self._config.labels.size} px"] if net.hints else []
         return f"{net.arch} at {net.size} px, weights {weights.hexdigest()}, " + ", ".join(map(str, parts))
 
-    def _fill_prior_cache(self, name: str, source: ImageDataset, size: int) -> PriorCache:
-        store = PriorCache.open(self._run.path / name, source, size, self._world)
-        with self._show_progress("making priors of", len(source), int(store.done.sum())) as show:
-            store.fill(source, self._workers, lambda done, total: show(done), self._world)
-        return store
+    def _fill_prior_cache(self, name: str, source: ImageDataset) -> PriorCache:
+        world = self._context.world
+        priors = PriorCache.open(self._context.run.path / name, source, self._config.labels.size, world)
+        with self._show_progress("computing priors of", len(source), int(priors.done.sum())) as show:
+            priors.fill(source, self._workers, lambda done, total: show(done), world)
+        return priors
 
     def _track_bad_images(self, source: ImageDataset) -> BadImages:
-        """Counted for each source; listed once in bad_images.txt."""
+        """Count bad images for each source; list each once in bad_images.txt."""
 
         def report_bad_image(name: str, reason: str) -> None:
-            if name not in self._reported_names:
-                self._reported_names.add(name)
-                self._run.add_bad_image(name, reason)
+            if name not in self._listed_bad_images:
+                self._listed_bad_images.add(name)
+                self._context.run.add_bad_image(name, reason)
 
         return BadImages(len(source), self._config.data.max_bad, report_bad_image)
 
     @contextmanager
     def _show_progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
-        """A bar for work on ``total`` images, ``start`` of which are done; the block tells how many are."""
+        """Show progress over ``total`` images, ``start`` of which are done; yield what takes the number done."""
         if start == total:
             yield lambda done: None
             return
-        self._console.info(f"{what} {total:,} images")
+        self._context.console.info(f"{what} {total:,} images")
         began = time.perf_counter()
-        with self._console.progress(total, start) as bar:
+        with self._context.console.progress(total, start) as bar:
 
             def update_bar(done: int) -> None:
                 speed = (done - start) / max(time.perf_counter() - began, 1e-9)
                 bar.update(done, {"images/s": round(speed, 1)})
-                self._run.status.write_heartbeat()
+                self._context.run.status.write_heartbeat()
 
             yield update_bar
 
 
-def _get_aside_path(path: Path, fingerprint: str) -> Path:
-    """Where the bank at ``path`` lies while the run's bank is one of other images."""
-    return path.with_name(OTHER_DATA_FILE_NAME.format(fingerprint[:8]))
-
-
-# What is told
-
-
-def summarize_priors(store: PriorCache) -> dict[str, Any]:
-    """How far priors agree: mean correlation of two maps of an image; and how many maps were left out."""
-    matrix = compute_prior_agreement(store.maps, store.valid)
+def summarize_priors(priors: PriorCache) -> dict[str, Any]:
+    """Return the mean correlation of two priors' maps of an image, and how many maps are invalid."""
+    matrix = compute_prior_agreement(priors.maps, priors.valid)
     pairs = {
         f"{PRIOR_NAMES[i]} {PRIOR_NAMES[j]}": float(matrix[i, j])
         for i, j in combinations(range(len(PRIOR_NAMES)), 2)
@@ -245,29 +194,23 @@ def summarize_priors(store: PriorCache) -> dict[str, Any]:
     }
     return {
         "prior_agreement": {"mean": compute_mean_agreement(matrix), "pairs": pairs},
-        "invalid_priors": store.count_invalid(),
+        "invalid_priors": priors.count_invalid(),
     }
 
 
 def summarize_masks(bank: MaskBank) -> dict[str, Any]:
-    shares = bank.get_foreground_ratio(np.arange(bank.count))
+    """Return the number of masks, their mean foreground fraction, and how many are empty or full."""
+    foreground = bank.get_foreground_ratio(np.arange(bank.count))
     return {
         "count": bank.count,
-        "foreground": float(shares.mean()),
-        "empty": int((shares == 0).sum()),
-        "full": int((shares == 1).sum()),
+        "foreground": float(foreground.mean()),
+        "empty": int((foreground == 0).sum()),
+        "full": int((foreground == 1).sum()),
     }
 
 
-def format_stage(row: dict[str, Any]) -> str:
-    """A stage on one line, as soon as it is measured."""
-    if row["max_f"] is None:
-        return f"{row['name']}: no image could be measured"
-    return f"{row['name']}: max-F {row['max_f']:.3f}, IoU {row['iou']:.3f}, MAE {row['mae']:.3f}"
-
-
 def report_bgmask(results: dict[str, Any], console: Console) -> None:
-    """The tables on stderr, from the content of results.json."""
+    """Print the content of results.json as tables on stderr."""
     console.info("")
     if results["stages"]:
         title = f"{results['stages'][-1]['images']} images of {results['eval']}"
@@ -282,8 +225,8 @@ def report_bgmask(results: dict[str, Any], console: Console) -> None:
         pairs = ", ".join(f"{name} {value:.2f}" for name, value in priors["pairs"].items())
         console.info(f"agreement of priors: mean correlation {priors['mean']:.2f} ({pairs})")
     if any(invalid.values()):
-        named = ", ".join(f"{name} {count}" for name, count in invalid.items() if count)
-        console.info(f"priors left out, with nothing to go by: {named}")
+        counts = ", ".join(f"{name} {count}" for name, count in invalid.items() if count)
+        console.info(f"invalid priors, of images without contrast, left out: {counts}")
     if results["bad_images"]:
         console.info(f"{results['bad_images']} images cannot be decoded: see bad_images.txt")
     masks = results["masks"]
@@ -292,4 +235,9 @@ def report_bgmask(results: dict[str, Any], console: Console) -> None:
         f"{masks['empty']:,} empty, {masks['full']:,} full"
     )
     if 2 * (masks["empty"] + masks["full"]) > masks["count"]:
-        console.warn("most masks are empty or full, and pretraining uses none of these; look at sheet.png")
+        console.warn("most masks are empty or full, and pretraining uses none of these; see sheet.png")
+
+
+def _get_aside_path(path: Path, fingerprint: str) -> Path:
+    """Return where the bank at ``path`` is moved while the run's bank is one of other images."""
+    return path.with_name(OTHER_DATA_FILE_NAME.format(fingerprint[:8]))

@@ -1,8 +1,8 @@
-"""Training a mask network on soft labels: the loop's batches and its task.
+"""Train a mask network on soft labels: the loop's batches, its task and the loss.
 
 A batch is a function of (seed, step) alone: which images, where they are cropped (image, label and weight
-alike), what colours they get. Of several processes each has its rows of it, and they minimise the loss of the whole
-batch. The labels come from priors or from an earlier network; nothing here has ever seen a true mask.
+alike), how their colours change. Each of several ranks has its rows of it, and they minimise the loss of the whole
+batch. The labels come from priors or from an earlier network; nothing here ever sees a true mask.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from relicctl.config.bgmask import MaskLossConfig, MaskOptimConfig
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.loop import Task
 from relicctl.core.optim import build_optimizer, compute_learning_rate
@@ -29,10 +30,29 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class MaskTrainingSet:
-    """What is trained on, on one device: uint8 images ``[K, 3, S, S]``, labels and weights ``[K, 1, S, S]`` of 255.
+class Stage:
+    """One training of a run; the last is the final network's. Its steps are ``first`` to ``last - 1`` of the run."""
 
-    ``prior_channels``: uint8 ``[K, P, S, S]`` for a network that takes them.
+    number: int
+    name: str
+    epochs: int
+    first: int
+    last: int
+
+    @property
+    def steps(self) -> int:
+        return self.last - self.first
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps // self.epochs
+
+
+@dataclass(frozen=True)
+class MaskTrainingSet:
+    """Training data on one device: uint8 images ``[K, 3, S, S]``; labels and weights ``[K, 1, S, S]``, 255 = 1.
+
+    ``prior_channels``: uint8 ``[K, P, S, S]`` for a network that takes priors as input.
     """
 
     images: Tensor
@@ -46,8 +66,12 @@ class MaskTrainingSet:
 
 @dataclass(frozen=True)
 class MaskAugmentation:
-    """How an image is varied: share of its area, width / height, and colours (flip among them)."""
+    """Random crops of ``size`` px, ``area`` (fraction of the image) and ``aspect`` (width / height); flip and colours.
 
+    The arguments of RandomResizedCrop, and an AugmentConfig.
+    """
+
+    size: int
     area: tuple[float, float]
     aspect: tuple[float, float]
     photometric: AugmentConfig
@@ -55,8 +79,8 @@ class MaskAugmentation:
 
 @dataclass(frozen=True)
 class MaskBatch:
-    """float32 of one size: what the network takes, normalised images and hints, ``[B, 3 + P, s, s]``; labels and
-    weights ``[B, 1, s, s]`` in [0, 1].
+    """float32: the network's input, normalised images and prior maps, ``[B, 3 + P, s, s]``; labels and weights
+    ``[B, 1, s, s]`` in [0, 1].
     """
 
     images: Tensor
@@ -65,9 +89,9 @@ class MaskBatch:
 
 
 class MaskLoader:
-    """The loop's data. Steps count from ``first``; nothing is ever waited for, since all images are resident.
+    """The loop's batches, cut from images in memory, so that no time is spent waiting. Steps count from ``first``.
 
-    ``batch_size`` is that of all processes of ``world`` together. Raises UsageError if they cannot share it evenly.
+    ``batch_size`` is that of all ranks of ``world`` together. Raises UsageError if they cannot split it evenly.
     """
 
     data_wait_seconds = 0.0
@@ -77,87 +101,66 @@ class MaskLoader:
         data: MaskTrainingSet,
         views: MaskAugmentation,
         *,
-        size: int,
         batch_size: int,
         seed: int,
         first: int = 0,
         world: World = SINGLE_PROCESS,
     ) -> None:
-        self._data, self._views, self._size, self._seed, self._first = data, views, size, seed, first
+        self._data, self._views, self._seed, self._first = data, views, seed, first
         self.sampler = Sampler(seed, len(data), batch_size)
         self._rows = np.arange(*world.get_local_rows(batch_size))
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[MaskBatch]:
-        """This process's rows of the batches of steps ``step`` to ``stop - 1``."""
+        """Yield this rank's rows of the batches of steps ``step`` to ``stop - 1``."""
         return (self._make_batch(number - self._first) for number in range(step, stop))
 
     def _make_batch(self, step: int) -> MaskBatch:
-        data, seed, samples = self._data, self._seed, self.sampler.get_batch_indices(step)[self._rows]
+        data, views, samples = self._data, self._views, self.sampler.get_batch_indices(step)[self._rows]
         rows = torch.from_numpy(samples).to(data.images.device)
-        planes = (
-            data.images,
-            data.labels,
-            data.weights,
-            *([] if data.prior_channels is None else [data.prior_channels]),
-        )
-        layers = torch.cat([layer[rows] for layer in planes], 1)
+        planes = [data.images, data.labels, data.weights]
+        planes += [] if data.prior_channels is None else [data.prior_channels]
+        layers = torch.cat([plane[rows] for plane in planes], 1)
         side = np.full(len(samples), layers.shape[-1])
         boxes = draw_crop_boxes(
-            seed, self.sampler.get_epoch(step), samples, side, side,
-            first_view=0, count=1, area=self._views.area, aspect=self._views.aspect,
+            self._seed, self.sampler.get_epoch(step), samples, side, side,
+            first_view=0, count=1, area=views.area, aspect=views.aspect,
         )  # fmt: skip
-        crops = crop_on_device(layers, boxes, self._size)
-        draw = draw_augment_params(self._views.photometric, seed, step, self._rows, 1)
-        flips = torch.from_numpy(draw.flip[0]).to(crops.device)[:, None, None, None]
+        crops = crop_on_device(layers, boxes, views.size)
+        params = draw_augment_params(views.photometric, self._seed, step, self._rows, 1)
+        flips = torch.from_numpy(params.flip[0]).to(crops.device)[:, None, None, None]
         maps = crops[0, :, 3:]
         maps = torch.where(flips, maps.flip(-1), maps)
-        images = apply_augmentations(crops[:, :, :3], draw)[0]
+        images = apply_augmentations(crops[:, :, :3], params)[0]
         if data.prior_channels is not None:
             images = torch.cat([images, maps[:, 2:] - 0.5], 1)
         return MaskBatch(images.contiguous(memory_format=torch.channels_last), maps[:, :1], maps[:, 1:2])
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """How much of each term the loss has; ``beta2`` is the squared beta of the F loss."""
-
-    bce: float
-    iou: float
-    f: float
-    beta2: float
-
-
 class MaskTask(Task):
-    """The loop's task. The learning rate warms up and falls to 0 over steps ``first`` to ``first + steps``.
+    """The loop's task. The learning rate warms up and decays to 0 over the steps of ``stage``.
 
-    With several processes in ``world`` BatchNorm's statistics, the loss and its gradient are those of the joined batch.
+    With several ranks in ``world``, BatchNorm's statistics, the loss and its gradient are those of the whole batch.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        loss: LossWeights,
-        *,
-        rate: float,
-        weight_decay: float,
-        warmup: int,
-        steps: int,
-        first: int = 0,
-        stage: int = 0,
+        loss: MaskLossConfig,
+        optim: MaskOptimConfig,
+        stage: Stage,
         autocast: torch.autocast,
         world: World = SINGLE_PROCESS,
     ) -> None:
-        self._world = world
-        self._loss, self._rate, self._warmup, self._steps = loss, rate, warmup, steps
-        self._first, self._stage, self._autocast = first, stage, autocast
+        self._loss, self._optim, self._stage, self._autocast, self._world = loss, optim, stage, autocast, world
+        self._warmup_steps = round(min(optim.warmup_epochs, stage.epochs) * stage.steps_per_epoch)
         self.model = self._network = net
-        if self._world.size > 1:
+        if world.size > 1:
             self.model = convert_sync_batchnorm(net, next(net.parameters()).device)
             self._network = DistributedDataParallel(self.model)
-        self.optimizer = build_optimizer("adamw", self.model.named_parameters(), rate, 0.9, weight_decay)
+        self.optimizer = build_optimizer("adamw", self.model.named_parameters(), optim.base_lr, 0.9, optim.weight_decay)
 
     def compute_loss(self, batch: MaskBatch, step: int) -> dict[str, Tensor]:
-        """``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
+        """Return ``loss``, the mean over all of the network's outputs, and ``fused``, that of the first alone."""
         self.model.train()
         with self._autocast:
             outputs = self._network(batch.images)
@@ -171,22 +174,25 @@ class MaskTask(Task):
 
     def get_learning_rate(self, step: int) -> float:
         return compute_learning_rate(
-            step - self._first + 1, peak=self._rate, warmup_steps=self._warmup, total_steps=self._steps + 1
+            step - self._stage.first + 1,
+            peak=self._optim.base_lr,
+            warmup_steps=self._warmup_steps,
+            total_steps=self._stage.steps + 1,
         )
 
     def compute_metrics(self, step: int) -> dict[str, float]:
-        return {"stage": self._stage}
+        return {"stage": self._stage.number}
 
 
 def mask_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, terms: LossWeights, total_weight: Tensor | None = None
+    logits: Tensor, labels: Tensor, weights: Tensor, terms: MaskLossConfig, total_weight: Tensor | None = None
 ) -> Tensor:
-    """Scalar. ``logits``, soft ``labels`` and pixels' ``weights``: float32 ``[B, 1, H, W]``; weight 0 = not looked at.
+    """Return the scalar loss of ``logits``, soft ``labels`` and pixel ``weights``, all float32 ``[B, 1, H, W]``.
 
-    Weighted binary cross-entropy per pixel, plus, per image and from the soft overlap of prediction and label,
-    1 - IoU and 1 - F (DeepUSPS, arXiv 1909.13055: (1 + beta2) PR / (beta2 P + R)).
-    Of one of several equal parts of a batch: the mean of the parts' losses is the batch's if ``whole``, scalar, is the
-    mean over the parts of the sum of their weights.
+    The weighted binary cross-entropy per pixel, plus, per image and from the soft overlap of prediction and label,
+    1 - IoU and 1 - F (DeepUSPS, arXiv 1909.13055: (1 + beta2) PR / (beta2 P + R)). Pixels of weight 0 do not count.
+    For one of several equal parts of a batch, ``total_weight`` (scalar) is the mean over the parts of the sum of their
+    weights: then the mean of the parts' losses is the batch's.
     """
     total_weight = weights.sum() if total_weight is None else total_weight
     total = logits.new_zeros(())

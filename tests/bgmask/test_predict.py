@@ -1,4 +1,4 @@
-"""Masks from a network: batches, and a bank made in one pass. And the network's file."""
+"""Predicted masks: of a batch, and of a data set as a bank. And the network's file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from relicctl.bgmask.images import iter_resized_batches, load_resized_images, resize_to_square
 from relicctl.bgmask.network import SaliencyNet, load_saliency_net, save_saliency_net
-from relicctl.bgmask.predict import predict_saliency, write_mask_bank
+from relicctl.bgmask.predict import MaskSource, SaliencyPredictor, write_mask_bank
 from relicctl.bgmask.priors.maps import build_prior_channels, compute_prior_maps, quantize_maps
 from relicctl.config.bgmask import PredictConfig, RefineConfig
 from relicctl.core.counter_rng import fork_seeded_rng
@@ -67,7 +67,7 @@ def images(count=3, side=48):
 
 
 def masks_of(net, pixels, options=PLAIN, given=None):
-    return predict_saliency(net, pixels, given, options=options, refine=RefineConfig(), device=CPU, precision="fp32")
+    return SaliencyPredictor(net, options, RefineConfig(), CPU).predict(pixels, given)
 
 
 # Prediction
@@ -113,26 +113,30 @@ def test_prediction_leaves_the_networks_statistics_alone():
 
 
 def bank_of(source, path, workers=0, net=None):
-    told, bad = [], []
+    """Write a bank; return how many masks there were after each batch, and the bad images."""
+    done, bad = [], []
+    predictor = SaliencyPredictor(net or Redness(), PLAIN, RefineConfig(), CPU)
     with MaskBank.create(path, source, made_by="test") as writer:
-        figures = write_mask_bank(
-            net or Redness(), source, writer, options=PLAIN, refine=RefineConfig(), device=CPU, precision="fp32",
-            workers=workers, prior_size=24, show=told.append, on_bad_image=lambda name, reason: bad.append((name,
-            reason)),
-        )  # fmt: skip
-    return figures, told, bad
+        write_mask_bank(
+            predictor,
+            MaskSource(source, workers, prior_size=24),
+            writer,
+            show=done.append,
+            on_bad_image=lambda name, reason: bad.append((name, reason)),
+        )
+    return done, bad
 
 
 def test_every_sample_gets_the_mask_of_its_own_image(tmp_path):
     source = Drawn()
-    figures, told, bad = bank_of(source, tmp_path / "masks.bank")
+    done, bad = bank_of(source, tmp_path / "masks.bank")
     bank = MaskBank.open(tmp_path / "masks.bank")
     for row in bank.find_rows(source):
         mask = bank.load_mask(int(row))
         assert mask[:, : MASK_SIDE // 2 - 8].all()
         assert not mask[:, MASK_SIDE // 2 + 8 :].any()
-    assert (figures.written, figures.bad, bad) == (13, 0, [])
-    assert told[-1] == 13
+    assert done == [4, 8, 12, 13]
+    assert bad == []
 
 
 def test_the_bank_is_the_same_for_any_number_of_workers(tmp_path):
@@ -146,8 +150,8 @@ def test_a_network_that_takes_hints_is_given_the_priors_of_each_image(tmp_path):
     """Whatever the number of workers, and beside images that cannot be decoded, or have nothing to go by."""
     source, net = Drawn(count=7, bad=(2,)), small_net(hints=4)
     for workers in (0, 2):
-        figures, _, _ = bank_of(source, tmp_path / f"{workers}.bank", workers, net)
-        assert (figures.written, figures.bad) == (6, 1)
+        done, bad = bank_of(source, tmp_path / f"{workers}.bank", workers, net)
+        assert (done, len(bad)) == ([4, 7], 1)
     assert (tmp_path / "0.bank").read_bytes() == (tmp_path / "2.bank").read_bytes()
     bank = MaskBank.open(tmp_path / "0.bank")
     for index, row in enumerate(bank.find_rows(source)):
@@ -158,13 +162,14 @@ def test_a_network_that_takes_hints_is_given_the_priors_of_each_image(tmp_path):
             assert np.array_equal(bank.load_mask(int(row)), (masks_of(net, pixels, given=given)[0] > 0.5).numpy())
 
 
-def test_what_cannot_be_decoded_gets_an_empty_mask_and_is_told(tmp_path):
+def test_an_undecodable_image_gets_an_empty_mask_and_is_reported(tmp_path):
     source = Drawn(bad=range(4, 9))  # a whole batch among them
-    figures, told, bad = bank_of(source, tmp_path / "masks.bank")
+    done, bad = bank_of(source, tmp_path / "masks.bank")
     assert bad == [(f"{index:03d}.png", "drawn badly") for index in range(4, 9)]
-    assert (figures.written, figures.bad, figures.empty, told[-1]) == (8, 5, 0, 13)
+    assert done[-1] == 13
     bank = MaskBank.open(tmp_path / "masks.bank")
-    assert not any(bank.load_mask(int(row)).any() for row in bank.find_rows(source)[4:9])
+    filled = [bool(bank.load_mask(int(row)).any()) for row in bank.find_rows(source)]
+    assert filled == 4 * [True] + 5 * [False] + 4 * [True]
 
 
 def test_what_is_written_already_is_not_made_again(tmp_path):
@@ -174,16 +179,13 @@ def test_what_is_written_already_is_not_made_again(tmp_path):
         if done >= 8:
             raise KeyboardInterrupt
 
+    predictor = SaliencyPredictor(Redness(), PLAIN, RefineConfig(), CPU)
     with pytest.raises(KeyboardInterrupt), MaskBank.create(path, source, made_by="test") as writer:
-        write_mask_bank(
-            Redness(), source, writer, options=PLAIN, refine=RefineConfig(), device=CPU, precision="fp32", workers=0,
-            show=cut_short,
-        )  # fmt: skip
+        write_mask_bank(predictor, MaskSource(source), writer, show=cut_short)
     source.read_so_far.clear()
-    figures, told, _ = bank_of(source, path)
+    done, _ = bank_of(source, path)
     assert sorted(source.read_so_far) == list(range(8, 13))
-    assert figures.written == 5
-    assert told == [12, 13]
+    assert done == [12, 13]
 
 
 # Photos
@@ -204,11 +206,11 @@ def test_images_of_any_shape_can_be_squashed(shape):
 
 
 def test_photos_are_the_images_that_can_be_decoded():
-    source, told = Drawn(bad=(0, 5)), []
+    source, done = Drawn(bad=(0, 5)), []
     bad = BadImages(13, 0.5)
-    photos = load_resized_images(source, 24, workers=2, bad=bad, show=told.append)
+    photos = load_resized_images(source, 24, workers=2, bad=bad, show=done.append)
     assert photos.indices.tolist() == [k for k in range(13) if k not in (0, 5)]
-    assert told[-1] == 13
+    assert done[-1] == 13
     assert bad.seen == {"000.png", "005.png"}
     for index, image in zip(photos.indices.tolist(), photos.images, strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), resize_to_square(source.load(index), 24))

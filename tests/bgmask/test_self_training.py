@@ -1,9 +1,10 @@
-"""The stages of training masks: from priors to a network, cut anywhere and gone on with."""
+"""The stages of training masks: from priors to a network, stopped anywhere and resumed."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,11 +27,14 @@ from relicctl.config.bgmask import (
     RefineConfig,
     SelfTrainingConfig,
 )
+from relicctl.console import Console
 from relicctl.core.counter_rng import fork_seeded_rng
+from relicctl.core.distributed import SINGLE_PROCESS
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
 from relicctl.encoders.file import save_encoder
 from relicctl.models.resnet import build_encoder
+from relicctl.runs.context import RunContext
 from relicctl.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -82,23 +86,38 @@ def config_of(encoder, priors=False, **more):
     return BgmaskConfig(**{**sections, **more})
 
 
-def go(config, photos, store, path, *, resume=False, show=lambda step, record: None, warned=None):
-    """The final network, and the names of the stages that were told of."""
+class RecordingConsole(Console):
+    """Passes every log line to ``show`` and adds warnings to ``warned``."""
+
+    def __init__(self, show, warned):
+        super().__init__(quiet=True)
+        self._show, self._warned = show, warned
+
+    def warn(self, text):
+        self._warned.append(text)
+
+    @contextmanager
+    def progress(self, total, start=0):
+        yield SimpleNamespace(update=self._show)
+
+
+def run_stages(config, photos, store, path, *, resume=False, show=lambda step, metrics: None, warned=None):
+    """Return the final network, and the names of the stages that ended."""
     if resume:
         run = RunFolder.reopen(path, keep=2)
     else:
         run = RunFolder.create(path, overwrite=False, keep=2)
         run.write_text(run.config_path, "")
-    told = []
+    console = RecordingConsole(show, [] if warned is None else warned)
+    context = RunContext(CPU, SINGLE_PROCESS, console, run)
+    ended = []
     try:
         net = run_self_training(
-            config, photos, store, run, device=CPU, precision="fp32", show=show,
-            on_stage_end=lambda name, net: told.append(name), warn=(warned if warned is not None else []).append,
-            resume_command="again",
-        )  # fmt: skip
+            config, photos, store, context, resume_command="again", on_stage_end=lambda name, net: ended.append(name)
+        )
     finally:
         run.close()
-    return net, told
+    return net, ended
 
 
 def weights(path):
@@ -115,23 +134,23 @@ def test_steps_are_counted_through_all_stages(encoder):
 @pytest.mark.parametrize("priors", [False, True])
 def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, photos, store, tmp_path, priors):
     config, steps = config_of(encoder, priors), []
-    _, told = go(config, photos, store, tmp_path / "whole", show=lambda step, record: steps.append(step))
-    assert told == ["round 1", "final"]
+    _, ended = run_stages(config, photos, store, tmp_path / "whole", show=lambda step, metrics: steps.append(step))
+    assert ended == ["round 1", "final"]
     assert steps == list(range(1, 16))
 
     for deadly in (3, 9):
 
-        def kill(step, record, deadly=deadly):
+        def kill(step, metrics, deadly=deadly):
             if step == deadly:
                 raise Killed
 
         path = tmp_path / f"killed-{deadly}"
         with pytest.raises(Killed):
-            go(config, photos, store, path, show=kill)
+            run_stages(config, photos, store, path, show=kill)
         steps.clear()
-        _, told = go(config, photos, store, path, resume=True, show=lambda step, record: steps.append(step))
+        _, ended = run_stages(config, photos, store, path, resume=True, show=lambda step, metrics: steps.append(step))
         assert steps == list(range(deadly, 16))  # from the checkpoint, which is a step older
-        assert told == ["round 1", "final"]
+        assert ended == ["round 1", "final"]
         assert weights(path) == weights(tmp_path / "whole")
         records = RunFolder.reopen(path, keep=2).read_metrics()
         assert [record["step"] for record in records] == list(range(1, 16))
@@ -141,24 +160,24 @@ def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, 
 def test_a_finished_run_is_not_trained_again_and_a_damaged_outcome_is(encoder, photos, store, tmp_path):
     config, path, warned, steps = config_of(encoder), tmp_path / "run", [], []
 
-    def count(step, record):
+    def count(step, metrics):
         steps.append(step)
 
-    go(config, photos, store, path)
+    run_stages(config, photos, store, path)
     before = weights(path)
-    go(config, photos, store, path, resume=True, show=count)
+    run_stages(config, photos, store, path, resume=True, show=count)
     assert steps == []
     assert weights(path) == before
     outcome = path / "stages" / "round-1.safetensors"
     outcome.write_bytes(outcome.read_bytes()[:-100])
-    go(config, photos, store, path, resume=True, show=count, warned=warned)
+    run_stages(config, photos, store, path, resume=True, show=count, warned=warned)
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert "made again" in warned[0]
+    assert "computed again" in warned[0]
     assert weights(path) == before
 
 
 def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, tmp_path):
-    net, _ = go(config_of(encoder, rounds=SelfTrainingConfig(count=0)), photos, store, tmp_path / "run")
+    net, _ = run_stages(config_of(encoder, rounds=SelfTrainingConfig(count=0)), photos, store, tmp_path / "run")
     again = load_saliency_net(tmp_path / "run")
     assert not net.training
     assert (again.arch, again.size) == ("resnet", 32)
@@ -172,9 +191,9 @@ def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store
         encoder, priors, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1)
     )
     store.valid[2, 1] = store.valid[5] = False
-    go(config, photos, store, tmp_path / "zero")
+    run_stages(config, photos, store, tmp_path / "zero")
     store.maps[2, 1] = store.maps[5] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE))
-    go(config, photos, store, tmp_path / "junk")
+    run_stages(config, photos, store, tmp_path / "junk")
     assert weights(tmp_path / "zero") == weights(tmp_path / "junk")
 
 
@@ -185,25 +204,25 @@ def test_a_network_sees_the_priors_that_made_its_labels_only_if_it_is_given_them
     """The labels are those of the maps as they were: a finished stage is not made again."""
     config = config_of(encoder, priors)
 
-    def kill(step, record):
+    def kill(step, metrics):
         raise Killed
 
     for path in (tmp_path / "same", tmp_path / "changed"):
         with pytest.raises(Killed):
-            go(config, photos, store, path, show=kill)
-    go(config, photos, store, tmp_path / "same", resume=True)
+            run_stages(config, photos, store, path, show=kill)
+    run_stages(config, photos, store, tmp_path / "same", resume=True)
     store.maps[:] = store.maps[:, :, ::-1].copy()
-    go(config, photos, store, tmp_path / "changed", resume=True)
+    run_stages(config, photos, store, tmp_path / "changed", resume=True)
     assert (weights(tmp_path / "same") == weights(tmp_path / "changed")) is not priors
 
 
 def test_an_image_without_any_prior_is_not_trained_on(encoder, photos, store, tmp_path):
     config = config_of(encoder, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1))
     store.valid[[1, 4, 8]] = False  # as many as are dropped
-    go(config, photos, store, tmp_path / "one")
+    run_stages(config, photos, store, tmp_path / "one")
     changed = photos.images.clone()
     changed[[1, 4, 8]] = 255 - changed[[1, 4, 8]]
-    go(config, type(photos)(photos.indices, changed), store, tmp_path / "two")
+    run_stages(config, type(photos)(photos.indices, changed), store, tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
@@ -218,4 +237,4 @@ def test_training_never_opens_a_true_mask(encoder, store, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "relicctl.bgmask.data", None)  # importing it fails
     source = ShapesDataset.from_spec(f"shapes:size={SIDE},train={COUNT}", "train")
     photos = load_resized_images(source, SIDE, workers=0, bad=BadImages(COUNT, 0.0))
-    go(config_of(encoder), photos, store, tmp_path / "run")
+    run_stages(config_of(encoder), photos, store, tmp_path / "run")

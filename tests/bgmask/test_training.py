@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relicctl.bgmask.training import LossWeights, MaskAugmentation, MaskLoader, MaskTask, MaskTrainingSet, mask_loss
+from relicctl.bgmask.training import MaskAugmentation, MaskLoader, MaskTask, MaskTrainingSet, Stage, mask_loss
+from relicctl.config.bgmask import MaskLossConfig, MaskOptimConfig
 from relicctl.core.counter_rng import fork_seeded_rng
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, snapshot_state, train
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -19,8 +20,11 @@ from relicctl.data.photometric import AugmentConfig
 
 CPU = torch.device("cpu")
 PLAIN = AugmentConfig(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
-WHOLE = MaskAugmentation((1.0, 1.0), (1.0, 1.0), PLAIN)
-BCE, IOU, F = LossWeights(1, 0, 0, 1), LossWeights(0, 1, 0, 1), LossWeights(0, 0, 1, 0.3)
+WHOLE = MaskAugmentation(16, (1.0, 1.0), (1.0, 1.0), PLAIN)
+BCE = MaskLossConfig(bce=1, iou=0, f=0)
+IOU = MaskLossConfig(bce=0, iou=1, f=0)
+F = MaskLossConfig(bce=0, iou=0, f=1, beta2=0.3)
+ALL = MaskLossConfig(bce=1, iou=1, f=1)
 
 
 def labelled(count=12, side=16):
@@ -32,7 +36,7 @@ def labelled(count=12, side=16):
 
 
 def batches(views, data=None, **more):
-    return MaskLoader(data or labelled(), views, **{"size": 16, "batch_size": 4, "seed": 3, **more})
+    return MaskLoader(data or labelled(), views, batch_size=4, seed=3, **more)
 
 
 def planes(batch):
@@ -43,22 +47,22 @@ def planes(batch):
 
 def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image():
     views = MaskAugmentation(
-        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        24, (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
     )
-    for batch in batches(views, size=24).iter_from_step(0, 6):
+    for batch in batches(views).iter_from_step(0, 6):
         torch.testing.assert_close(planes(batch)[:, :1], batch.labels, atol=1e-5, rtol=0)
         torch.testing.assert_close(planes(batch)[:, 2:], batch.weights, atol=1e-5, rtol=0)
 
 
 def test_hints_go_through_the_same_crop_and_flip_as_the_image():
     views = MaskAugmentation(
-        (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        24, (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
     )
     plain = labelled()
     hinted = replace(plain, prior_channels=torch.cat([plain.images, plain.images[:, :1]], 1))
     for bare, batch in zip(
-        batches(views, plain, size=24).iter_from_step(0, 6),
-        batches(views, hinted, size=24).iter_from_step(0, 6),
+        batches(views, plain).iter_from_step(0, 6),
+        batches(views, hinted).iter_from_step(0, 6),
         strict=True,
     ):
         assert batch.images.shape == (4, 7, 24, 24)
@@ -72,7 +76,7 @@ def test_hints_go_through_the_same_crop_and_flip_as_the_image():
 def test_colours_change_the_image_and_leave_the_label():
     plain = next(batches(WHOLE).iter_from_step(0, 1))
     coloured = next(
-        batches(MaskAugmentation((1.0, 1.0), (1.0, 1.0), AugmentConfig(flip=0.0, jitter=1.0))).iter_from_step(0, 1)
+        batches(MaskAugmentation(16, (1.0, 1.0), (1.0, 1.0), AugmentConfig(flip=0.0, jitter=1.0))).iter_from_step(0, 1)
     )
     assert not torch.allclose(plain.images, coloured.images)
     assert torch.equal(plain.labels, coloured.labels)
@@ -86,7 +90,7 @@ def test_an_epoch_shows_every_image_once():
 
 
 def test_a_batch_depends_on_its_step_alone_wherever_one_starts():
-    views = MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig())
+    views = MaskAugmentation(16, (0.3, 1.0), (0.75, 1.33), AugmentConfig())
     straight = list(batches(views).iter_from_step(0, 7))
     later = list(batches(views, first=100).iter_from_step(104, 107))
     for a, b in zip(straight[4:], later, strict=True):
@@ -112,7 +116,7 @@ def literal(logits, labels, weights, terms):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, LossWeights(0.7, 1.3, 0.5, 4.0)]))
+@given(st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, MaskLossConfig(bce=0.7, iou=1.3, f=0.5, beta2=4.0)]))
 def test_the_loss_is_the_literal_one(seed, terms):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(3, 1, 5, 7, generator=generator)
@@ -146,7 +150,7 @@ def test_pixels_without_weight_teach_nothing():
     logits = torch.randn(2, 1, 4, 4, requires_grad=True)
     weights = torch.ones(2, 1, 4, 4)
     weights[..., 2:] = 0
-    mask_loss(logits, torch.rand(2, 1, 4, 4), weights, LossWeights(1, 1, 1, 1)).backward()
+    mask_loss(logits, torch.rand(2, 1, 4, 4), weights, ALL).backward()
     assert bool((logits.grad[..., 2:] == 0).all())
     assert bool((logits.grad[..., :2] != 0).any())
 
@@ -181,25 +185,24 @@ class Outputs(torch.nn.Module):
 def task():
     with fork_seeded_rng(1):
         net = Outputs()
-    return MaskTask(
-        net, LossWeights(1, 1, 0, 1), rate=0.05, weight_decay=0.01, warmup=2, steps=12, first=5,
-        autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
-    )  # fmt: skip
+    optim = MaskOptimConfig(base_lr=0.05, weight_decay=0.01, warmup_epochs=2)
+    stage = Stage(0, "final", epochs=12, first=5, last=17)
+    return MaskTask(net, MaskLossConfig(), optim, stage, torch.autocast("cpu", torch.bfloat16, enabled=False))
 
 
-def go_on(doing, progress, total, journal):
+def train_until(doing, progress, total, journal):
     data = labelled(side=8)
-    feed = batches(MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig()), data, size=8, first=5)
+    loader = batches(MaskAugmentation(8, (0.3, 1.0), (0.75, 1.33), AugmentConfig()), data, first=5)
     plan = LoopConfig(total, 3, 4, log_every=2, checkpoint_every=2)
-    return train(doing, feed, plan, journal, state=progress, device=CPU)
+    return train(doing, loader, plan, journal, state=progress, device=CPU)
 
 
 def test_a_training_that_was_cut_and_resumed_is_the_same_to_the_bit():
     whole, cut = Journal(), Journal()
-    go_on(task(), TrainState(5), 17, whole)
-    go_on(task(), TrainState(5), 11, cut)
+    train_until(task(), TrainState(5), 17, whole)
+    train_until(task(), TrainState(5), 11, cut)
     resumed = task()
-    go_on(resumed, restore_state(resumed, *cut.saved[11], "x"), 17, cut)
+    train_until(resumed, restore_state(resumed, *cut.saved[11], "x"), 17, cut)
     for name, tensor in whole.saved[17][0].items():
         assert torch.equal(tensor, cut.saved[17][0][name]), name
     assert snapshot_state(resumed, TrainState(17))[0].keys() <= whole.saved[17][0].keys()
@@ -223,5 +226,5 @@ def test_all_outputs_are_supervised_and_training_learns_its_labels():
     assert bool((doing.model.layer[0].weight.grad.flatten(1).norm(dim=1) > 0).all())
     doing.optimizer.zero_grad()
     first = losses["loss"].item()
-    go_on(doing, TrainState(5), 17, journal)
+    train_until(doing, TrainState(5), 17, journal)
     assert doing.compute_loss(next(batches(WHOLE).iter_from_step(0, 1)), 5)["loss"].item() < first

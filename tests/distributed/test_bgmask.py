@@ -25,10 +25,11 @@ from torch import Tensor
 
 from relicctl.bgmask import prior_cache
 from relicctl.bgmask.network import SaliencyNet
-from relicctl.bgmask.training import LossWeights, MaskAugmentation, MaskBatch, MaskLoader, MaskTask, MaskTrainingSet
+from relicctl.bgmask.training import MaskAugmentation, MaskBatch, MaskLoader, MaskTask, MaskTrainingSet, Stage
 from relicctl.cli import run as relicctl
+from relicctl.config.bgmask import MaskLossConfig, MaskOptimConfig
 from relicctl.core.counter_rng import fork_seeded_rng
-from relicctl.core.distributed import World, destroy_distributed, init_distributed
+from relicctl.core.distributed import SINGLE_PROCESS, World, destroy_distributed, init_distributed
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.photometric import AugmentConfig
@@ -77,10 +78,10 @@ def trained(world: World) -> dict[str, Tensor]:
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1
-    task = MaskTask(
-        net, LossWeights(1.0, 0.7, 0.5, 0.3), rate=1e-3, weight_decay=0.01, warmup=0, steps=5,
-        autocast=torch.autocast("cpu", torch.bfloat16, enabled=False), world=world,
-    )  # fmt: skip
+    loss = MaskLossConfig(bce=1.0, iou=0.7, f=0.5, beta2=0.3)
+    optim = MaskOptimConfig(base_lr=1e-3, weight_decay=0.01, warmup_epochs=0)
+    stage = Stage(0, "final", epochs=5, first=0, last=5)
+    task = MaskTask(net, loss, optim, stage, torch.autocast("cpu", torch.bfloat16, enabled=False), world)
     torch.set_default_dtype(torch.float32)
     first, last = world.get_local_rows(4)
     seen: dict[str, Tensor] = {}
@@ -335,10 +336,10 @@ def test_processes_take_the_rows_of_one_batch():
     """Crops and colours belong to the row in the global batch."""
     planes = torch.randint(0, 256, (9, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = MaskTrainingSet(planes[:, :3], planes[:, 3:4], planes[:, 4:5], planes[:, 5:])
-    views = MaskAugmentation((0.3, 1.0), (0.75, 1.33), AugmentConfig())
+    views = MaskAugmentation(24, (0.3, 1.0), (0.75, 1.33), AugmentConfig())
 
-    def batches(world: World | None = None) -> list[MaskBatch]:
-        return list(MaskLoader(data, views, size=24, batch_size=4, seed=3, world=world).iter_from_step(0, 5))
+    def batches(world: World = SINGLE_PROCESS) -> list[MaskBatch]:
+        return list(MaskLoader(data, views, batch_size=4, seed=3, world=world).iter_from_step(0, 5))
 
     parts = [batches(World(rank, 2)) for rank in range(2)]
     for whole, *halves in zip(batches(), *parts, strict=True):
