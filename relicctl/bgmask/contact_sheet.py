@@ -1,4 +1,4 @@
-"""The contact sheet: some images beside every prior's map, the priors' mean and the mask that came of them."""
+"""The contact sheet: some images beside every prior's map, the priors' mean and the predicted mask."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from relicctl.core.atomic_io import write_atomically
 
 MAX_IMAGES = 16  # on a sheet
-PER_BLOCK = 8  # rows one below the other; more images stand beside them
+MAX_ROWS = 8  # of one column of images; more stand in a second block beside it
 TILE, GAP, BLOCK_GAP = 112, 4, 24  # pixels: a tile's side, the gap of two, the gap of two blocks
 TITLE_HEIGHT = 26  # pixels above the tiles
 DPI = 100
-WHITE, MISSING = 255, np.array((255, 214, 214), dtype=np.uint8)  # the latter where a prior found nothing to go by
+WHITE, MISSING = 255, np.array((255, 214, 214), dtype=np.uint8)  # the latter where a prior is not valid
 
 
 def sample_evenly(count: int, max_count: int = MAX_IMAGES) -> np.ndarray:
-    """int64 ``[min(count, most)]``: indices below ``count``, spread evenly over it, ascending."""
+    """Return int64 ``[min(count, max_count)]``: indices below ``count``, evenly spaced, ascending."""
     num_shown = min(count, max_count)
     return (np.arange(num_shown) * count + count // 2) // max(num_shown, 1)
 
@@ -26,10 +26,10 @@ def sample_evenly(count: int, max_count: int = MAX_IMAGES) -> np.ndarray:
 def draw_contact_sheet(
     path: Path, images: np.ndarray, maps: np.ndarray, masks: np.ndarray, names: Sequence[str]
 ) -> None:
-    """PNG at ``path``, written wholly or not at all.
+    """Draw a PNG to ``path``, written atomically.
 
     ``images``: uint8 ``[K, S, S, 3]``. ``maps``: float ``[K, P, S, S]`` from 0 to 1, those of the priors in ``names``;
-    all NaN where there is none. ``masks``: bool ``[K, S, S]``.
+    all NaN where not valid. ``masks``: bool ``[K, S, S]``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def draw_contact_sheet(
 
 
 def _build_tiles(images: np.ndarray, maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """uint8 ``[K, P + 3, TILE, TILE, 3]``."""
+    """Return uint8 ``[K, P + 3, TILE, TILE, 3]``: image, maps, their mean, mask."""
     valid = np.isfinite(maps).all(axis=(2, 3))[..., None, None]
     count = valid.sum(axis=1)
     mean = np.where(valid, maps, 0).sum(axis=1) / np.maximum(count, 1)
@@ -61,14 +61,14 @@ def _build_tiles(images: np.ndarray, maps: np.ndarray, masks: np.ndarray) -> np.
 
 
 def _resize_tiles(tiles: np.ndarray) -> np.ndarray:
-    """``[..., S, S, 3]`` to TILE pixels, each the nearest one's."""
+    """Resize ``[..., S, S, 3]`` to TILE pixels, nearest neighbour."""
     side = tiles.shape[-2]
     nearest = ((np.arange(TILE) + 0.5) * side / TILE).astype(np.int64)
     return tiles[..., nearest, :, :][..., nearest, :]
 
 
 def _build_mosaic(tiles: np.ndarray) -> np.ndarray:
-    """uint8 ``[H, W, 3]``: a row per image, and a second block beside the first where there are many."""
+    """Return uint8 ``[H, W, 3]``: a row per image, in one or two blocks."""
     images, columns = tiles.shape[:2]
     blocks = _count_blocks(images)
     rows = -(-images // blocks)
@@ -83,10 +83,10 @@ def _build_mosaic(tiles: np.ndarray) -> np.ndarray:
 
 
 def _count_blocks(images: int) -> int:
-    return 1 if images <= PER_BLOCK else 2
+    return 1 if images <= MAX_ROWS else 2
 
 
 def _compute_left_edges(columns: int, blocks: int) -> list[int]:
-    """Where the tiles of a row begin, in pixels."""
+    """Return where the tiles of a row begin, in pixels."""
     block = columns * (TILE + GAP) - GAP + BLOCK_GAP
     return [number * block + column * (TILE + GAP) for number in range(blocks) for column in range(columns)]

@@ -1,4 +1,7 @@
-"""Images with true masks. They are for measuring alone: nothing that trains takes one of these."""
+"""The images of ``train-bgmask``: to train on, to make masks for, and with true masks to measure on.
+
+True masks are for measuring alone: nothing that trains imports this module.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
-from relicctl.core.counter_rng import Stream, draw_uniform, permutation
+from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
@@ -24,21 +27,99 @@ from relicctl.errors import DataError, UsageError
 from relicctl.runs.resume import BgmaskOptions, find_run_to_resume, read_resumable_record, resume_config
 from relicctl.version import __version__
 
-IMAGES, MASKS = "images", "masks"
+IMAGES, MASKS = "images", "masks"  # folders of a data set with true masks
+# What may differ between a run and its continuation.
+BGMASK_MUTABLE_KEYS = ("runtime.", "checkpoint.", "data.train", "data.eval", "data.masks_for", "data.max_bad")
+
+
+@dataclass(frozen=True)
+class BgmaskData:
+    """Images to train on, images that get masks, and images with true masks to measure on.
+
+    ``masks_for_is_prefix``: those that get masks are the first training images, with the same indices.
+    """
+
+    train: ImageDataset
+    masks_for: ImageDataset
+    truth: GroundTruth | None
+    masks_for_is_prefix: bool
+
+
+def resolve_bgmask_run(resolved: ResolvedConfig, options: BgmaskOptions) -> tuple[ResolvedConfig, Path | None]:
+    """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
+    if options.resume is None:
+        return resolved, None
+    run = find_run_to_resume(options, resolved.preset, command="train-bgmask")
+    return (resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run) if run is not None else (resolved, None)
+
+
+def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
+    """Open all images of a run. Raises DataError for what cannot be used, UsageError where no data are given."""
+    if download and world.size > 1:
+        world.run_on_main(lambda: _open_datasets(config, download))  # one rank downloads
+    return _open_datasets(config, download)
+
+
+def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
+    specs = config.data.train
+    if not specs:
+        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
+    sources = [open_dataset(spec, split="train", download=download) for spec in specs]
+    train: ImageDataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+    if len(train) < 2:
+        raise DataError(f"{train.spec} holds only one image, and training takes many.", "Give more images.")
+    all_used = len(train) <= config.data.images
+    if not all_used:
+        rows = np.sort(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.images])
+        train = train.select(rows)
+    masks_for = sources[0]
+    if config.data.masks_for is not None:
+        masks_for = open_dataset(config.data.masks_for, split="train", download=download)
+    truth = None
+    if config.data.eval is not None:
+        for spec in (*specs, *([config.data.masks_for] if config.data.masks_for else ())):
+            check_no_leak(config.data.eval, spec)
+        truth = open_ground_truth(config.data.eval, config.data.eval_images, config.seed, download=download)
+    return BgmaskData(train, masks_for, truth, all_used and config.data.masks_for is None)
+
+
+def make_bgmask_record(resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
+    """Return the section ``run`` of config.yaml: facts that must be the same when the run is resumed."""
+    return {
+        "version": __version__,
+        "preset": resolved.preset,
+        "data_fingerprint": data.train.compute_fingerprint(),
+        "images": len(data.train),
+        "precision": pick_precision(resolved.config.runtime.precision, device),
+    }
+
+
+def resume_bgmask_record(run: Path, resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
+    """Return the facts recorded at the start; the precision may change. Raises DataError for other images."""
+    record = read_resumable_record(run)
+    if record["data_fingerprint"] != data.train.compute_fingerprint():
+        raise DataError(
+            f"The images are not those that {run} was started with.",
+            "Give --data the same images in the same order, or start another run.",
+        )
+    if resolved.origin["runtime.precision"] != "run":
+        record["precision"] = pick_precision(resolved.config.runtime.precision, device)
+    return record
 
 
 class GroundTruth(Protocol):
-    """The masks that belong to the images of a source, under the same indices."""
+    """The true masks of ``images``, with the same indices."""
 
     @property
     def images(self) -> ImageDataset: ...
 
     def load_mask(self, index: int) -> np.ndarray:
-        """Where the object is: bool ``[H, W]``, of the image's own size."""
+        """Return where the object is: bool ``[H, W]``, of the image's size."""
+        ...
 
 
 class SyntheticGroundTruth:
-    """Of the embedded demo data, which know their masks."""
+    """The masks of the built-in demo data, which are known."""
 
     def __init__(self, images: ShapesDataset) -> None:
         self.images = images
@@ -48,13 +129,13 @@ class SyntheticGroundTruth:
 
 
 class FileGroundTruth:
-    """Of files: ``masks`` has at ``index`` the one of image ``index``."""
+    """The masks in files: ``masks`` has the one of image ``index`` at ``index``."""
 
     def __init__(self, images: ImageDataset, masks: ImageDataset) -> None:
         self.images, self._masks = images, masks
 
     def load_mask(self, index: int) -> np.ndarray:
-        """Raises DataError when the file holds no image."""
+        """Return bool ``[H, W]``. Raises DataError when the file cannot be decoded."""
         try:
             grey = self._masks.load(index).max(axis=2)
         except BadImageError as bad:
@@ -62,53 +143,52 @@ class FileGroundTruth:
                 f"The true mask {self._masks.get_name(index)} of {self._masks.spec} cannot be read: {bad.reason}.",
                 "Repair it, or remove it and its image.",
             ) from None
-        return grey > (127 if grey.max() > 1 else 0)  # white is 255, or 1 in masks saved as class numbers
+        return np.asarray(grey > (127 if grey.max() > 1 else 0))  # white is 255, or 1 in masks saved as class numbers
 
 
 def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool = False) -> GroundTruth:
     """Open ``spec``: ``shapes``, whose test split is taken, or a folder or archive with images/ and masks/.
 
-    ``most``: how many at most are taken, the first of a shuffle by ``seed``, in their own order. Every mask is read
-    once. Raises DataError when folders or partners are missing, or a mask is not of its image's size.
+    At most ``max_images`` are taken, the first of a shuffle by ``seed``, in their original order. Every mask is read
+    once. Raises DataError when a folder, an image or a mask is missing, or a mask is not of its image's size.
     """
     if spec.partition(":")[0] == "shapes":
         shapes = open_dataset(spec, split="val", download=download)
         assert isinstance(shapes, ShapesDataset)
         return SyntheticGroundTruth(shapes.select(_sample_rows(len(shapes), max_images, seed)))
     images, masks = (_open_part(spec, folder) for folder in (IMAGES, MASKS))
-    rows, partners = _match_masks(images, masks)
-    some = _sample_rows(len(rows), max_images, seed)
-    truth = FileGroundTruth(images.select(rows[some]), masks.select(partners[some]))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
+    rows, mask_rows = _match_masks(images, masks)
+    sample = _sample_rows(len(rows), max_images, seed)
+    truth = FileGroundTruth(images.select(rows[sample]), masks.select(mask_rows[sample]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
         for _ in pool.map(lambda index: _check_mask_size(truth, index), range(len(truth.images))):
             pass
     return truth
 
 
 def check_no_leak(truth: str, images: str) -> None:
-    """Raises DataError if the true masks of ``truth`` lie among ``images``: both as a user names them."""
+    """Raise DataError if the true masks of the data ``truth`` are among the data ``images``."""
     if "shapes" in (truth.partition(":")[0], images.partition(":")[0]) or images.startswith("torchvision:"):
         return
-    masks, place = _resolve_real_path(_make_part_spec(truth, MASKS)), _resolve_real_path(images)
-    if f"{masks}/".startswith(f"{place}/"):
+    masks, folder = _resolve_real_path(_make_part_spec(truth, MASKS)), _resolve_real_path(images)
+    if f"{masks}/".startswith(f"{folder}/"):
         raise DataError(
-            f"{images} holds the true masks of {truth}, and these are for measuring alone.",
+            f"{images} holds the true masks of {truth}, which are for evaluation only.",
             f"Give {_make_part_spec(images, IMAGES)}."
-            if _resolve_real_path(truth) == place
+            if _resolve_real_path(truth) == folder
             else "Give the images without the masks.",
         )
 
 
 def _resolve_real_path(spec: str) -> str:
-    """The real path of a folder, or of one in an archive as if that were a folder."""
+    """Return the real path of a folder, or of one in an archive as if the archive were a folder."""
     path, folder = (spec, "") if os.path.lexists(spec) or "#" not in spec else spec.rsplit("#", 1)
     return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(path)), folder.strip("/")))
 
 
 def _sample_rows(size: int, max_images: int, seed: int) -> np.ndarray:
-    """int64 ``[min(size, most)]``, ascending."""
-    shuffled = np.argsort(draw_uniform(seed, Stream.EVAL, np.arange(size), n=1)[:, 0], kind="stable")
-    return np.sort(shuffled[:max_images])
+    """Return int64 ``[min(size, max_images)]``, ascending."""
+    return np.sort(permutation(size, seed, Stream.EVAL)[:max_images])
 
 
 def _open_part(spec: str, folder: str) -> ImageDataset:
@@ -126,21 +206,21 @@ def _make_part_spec(spec: str, folder: str) -> str:
 
 
 def _match_masks(images: ImageDataset, masks: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images, and of the mask that each has: int64 ``[N]`` both. Raises DataError if one has none."""
+    """Return the indices of the images and of their masks, int64 ``[N]`` both. Raises DataError if one has none."""
     stems = {_strip_suffix(masks.get_name(index)): index for index in range(len(masks))}
     image_stems = [_strip_suffix(images.get_name(index)) for index in range(len(images))]
     unmatched = [images.get_name(index) for index, stem in enumerate(image_stems) if stem not in stems]
     if unmatched:
         raise DataError(
             f"{len(unmatched)} of {len(images)} images in {images.spec} have no mask in {masks.spec}, "
-            f"{unmatched[0]} among them.",
-            "Give every image a mask of the same name, but for what follows the last point.",
+            f"for example {unmatched[0]}.",
+            "Give every image a mask of the same name (the suffix may differ).",
         )
     if len(masks) > len(images):
         spare = sorted(stems.keys() - set(image_stems))
-        example = f", {spare[0]} among them" if spare else ""
+        example = f", for example {spare[0]}" if spare else ""
         raise DataError(
-            f"{len(masks) - len(images)} masks in {masks.spec} belong to no image{example}.",
+            f"{len(masks) - len(images)} masks in {masks.spec} have no image{example}.",
             "Remove them, or add their images.",
         )
     return np.arange(len(images)), np.array([stems[stem] for stem in image_stems])
@@ -163,84 +243,5 @@ def _check_mask_size(truth: FileGroundTruth, index: int) -> None:
     if mask.shape != (height, width):
         raise DataError(
             f"The true mask of {name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}.",
-            "Give masks of the images' own sizes.",
+            "Give masks of the same size as their images.",
         )
-
-
-# What may differ between a run and its continuation.
-BGMASK_MUTABLE_KEYS = ("runtime.", "checkpoint.", "data.train", "data.eval", "data.masks_for", "data.max_bad")
-
-
-@dataclass(frozen=True)
-class BgmaskData:
-    """Images to train on, images that get masks, and images with true masks to measure on.
-
-    ``masks_for_is_prefix``: those that get masks are the first of those to train on, under the same indices.
-    """
-
-    train: ImageDataset
-    masks_for: ImageDataset
-    truth: GroundTruth | None
-    masks_for_is_prefix: bool
-
-
-def resolve_bgmask_run(resolved: ResolvedConfig, options: BgmaskOptions) -> tuple[ResolvedConfig, Path | None]:
-    """The config, and the run that is resumed if one is. Refuses what needs no data to be refused."""
-    if options.resume is None:
-        return resolved, None
-    run = find_run_to_resume(options, resolved.preset, command="train-bgmask")
-    return (resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run) if run is not None else (resolved, None)
-
-
-def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
-    """Raises DataError for what cannot be used, UsageError where no data are named."""
-    if download and world is not None and world.size > 1:
-        world.run_on_main(lambda: _open_datasets(config, download))  # one process fetches
-    return _open_datasets(config, download)
-
-
-def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
-    specs = config.data.train
-    if not specs:
-        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    sources = [open_dataset(spec, split="train", download=download) for spec in specs]
-    train: ImageDataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
-    if len(train) < 2:
-        raise DataError(f"{train.spec} holds one image, and masks are learned from many.", "Give more images.")
-    all_used = len(train) <= config.data.images
-    if not all_used:
-        rows = np.sort(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.images])
-        train = train.select(rows)
-    masks_for = sources[0]
-    if config.data.masks_for is not None:
-        masks_for = open_dataset(config.data.masks_for, split="train", download=download)
-    truth = None
-    if config.data.eval is not None:
-        for spec in (*specs, *([config.data.masks_for] if config.data.masks_for else ())):
-            check_no_leak(config.data.eval, spec)
-        truth = open_ground_truth(config.data.eval, config.data.eval_images, config.seed, download=download)
-    return BgmaskData(train, masks_for, truth, all_used and config.data.masks_for is None)
-
-
-def make_bgmask_record(resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
-    """What config.yaml says under ``run``: facts that a continuation must share."""
-    return {
-        "version": __version__,
-        "preset": resolved.preset,
-        "data_fingerprint": data.train.compute_fingerprint(),
-        "images": len(data.train),
-        "precision": pick_precision(resolved.config.runtime.precision, device),
-    }
-
-
-def resume_bgmask_record(run: Path, resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
-    """The facts noted at the start; the precision may be chosen anew. Raises DataError for other images."""
-    record = read_resumable_record(run)
-    if record["data_fingerprint"] != data.train.compute_fingerprint():
-        raise DataError(
-            f"The images are not those that {run} was started with.",
-            "Give --data the same images in the same order, or start another run.",
-        )
-    if resolved.origin["runtime.precision"] != "run":
-        record["precision"] = pick_precision(resolved.config.runtime.precision, device)
-    return record

@@ -1,4 +1,4 @@
-"""Images squashed to a square, whatever their shape: streamed through data workers, or all kept in memory."""
+"""Images resized to squares, whatever their shape: streamed through data workers, or all in memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from relicctl.errors import DataError
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """Some samples of a source. ``bad`` are (index, reason) of those among them that cannot be decoded."""
+    """Some samples of a data set. ``bad``: (index, reason) of those that cannot be decoded."""
 
-    indices: np.ndarray  # int64 [K], in the order asked for, without the bad ones
+    indices: np.ndarray  # int64 [K], in their order, without the bad ones
     images: Tensor  # uint8 [K, 3, S, S]
     bad: list[tuple[int, str]]
     prior_channels: Tensor | None = None  # uint8 [K, P, h, h]
@@ -33,7 +33,7 @@ class ResizedBatch:
 
 @dataclass(frozen=True)
 class InMemoryImages:
-    """The decodable images of a source, in memory."""
+    """The decodable images of a data set, in memory."""
 
     indices: np.ndarray  # int64 [K]
     images: Tensor  # uint8 [K, 3, S, S]
@@ -43,7 +43,7 @@ class InMemoryImages:
 
 
 def resize_to_square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 ``[size, size, 3]``: the whole image, uint8 ``[H, W, 3]``, its aspect given up (antialiased bicubic)."""
+    """Resize the whole image, uint8 ``[H, W, 3]``, to uint8 ``[size, size, 3]`` (antialiased bicubic)."""
     box = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
     return crop_on_host(image, box, size)[0]
 
@@ -57,10 +57,10 @@ def load_resized_images(
     show: Callable[[int], None] = lambda done: None,
     world: World = SINGLE_PROCESS,
 ) -> InMemoryImages:
-    """Decode every image of ``source`` once, each process its share; in the end all have all.
+    """Decode every image of ``source`` once, each rank its part, and return all of them on every rank.
 
-    Bad ones are left out and told to ``bad``; DataError if all are bad. ``show`` is told how many are decoded, where
-    the other processes are taken to be as fast as this one.
+    Bad ones are left out and added to ``bad``; raises DataError if all are bad. ``show`` gets the number decoded,
+    assuming that the other ranks are as fast as this one.
     """
     first, last = world.split_evenly(len(source))[world.rank]
     images = torch.empty(last - first, 3, size, size, dtype=torch.uint8)
@@ -73,21 +73,21 @@ def load_resized_images(
             failed += batch.bad
             show(min(len(source), world.size * (len(indices) + len(failed))))
     gathered = world.all_gather_object([indices, failed])
-    for index, reason in (pair for _, theirs in gathered for pair in theirs):
+    for index, reason in (pair for _, pairs in gathered for pair in pairs):
         bad.add(source.get_name(index), reason)
-    all_indices = [index for theirs, _ in gathered for index in theirs]
+    all_indices = [index for part, _ in gathered for index in part]
     if not all_indices:
-        raise DataError(f"Not one of the {len(source)} images can be decoded.", "Check that the files are images.")
-    all_images = world.gather_rows(images[: len(indices)], [len(theirs) for theirs, _ in gathered])
+        raise DataError(f"None of the {len(source)} images can be decoded.", "Check that the files are images.")
+    all_images = world.gather_rows(images[: len(indices)], [len(part) for part, _ in gathered])
     return InMemoryImages(np.array(all_indices, dtype=np.int64), all_images)
 
 
 def iter_resized_batches(
     source: ImageDataset, indices: np.ndarray, size: int, *, batch_size: int, workers: int, prior_size: int = 0
 ) -> Generator[ResizedBatch, None, None]:
-    """The samples at ``indices``, int64 ``[K]``, batch after batch; only a few batches are in memory at a time.
+    """Yield the samples at ``indices``, int64 ``[K]``, in batches, a few of which are in memory at a time.
 
-    ``prior_size``: side in pixels of the priors' maps that come along; 0 = none.
+    ``prior_size``: side in pixels of the prior maps that are computed as well; 0 = none.
     """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     loader = DataLoader(
@@ -101,7 +101,7 @@ def iter_resized_batches(
         yield from items
 
 
-class _ResizedBatchDataset(Dataset):
+class _ResizedBatchDataset(Dataset[ResizedBatch]):
     def __init__(self, source: ImageDataset, batches: Sequence[np.ndarray], size: int, prior_size: int) -> None:
         self._source, self._batches, self._size, self._prior_size = source, batches, size, prior_size
 
@@ -109,23 +109,23 @@ class _ResizedBatchDataset(Dataset):
         return len(self._batches)
 
     def __getitem__(self, number: int) -> ResizedBatch:
-        # Sums depend on the number of threads in their last bits.
+        # One thread: the last bits of sums depend on the number of threads.
         with threadpool_limits(1) if self._prior_size else nullcontext():
             return self._load_batch(self._batches[number])
 
     def _load_batch(self, batch: np.ndarray) -> ResizedBatch:
-        loaded, images, priors, bad = [], [], [], []
+        indices, images, priors, bad = [], [], [], []
         for index in batch.tolist():
             try:
                 image = self._source.load(index)
             except BadImageError as reason:
                 bad.append((index, reason.reason))
                 continue
-            loaded.append(index)
+            indices.append(index)
             images.append(resize_to_square(image, self._size))
             if self._prior_size:
                 priors.append(quantize_maps(compute_prior_maps(image, self._prior_size)))
         pixels = np.stack(images) if images else np.empty((0, self._size, self._size, 3), np.uint8)
         planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         prior_channels = build_prior_channels(*map(np.stack, zip(*priors, strict=True))) if priors else None
-        return ResizedBatch(np.array(loaded, dtype=np.int64), planes, bad, prior_channels)
+        return ResizedBatch(np.array(indices, dtype=np.int64), planes, bad, prior_channels)

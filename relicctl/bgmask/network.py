@@ -1,4 +1,4 @@
-"""The mask network as a file, and as the module that comes back from it."""
+"""The mask network: U2-Net, or a ResNet encoder with a light decoder; and its file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from relicctl.version import __version__
 FORMAT = "relicctl-saliency"
 SALIENCY_FILE_NAME = "saliency.safetensors"
 FILE_FIX = "Give a finished run of train-bgmask, or its saliency.safetensors."
+SALIENCY_ARCHITECTURES = (*ENCODERS, "resnet")
+DECODER_CHANNELS = 64
 
 
 class SaliencyNet(nn.Module):
-    """Normalised images ``[N, 3, H, W]`` -> logits ``[N, 1, H, W]``, the one to use first.
+    """Map normalised images ``[N, 3, H, W]`` to several logits ``[N, 1, H, W]``; the first is the prediction.
 
-    ``size``: side in pixels of the squashed images it was trained on. ``hints``: how many channels of the input follow
-    the image's, the priors' maps (``saliency.hints``). ``metadata``: strings that say how to build it again; of a
-    loaded network also what its file says besides.
+    ``size``: side in pixels of the square images it was trained on. ``hints``: number of input channels after the
+    image's three, the prior maps. ``metadata``: strings from which it can be rebuilt; of a loaded network, all that
+    its file holds.
     """
 
     def __init__(self, arch: str, size: int, encoder: ResNet | None = None, hints: int = 0) -> None:
@@ -45,14 +47,14 @@ class SaliencyNet(nn.Module):
         self.body = build_saliency_net(arch, encoder, hints)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.body(x)
+        outputs: list[Tensor] = self.body(x)
+        return outputs
 
 
 def init_saliency_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
-    """The network of a training's ``stage``, initialised as a pure function of the seed, and of the weights that
-    ``model.encoder`` names.
+    """Return the network of a ``stage``, initialised from the seed and the weights ``model.encoder`` alone.
 
-    Raises UsageError when these cannot be read, or labels went into them: masks never see any.
+    Raises UsageError when these cannot be read, or were trained with labels.
     """
     model = config.model
     with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, stage)):
@@ -66,7 +68,7 @@ def _init_encoder(model: MaskNetworkConfig) -> ResNet:
     encoder = load_encoder(model.encoder)
     if vars(encoder)["metadata"].get("objective") == "supervised":
         raise UsageError(
-            f"{model.encoder} was trained with labels, and masks are made without any.",
+            f"{model.encoder} was trained with labels, and masks must not depend on any.",
             "Give --init-from a run of another objective.",
         )
     return encoder
@@ -79,7 +81,7 @@ def save_saliency_net(path: Path, net: SaliencyNet) -> None:
 
 
 def load_saliency_net(path_or_run: str | Path) -> SaliencyNet:
-    """A trained network in eval mode, from a run's folder or a file of ``save_saliency_net``.
+    """Load a trained network, in eval mode, from a run's folder or a file of ``save_saliency_net``.
 
     Raises UsageError when there is none, or it is damaged.
     """
@@ -92,7 +94,7 @@ def load_saliency_net(path_or_run: str | Path) -> SaliencyNet:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UsageError(f"{path} holds no mask network of relicctl.", FILE_FIX)
-            # copied: where in the file they lie decides their alignment, and that the last bit of what is computed
+            # copied: their alignment in the file would change the last bit of what is computed
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         net = _build_from_metadata(metadata)
         net.body.load_state_dict(tensors, assign=True)
@@ -103,7 +105,7 @@ def load_saliency_net(path_or_run: str | Path) -> SaliencyNet:
 
 
 def _build_from_metadata(metadata: dict[str, str]) -> SaliencyNet:
-    """The network that ``metadata`` describe, without weights."""
+    """Build the network that ``metadata`` describe, without weights."""
     encoder = None
     if metadata["arch"] == "resnet":
         arch, width, stem, padding = (metadata[f"encoder_{name}"] for name in ("arch", "width", "stem", "padding"))
@@ -112,16 +114,12 @@ def _build_from_metadata(metadata: dict[str, str]) -> SaliencyNet:
     return net.to(torch.device("meta"))
 
 
-SALIENCY_ARCHITECTURES = (*ENCODERS, "resnet")
-DECODER_CHANNELS = 64
-
-
 class ResNetU(nn.Module):
     """A ResNet encoder, and a decoder that goes up its stages (a feature pyramid with a U's skips).
 
-    The encoder's stages are brought to 64 channels each; from the deepest on, a level is enlarged, added to the
-    next finer one and smoothed by a 3x3 convolution. The finest level is the stem's output. Hints go round the encoder,
-    whose weights know images alone: at every level a 3x3 convolution of them is added.
+    The encoder's stages are projected to 64 channels each; from the deepest on, a level is upsampled, added to the
+    next finer one and smoothed by a 3x3 convolution. The finest level is the stem's output. Prior maps (hints) bypass
+    the encoder, whose weights were trained on images alone: at every level a 3x3 convolution of them is added.
     """
 
     def __init__(self, encoder: ResNet, hints: int = 0) -> None:
@@ -164,7 +162,7 @@ class ResNetU(nn.Module):
 
 
 def _extract_levels(encoder: ResNet, x: Tensor) -> list[Tensor]:
-    """The outputs of the stem and of the four stages, finest first; the stem's only where it is finer."""
+    """Return the outputs of the stem and the four stages, finest first; the stem's only where it is finer."""
     stem = encoder.relu(encoder.bn1(encoder.conv1(x)))
     levels, x = [stem], encoder.maxpool(stem)
     for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
@@ -174,11 +172,10 @@ def _extract_levels(encoder: ResNet, x: Tensor) -> list[Tensor]:
 
 
 def build_saliency_net(arch: str, encoder: ResNet | None = None, hints: int = 0) -> nn.Module:
-    """A randomly initialised network, except for the ``encoder`` that arch ``resnet`` starts from.
+    """Build a randomly initialised network, except for the ``encoder`` that arch ``resnet`` starts from.
 
-    ``hints``: how many channels of the input follow the image's three.
-
-    Draws from torch's default CPU generator: wrap the call in ``seeded``. ValueError for an unknown arch.
+    ``hints``: number of input channels after the image's three. Draws from torch's default CPU generator: wrap the
+    call in ``fork_seeded_rng``. Raises ValueError for an unknown arch.
     """
     if arch in ENCODERS:
         return U2Net(arch, 3 + hints)

@@ -1,8 +1,8 @@
-"""Maps made to follow the image's edges, and several priors made one soft label.
+"""Refine saliency maps along the image's edges, and fuse several priors into one soft label.
 
 The edge-aware step is the guided filter of He, Sun and Tang (TPAMI 2013), with the colour image as the guide:
-within every window the map is taken to be a linear function of the colours. It stands where DeepUSPS
-(arXiv 1909.13055) used a fully connected CRF; it is batched and costs a few box filters.
+within every window the map is assumed to be a linear function of the colours. DeepUSPS (arXiv 1909.13055) used a
+fully connected CRF here; the filter is batched and costs a few box filters.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from torch import Tensor
 from relicctl.config.bgmask import RefineConfig
 
 EPS = 1e-6
+GRABCUT_ITERATIONS = 1  # of fitting colours and cutting: a second one improves nothing and adds half the time
 
 
 def apply_guided_filter(images: Tensor, maps: Tensor, radius: int, eps: float) -> Tensor:
-    """``maps``, float ``[B, P, H, W]``, smoothed along uint8 ``images``, ``[B, 3, H, W]``: float32 in [0, 1].
+    """Smooth ``maps``, float ``[B, P, H, W]``, along uint8 ``images``, ``[B, 3, H, W]``: float32 in [0, 1].
 
     ``radius``: of the square window, in pixels; ``eps``: the variance of colours in [0, 1] below which a window
     counts as flat.
     """
     guide, maps = images.to(torch.float32) / 255, maps.to(torch.float32)
-    inside = _compute_box_mean(
-        guide.new_ones(1, 1, *guide.shape[2:]), radius
-    )  # less than 1 where the window leaves the image
+    inside = _compute_box_mean(guide.new_ones(1, 1, *guide.shape[2:]), radius)  # less than 1 near the border
 
     def compute_mean(x: Tensor) -> Tensor:
         return _compute_box_mean(x, radius) / inside
@@ -50,7 +49,7 @@ def apply_guided_filter(images: Tensor, maps: Tensor, radius: int, eps: float) -
 
 
 def _invert_covariance(mean: Tensor, squares: Tensor, eps: float) -> tuple[tuple[Tensor, ...], ...]:
-    """3 x 3 tensors ``[B, H, W]``: the inverse of the colours' covariance plus ``eps``, by cofactors.
+    """Return 3 x 3 tensors ``[B, H, W]``: the inverse of the colours' covariance plus ``eps``, by cofactors.
 
     ``mean``: ``[B, 3, H, W]``; ``squares``: means of rr, rg, rb, gg, gb, bb, ``[B, 6, H, W]``.
     """
@@ -60,13 +59,13 @@ def _invert_covariance(mean: Tensor, squares: Tensor, eps: float) -> tuple[tuple
     rg, rb, gb = rg - r * g, rb - r * b, gb - g * b
     c00, c01, c02 = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
     c11, c12, c22 = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
-    one = 1 / (rr * c00 + rg * c01 + rb * c02)
-    c00, c01, c02, c11, c12, c22 = (c * one for c in (c00, c01, c02, c11, c12, c22))
+    inverse_determinant = 1 / (rr * c00 + rg * c01 + rb * c02)
+    c00, c01, c02, c11, c12, c22 = (c * inverse_determinant for c in (c00, c01, c02, c11, c12, c22))
     return (c00, c01, c02), (c01, c11, c12), (c02, c12, c22)
 
 
 def _compute_box_mean(x: Tensor, radius: int) -> Tensor:
-    """Sums over windows of side 2 radius + 1, zeros beyond the border, divided by the window's area.
+    """Return sums over windows of side 2 radius + 1, zeros beyond the border, divided by the window's area.
 
     Two products with a band matrix: on a CPU four times as fast as torch's pooling.
     """
@@ -80,7 +79,7 @@ def _build_band_matrix(side: int, radius: int, like: Tensor) -> Tensor:
 
 
 def normalize_maps(maps: Tensor) -> Tensor:
-    """``maps``, float ``[..., H, W]``, each shifted and scaled to run from 0 to 1; a constant one becomes 0."""
+    """Shift and scale each of ``maps``, float ``[..., H, W]``, to run from 0 to 1; a constant one becomes 0."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low).clamp_min(EPS)
 
@@ -89,8 +88,8 @@ def normalize_maps(maps: Tensor) -> Tensor:
 class RefinedLabels:
     """Soft labels of B images: ``map`` float ``[B, S, S]`` in [0, 1], ``agreement`` float ``[B]`` from 0 to 1.
 
-    ``agreement``: of the map before and after the cut (soft intersection over union). Where no prior was valid the
-    map and the agreement are 0.
+    ``agreement``: soft intersection over union of the map before and after the graph cut. Where no prior was valid
+    both are 0.
     """
 
     map: Tensor
@@ -98,7 +97,7 @@ class RefinedLabels:
 
 
 def fuse_priors(images: Tensor, maps: Tensor, valid: Tensor, refine: RefineConfig, threads: int = 1) -> RefinedLabels:
-    """The labels that valid priors make together.
+    """Fuse the valid priors of each image into one label.
 
     ``images``: uint8 ``[B, 3, S, S]``; ``maps``: float ``[B, P, S, S]`` in [0, 1], anything where not valid;
     ``valid``: bool ``[B, P]``.
@@ -110,9 +109,9 @@ def fuse_priors(images: Tensor, maps: Tensor, valid: Tensor, refine: RefineConfi
 
 
 def refine_maps(images: Tensor, maps: Tensor, refine: RefineConfig, threads: int = 1) -> RefinedLabels:
-    """``maps``, float ``[B, S, S]``, drawn to the images' edges: filtered, stretched, then cut.
+    """Refine ``maps``, float ``[B, S, S]``, along the images' edges: guided filter, rescaling, then graph cut.
 
-    The label is a mean of the filtered map and the cut one, in which the cut has the weight ``refine.cut``.
+    The label is the mean of the filtered map and the cut, in which the cut has the weight ``refine.cut``.
     """
     soft = normalize_maps(apply_guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0])
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -131,18 +130,15 @@ def _compute_soft_iou(a: Tensor, b: Tensor) -> Tensor:
 def apply_grabcut(
     images: np.ndarray, maps: np.ndarray, *, background: float, foreground: float, threads: int = 1
 ) -> np.ndarray:
-    """bool ``[B, S, S]``: the objects in ``images``, uint8 ``[B, S, S, 3]``, begun from ``maps``, float ``[B, S, S]``.
+    """Segment uint8 ``images``, ``[B, S, S, 3]``, by GrabCut from ``maps``, float ``[B, S, S]``: bool ``[B, S, S]``.
 
-    A pixel whose map is below ``background`` or above ``foreground`` keeps its side. The others start on the side
-    that Otsu's threshold puts them on. The result depends on the image and its map alone.
+    A pixel whose map is below ``background`` or above ``foreground`` is fixed. The others start on the side of Otsu's
+    threshold. The result depends on the image and its map alone.
     """
-    begun = zip(images, maps, strict=True)
-    with ThreadPoolExecutor(threads) as pool:  # OpenCV leaves Python's lock
-        found = list(pool.map(lambda pair: _apply_grabcut_to_image(pair[0], pair[1], background, foreground), begun))
-    return np.stack(found) if found else np.empty(maps.shape, dtype=bool)
-
-
-GRABCUT_ITERATIONS = 1  # of fitting colours and cutting: a second one brings nothing and costs half as much again
+    pairs = zip(images, maps, strict=True)
+    with ThreadPoolExecutor(threads) as pool:  # OpenCV releases the GIL
+        masks = list(pool.map(lambda pair: _apply_grabcut_to_image(*pair, background, foreground), pairs))
+    return np.stack(masks) if masks else np.empty(maps.shape, dtype=bool)
 
 
 def _apply_grabcut_to_image(
@@ -153,15 +149,15 @@ def _apply_grabcut_to_image(
     state = np.where(inside, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     state[saliency < background] = cv2.GC_BGD
     state[saliency > foreground] = cv2.GC_FGD
-    chosen = _is_foreground(state)
-    if chosen.all() or not chosen.any():  # no colours to tell apart
-        return inside
+    start = _is_foreground(state)
+    if start.all() or not start.any():  # one of the two colour models would be empty
+        return np.asarray(inside)
     cv2.setRNGSeed(0)  # of this thread; the mixtures are seeded by k-means
     mixtures = np.zeros((1, 65)), np.zeros((1, 65))
-    nowhere = (0, 0, 0, 0)  # a rectangle is another way to begin
-    cv2.grabCut(np.ascontiguousarray(image), state, nowhere, *mixtures, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    no_rectangle = (0, 0, 0, 0)  # it starts from the mask
+    cv2.grabCut(np.ascontiguousarray(image), state, no_rectangle, *mixtures, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
     return _is_foreground(state)
 
 
 def _is_foreground(state: np.ndarray) -> np.ndarray:
-    return (state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)
+    return np.isin(state, (cv2.GC_FGD, cv2.GC_PR_FGD))

@@ -217,7 +217,7 @@ def test_photos_are_the_images_that_can_be_decoded():
 
 
 def test_no_photos_at_all_are_an_error():
-    with pytest.raises(DataError, match="Not one of the 3 images"):
+    with pytest.raises(DataError, match="None of the 3 images"):
         load_resized_images(Drawn(3, bad=range(3)), 16, workers=0, bad=BadImages(3, 1.0))
 
 

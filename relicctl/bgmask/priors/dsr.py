@@ -1,8 +1,8 @@
 """Saliency by dense and sparse reconstruction (DSR).
 
 After X. Li, H. Lu, L. Zhang, X. Ruan, M.-H. Yang, "Saliency Detection via Dense and Sparse Reconstruction", ICCV 2013.
-Errors spread among superpixels of like features, not within clusters of them, and the two errors are averaged, not
-joined by Bayes' rule.
+Unlike there, errors are propagated among superpixels of similar features, not within clusters, and the two errors
+are averaged, not combined by Bayes' rule.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 
 from relicctl.bgmask.priors.superpixels import Superpixels, compute_pairwise_distances, normalize_min_max
 
-PCA_ENERGY = 0.95  # share of the border's variance that the principal components keep
+PCA_ENERGY = 0.95  # fraction of the border's variance in the principal components
 LASSO_WEIGHT = 0.01  # weight of the L1 norm
-FISTA_STEPS = 30  # of the sparse solver
-CONTEXT_WEIGHT = 0.8  # share of an error that is taken from superpixels of like features
+FISTA_STEPS = 30  # iterations of the sparse solver
+CONTEXT_WEIGHT = 0.8  # fraction of an error taken from superpixels of similar features
 CONTEXT_SCALE = 0.1
-OBJECT_SCALE = 0.35  # standard deviation of the bias towards the object, in sides of the image
+OBJECT_SCALE = 0.35  # standard deviation of the bias towards the object, as a fraction of the image's side
 
 
 def compute_dsr(superpixels: Superpixels) -> np.ndarray:
-    """Saliency float64 ``[n]`` from 0 to 1: how badly the border's superpixels explain a superpixel.
+    """Return saliency, float64 ``[n]`` from 0 to 1: how badly the border's superpixels reconstruct each other one.
 
-    NaN throughout where the superpixels have nothing to tell an object by.
+    All NaN where the superpixels are featureless.
     """
     if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
@@ -35,7 +35,7 @@ def compute_dsr(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_superpixel_features(superpixels: Superpixels) -> np.ndarray:
-    """Colour in two spaces, and place as distances from all sides, each from 0 to 1: float64 ``[n, 10]``.
+    """Return colour in two spaces, and distances from all sides, each from 0 to 1: float64 ``[n, 10]``.
 
     With one distance per axis, as in the paper, sparse codes would differ for the mirror image.
     """
@@ -45,23 +45,23 @@ def compute_superpixel_features(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_dense_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
-    """Squared distance of ``features``, ``[n, d]``, to the principal plane of ``templates``, ``[m, d]``: ``[n]``."""
+    """Return the squared distances ``[n]`` of ``features``, ``[n, d]``, to the main plane of ``templates``, ``[m, d]``."""
     mean = templates.mean(axis=0)
     _, singular_values, directions = np.linalg.svd(templates - mean, full_matrices=False)
     energy = np.cumsum(np.square(singular_values))
     components = directions[: 1 + np.searchsorted(energy, PCA_ENERGY * energy[-1])]
     centred = features - mean
-    return np.square(centred - centred @ components.T @ components).sum(axis=1)
+    return np.asarray(np.square(centred - centred @ components.T @ components).sum(axis=1))
 
 
 def compute_sparse_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
-    """What is left of ``features``, ``[n, d]``, after few ``templates``, ``[m, d]``, have explained them: ``[n]``."""
+    """Return the squared error of ``features``, ``[n, d]``, as sparse sums of ``templates``, ``[m, d]``: ``[n]``."""
     codes = solve_lasso(features, templates, LASSO_WEIGHT, FISTA_STEPS)
-    return np.square(features - codes @ templates).sum(axis=1)
+    return np.asarray(np.square(features - codes @ templates).sum(axis=1))
 
 
 def solve_lasso(targets: np.ndarray, templates: np.ndarray, weight: float, steps: int) -> np.ndarray:
-    """The codes A, ``[n, m]``, of least  |targets - A templates|²/2 + weight |A|_1, by FISTA (Beck, Teboulle 2009)."""
+    """Minimise  |targets - A templates|²/2 + weight |A|_1  over A, ``[n, m]``, by FISTA (Beck, Teboulle 2009)."""
     step = 1.0 / np.linalg.norm(templates, 2) ** 2
     codes = ahead = np.zeros((len(targets), len(templates)))
     momentum = 1.0
@@ -75,20 +75,20 @@ def solve_lasso(targets: np.ndarray, templates: np.ndarray, weight: float, steps
 
 
 def compute_feature_affinity(features: np.ndarray) -> np.ndarray:
-    """Shares of all others that are like a superpixel: ``[n, n]``, rows sum to one."""
-    alike = np.exp(-np.square(compute_pairwise_distances(features)) / (2 * CONTEXT_SCALE**2))
-    np.fill_diagonal(alike, 0.0)
-    return alike / np.maximum(alike.sum(axis=1, keepdims=True), 1e-300)
+    """Return how similar each two superpixels are: ``[n, n]``, zero diagonal, rows sum to one."""
+    similarity = np.exp(-np.square(compute_pairwise_distances(features)) / (2 * CONTEXT_SCALE**2))
+    np.fill_diagonal(similarity, 0.0)
+    return np.asarray(similarity / np.maximum(similarity.sum(axis=1, keepdims=True), 1e-300))
 
 
 def propagate_error(error: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """The error, ``[n]``, that is a mean of one's own and, recursively, of those like it."""
+    """Return the errors ``[n]`` as means of a superpixel's error and, recursively, those of similar ones."""
     return np.linalg.solve(np.eye(len(error)) - CONTEXT_WEIGHT * context, (1.0 - CONTEXT_WEIGHT) * error)
 
 
 def apply_object_bias(error: np.ndarray, superpixels: Superpixels) -> np.ndarray:
-    """The error, ``[n]``, weighted by a Gaussian about where it is large."""
+    """Weight the error, ``[n]``, by a Gaussian about its centre of mass."""
     weight = error * superpixels.area
-    middle = weight @ superpixels.centre / weight.sum()
-    away = np.square(superpixels.centre - middle).sum(axis=1)
-    return error * np.exp(-away / (2 * OBJECT_SCALE**2))
+    centre = weight @ superpixels.centre / weight.sum()
+    distances = np.square(superpixels.centre - centre).sum(axis=1)
+    return np.asarray(error * np.exp(-distances / (2 * OBJECT_SCALE**2)))

@@ -1,4 +1,4 @@
-"""The hand-made priors of an image: where an object may be, by four methods that were never trained."""
+"""The handcrafted saliency priors of an image: where an object may be, by four methods without training."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ PRIORS: dict[str, Callable[[Superpixels], np.ndarray]] = {
     "mr": compute_mr,
 }
 PRIOR_NAMES = tuple(PRIORS)
-MAX_LONG_SIDE = 200  # pixels; larger images are shrunk first: they gain nothing by their 200 superpixels being finer
+MAX_LONG_SIDE = 200  # pixels; larger images are shrunk first: 200 superpixels need no more
+UNDECIDED = 128  # of 255
 
 
 def compute_prior_maps(image: np.ndarray, size: int) -> np.ndarray:
-    """The maps of ``image``, uint8 ``[H, W, 3]``, squashed to squares: float32 ``[P, size, size]`` from 0 to 1.
+    """Compute the maps of ``image``, uint8 ``[H, W, 3]``, resized to squares: float32 ``[P, size, size]``, 0 to 1.
 
-    They come in the order of NAMES. The map of a prior that finds nothing to go by is NaN throughout.
+    In the order of PRIOR_NAMES. The map of a prior that is undefined for the image is all NaN.
     """
     superpixels = segment_superpixels(shrink_image(image))
     return np.stack([resize_map_to_square(prior(superpixels)[superpixels.labels], size) for prior in PRIORS.values()])
 
 
 def shrink_image(image: np.ndarray) -> np.ndarray:
-    """``image``, uint8 ``[H, W, 3]``, with its long side at most LONG_SIDE and its short side at least a pixel."""
+    """Shrink ``image``, uint8 ``[H, W, 3]``, to a long side of at most MAX_LONG_SIDE."""
     height, width = image.shape[:2]
     scale = MAX_LONG_SIDE / max(height, width)
     if scale >= 1:
@@ -46,7 +47,7 @@ def shrink_image(image: np.ndarray) -> np.ndarray:
 
 
 def resize_map_to_square(values: np.ndarray, size: int) -> np.ndarray:
-    """A map, ``[H, W]``, as float32 ``[size, size]``; NaN throughout if it has any."""
+    """Resize a map, ``[H, W]``, to float32 ``[size, size]``; all NaN if it has any."""
     if not np.isfinite(values).all():
         return np.full((size, size), np.nan, dtype=np.float32)
     square = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
@@ -54,16 +55,13 @@ def resize_map_to_square(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def make_centre_prior(size: int) -> np.ndarray:
-    """A Gaussian about the middle, as if every object stood there: float32 ``[size, size]``, at most 1."""
+    """Return a Gaussian about the centre, the simplest prior: float32 ``[size, size]``, at most 1."""
     offset = np.square(((np.arange(size) + 0.5) / size - 0.5) / 0.25) / 2
     return np.exp(-(offset[:, None] + offset)).astype(np.float32)
 
 
-UNDECIDED = 128
-
-
 def quantize_maps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float ``[P, S, S]`` from 0 to 1, or NaN, as they are kept: uint8 maps, 0 where not valid; which are, bool [P]."""
+    """Quantize float ``[P, S, S]``, 0 to 1 or NaN, to uint8; invalid maps are 0. Also which are valid, bool ``[P]``."""
     valid = np.isfinite(maps).all(axis=(1, 2))
     quantized = np.zeros(maps.shape, dtype=np.uint8)
     quantized[valid] = np.rint(255 * maps[valid])
@@ -71,9 +69,9 @@ def quantize_maps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_prior_channels(maps: np.ndarray, valid: np.ndarray) -> Tensor:
-    """uint8 ``[B, P, S, S]`` of such ``maps``; one that is not ``valid``, ``[B, P]``, is the mean of those that are.
+    """Return uint8 ``[B, P, S, S]``: quantized ``maps``, the invalid ones replaced by the mean of the ``valid``.
 
-    Where none is, all are undecided throughout.
+    ``valid``: bool ``[B, P]``. Where none is, all are UNDECIDED.
     """
     filled = np.array(maps)
     for row in np.flatnonzero(~valid.all(1)).tolist():
@@ -83,7 +81,7 @@ def build_prior_channels(maps: np.ndarray, valid: np.ndarray) -> Tensor:
 
 
 def to_network_input(prior_channels: Tensor, side: int) -> Tensor:
-    """uint8 ``[B, P, S, S]`` as a network sees them: float32 ``[B, P, side, side]`` from -1/2 to 1/2."""
+    """Turn uint8 ``[B, P, S, S]`` into a network's input: float32 ``[B, P, side, side]`` from -1/2 to 1/2."""
     x = prior_channels.to(torch.float32) / 255
     if x.shape[-1] != side:
         x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -11,9 +11,9 @@ from relicctl.bgmask.priors.superpixels import Superpixels, normalize_min_max
 
 
 def compute_mc(superpixels: Superpixels) -> np.ndarray:
-    """Saliency float64 ``[n]`` from 0 to 1: how long a random walk from a superpixel takes to leave the image.
+    """Return saliency, float64 ``[n]`` from 0 to 1: how long a random walk from a superpixel takes to leave the image.
 
-    NaN throughout where the superpixels have nothing to tell an object by.
+    All NaN where the superpixels are featureless.
     """
     if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
@@ -21,10 +21,10 @@ def compute_mc(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_transitions(superpixels: Superpixels) -> tuple[np.ndarray, np.ndarray]:
-    """One step of the walk: to superpixels, ``[n, n]``, and to the absorbing state, ``[n]``; rows sum to one.
+    """Return the probabilities of a step to superpixels, ``[n, n]``, and to the absorbing state, ``[n]``; they sum to 1.
 
-    Every border superpixel has an absorbing twin of its colour, linked with it and with all its neighbours.
-    The twins are one state here, since only the time until any of them is reached counts.
+    Every border superpixel has an absorbing copy of its colour, linked with it and with all its neighbours.
+    The copies are one state here, since only the time until any of them is reached counts.
     """
     moves = superpixels.affinity + np.eye(len(superpixels))
     leaves = np.where(superpixels.adjacency, moves, 0.0) @ superpixels.border + superpixels.border
@@ -33,8 +33,7 @@ def compute_transitions(superpixels: Superpixels) -> tuple[np.ndarray, np.ndarra
 
 
 def compute_absorption_time(moves: np.ndarray, leaves: np.ndarray) -> np.ndarray:
-    """Expected steps until absorption, (I - Q)^-1 1, from each state: ``[n]``. inf where it is never reached."""
-    assert moves.shape == (len(leaves), len(leaves))
+    """Return the expected steps until absorption, (I - Q)^-1 1, from each state, ``[n]``; inf where never."""
     try:
         return np.linalg.solve(np.eye(len(moves)) - moves, np.ones(len(moves)))
     except np.linalg.LinAlgError:

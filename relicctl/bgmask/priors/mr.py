@@ -9,13 +9,14 @@ import numpy as np
 
 from relicctl.bgmask.priors.superpixels import Superpixels, normalize_min_max
 
-ALPHA = 0.99  # how far a rank spreads over the graph
+ALPHA = 0.99  # how far a rank is propagated over the graph
 
 
 def compute_mr(superpixels: Superpixels) -> np.ndarray:
-    """Saliency float64 ``[n]`` from 0 to 1: unlike each side of the image, then like what was found so.
+    """Return saliency, float64 ``[n]`` from 0 to 1: by ranking against the sides of the image, then by similarity to
+    what differs from all of them.
 
-    NaN throughout where the superpixels have nothing to tell an object by.
+    All NaN where the superpixels are featureless.
     """
     if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
@@ -28,7 +29,7 @@ def compute_mr(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_ranking_matrix(superpixels: Superpixels) -> np.ndarray:
-    """(D - alpha W)^-1 with its diagonal cleared, so that a query does not vote for itself: float64 ``[n, n]``."""
+    """Return (D - alpha W)^-1, ``[n, n]``, with its diagonal cleared, so that a query does not vote for itself."""
     affinity = superpixels.affinity
     ranking = np.linalg.inv(np.diag(affinity.sum(axis=1)) - ALPHA * affinity)
     np.fill_diagonal(ranking, 0.0)

@@ -12,8 +12,8 @@ from skimage.filters import threshold_otsu
 
 from relicctl.bgmask.priors.superpixels import Superpixels, compute_pairwise_distances, normalize_min_max
 
-REGION_SCALE = 7.0  # CIELab units of path within which superpixels are of one region
-COLOUR_SCALE = 10.0  # CIELab units: the standard deviation of the likeness of neighbours
+REGION_SCALE = 7.0  # geodesic distance in CIELab within which superpixels belong to one region
+COLOUR_SCALE = 10.0  # standard deviation in CIELab of the similarity of neighbours
 CONNECTIVITY_SCALE = 1.0
 SPATIAL_SCALE = 0.25  # of the image's side
 BACKGROUND_WEIGHT = 5.0
@@ -21,10 +21,10 @@ MIN_SMOOTHNESS = 0.1
 
 
 def compute_rbd(superpixels: Superpixels) -> np.ndarray:
-    """Saliency float64 ``[n]`` from 0 to 1: contrast to what is bound up with the image's border, made smooth.
+    """Return saliency, float64 ``[n]`` from 0 to 1: contrast to what is connected to the image's border, smoothed.
 
-    Contrasts under Otsu's threshold speak for no foreground at all: our choice, by measurement.
-    NaN throughout where the superpixels have nothing to tell an object by.
+    Contrasts below Otsu's threshold count as none: our choice, by measurement.
+    All NaN where the superpixels are featureless.
     """
     if superpixels.is_featureless:
         return np.full(len(superpixels), np.nan)
@@ -39,43 +39,44 @@ def compute_rbd(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_boundary_connectivity(superpixels: Superpixels) -> np.ndarray:
-    """Length of a superpixel's region along the border, over the square root of the region's area: ``[n]``."""
+    """Return ``[n]``: the length of a superpixel's region along the border, over the square root of its area."""
     region = np.exp(-np.square(compute_geodesic_distances(superpixels)) / (2 * REGION_SCALE**2))
-    return region @ superpixels.border / np.sqrt(region.sum(axis=1))
+    return np.asarray(region @ superpixels.border / np.sqrt(region.sum(axis=1)))
 
 
 def compute_geodesic_distances(superpixels: Superpixels) -> np.ndarray:
-    """Least sum of colour differences along a path of neighbours; border superpixels are neighbours: ``[n, n]``.
+    """Return the least sum of colour differences along paths of neighbours, ``[n, n]``; the border is connected.
 
-    Differences no larger than what is usual between a superpixel and its nearest neighbour count as none.
+    Differences up to the mean one between a superpixel and its most similar neighbour count as none.
     """
     n, colour = len(superpixels), superpixels.colour_distance
     nearest = np.where(superpixels.adjacency, colour, np.inf).min(axis=1)
-    usual = nearest[np.isfinite(nearest)].mean()
+    mean_nearest = nearest[np.isfinite(nearest)].mean()
     first, second = np.nonzero(np.triu(superpixels.adjacency | (superpixels.border[:, None] & superpixels.border), 1))
-    step = np.maximum(colour[first, second] - usual, 0.0) + 1e-9  # a stored zero would be no edge
+    step = np.maximum(colour[first, second] - mean_nearest, 0.0) + 1e-9  # a stored zero would be no edge
     graph = coo_array((step, (first, second)), shape=(n, n)).tocsr()
-    return shortest_path(graph, method="D", directed=False)
+    return np.asarray(shortest_path(graph, method="D", directed=False))
 
 
 def compute_background_probability(superpixels: Superpixels) -> np.ndarray:
-    """Near 1 for superpixels of regions that run along the border: ``[n]``."""
-    return 1.0 - np.exp(-np.square(compute_boundary_connectivity(superpixels)) / (2 * CONNECTIVITY_SCALE**2))
+    """Return ``[n]``: near 1 for superpixels of regions that run along the border."""
+    connectivity = compute_boundary_connectivity(superpixels)
+    return np.asarray(1.0 - np.exp(-np.square(connectivity) / (2 * CONNECTIVITY_SCALE**2)))
 
 
 def compute_background_contrast(superpixels: Superpixels, background: np.ndarray) -> np.ndarray:
-    """Colour difference to all others, weighted by nearness and by their being background: ``[n]``."""
-    near = np.exp(-np.square(compute_pairwise_distances(superpixels.centre)) / (2 * SPATIAL_SCALE**2))
-    return (superpixels.colour_distance * near) @ background
+    """Return the colour difference to all others, weighted by proximity and background probability: ``[n]``."""
+    proximity = np.exp(-np.square(compute_pairwise_distances(superpixels.centre)) / (2 * SPATIAL_SCALE**2))
+    return np.asarray((superpixels.colour_distance * proximity) @ background)
 
 
 def compute_smoothness_weights(superpixels: Superpixels) -> np.ndarray:
-    """How strongly two superpixels should be of one saliency: ``[n, n]``, symmetric, zero on the diagonal."""
-    alike = np.exp(-np.square(superpixels.colour_distance) / (2 * COLOUR_SCALE**2)) + MIN_SMOOTHNESS
-    return np.where(superpixels.linked, alike, 0.0)
+    """Return how strongly two superpixels should share their saliency: ``[n, n]``, symmetric, zero diagonal."""
+    similarity = np.exp(-np.square(superpixels.colour_distance) / (2 * COLOUR_SCALE**2)) + MIN_SMOOTHNESS
+    return np.where(superpixels.linked, similarity, 0.0)
 
 
 def optimize_saliency(background: np.ndarray, foreground: np.ndarray, smooth: np.ndarray) -> np.ndarray:
-    """The s, ``[n]``, of least  sum b s² + sum f (s-1)² + sum over pairs of w (s_i - s_j)²."""
+    """Minimise over s, ``[n]``:  sum b s² + sum f (s-1)² + sum over pairs of w (s_i - s_j)²."""
     laplacian = np.diag(smooth.sum(axis=1)) - smooth
     return np.linalg.solve(np.diag(background + foreground) + laplacian, foreground)

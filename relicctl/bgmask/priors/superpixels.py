@@ -1,4 +1,4 @@
-"""A small image as a graph of superpixels: what all hand-made priors share, computed once."""
+"""A small image as a graph of superpixels: what all handcrafted priors share, computed once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from skimage.color import rgb2lab
 from skimage.segmentation import slic
 
-MAX_SUPERPIXELS = 200  # superpixels asked for, as long as each has at least SMALLEST pixels
+MAX_SUPERPIXELS = 200  # as long as each has at least MIN_PIXELS
 MIN_PIXELS = 16
-COMPACTNESS = 0.25  # SLIC: how much a pixel's place counts beside its colour, whose range in the image is taken as 1
+COMPACTNESS = 0.25  # SLIC: weight of a pixel's position against its colour, whose range in the image is scaled to 1
 ITERATIONS = 5
-BLUR_SIGMA = 0.5  # standard deviation in pixels before SLIC, so that grain does not fray the superpixels
-CONTRAST = 10.0  # likeness falls to e^-10 at the strongest contrast of linked superpixels in the image
-VISIBLE_DIFFERENCE = 1.0  # a difference in CIELab that an eye just sees
+BLUR_SIGMA = 0.5  # standard deviation in pixels before SLIC, against noise
+CONTRAST = 10.0  # affinity falls to e^-10 at the strongest contrast of linked superpixels in the image
+VISIBLE_DIFFERENCE = 1.0  # the just noticeable difference in CIELab
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Superpixels:
     """n superpixels of an image.
 
     ``labels``: int32 ``[H, W]``, 0 to n-1. ``lab``, ``rgb``: float64 ``[n, 3]``, mean colours (CIELab; RGB from 0
-    to 1). ``centre``: float64 ``[n, 2]``, row and column from 0 to 1. ``area``: float64 ``[n]``, share of the image.
-    ``sides``: bool ``[4, n]``, who touches the top, bottom, left, right. ``edges``: int64 ``[E, 2]``, who touches
-    whom, each pair once, the smaller number first.
+    to 1). ``centre``: float64 ``[n, 2]``, row and column from 0 to 1. ``area``: float64 ``[n]``, fraction of the
+    image. ``sides``: bool ``[4, n]``, which touch the top, bottom, left, right. ``edges``: int64 ``[E, 2]``, the pairs
+    that touch, each once, the smaller number first.
     """
 
     labels: np.ndarray
@@ -41,8 +41,8 @@ class Superpixels:
 
     @cached_property
     def border(self) -> np.ndarray:
-        """Who touches any side: bool ``[n]``."""
-        return np.any(self.sides, axis=0)
+        """Which touch any side: bool ``[n]``."""
+        return np.asarray(np.any(self.sides, axis=0))
 
     @cached_property
     def colour_distance(self) -> np.ndarray:
@@ -58,26 +58,26 @@ class Superpixels:
 
     @cached_property
     def linked(self) -> np.ndarray:
-        """Who is a neighbour or a neighbour's neighbour, or both at the border: bool ``[n, n]``, no self-links."""
+        """Which are neighbours, neighbours of neighbours, or both at the border: bool ``[n, n]``, False diagonal."""
         near = self.adjacency.astype(np.float32)
         linked = (near + near @ near > 0) | (self.border[:, None] & self.border)
         np.fill_diagonal(linked, False)
-        return linked
+        return np.asarray(linked)
 
     @cached_property
     def affinity(self) -> np.ndarray:
-        """Likeness of linked superpixels, falling to e^-10 at the strongest contrast of any two: float64 ``[n, n]``."""
+        """Similarity of linked superpixels, e^-10 at the strongest contrast of any two: float64 ``[n, n]``."""
         strongest = self.colour_distance[self.linked].max()
         return np.where(self.linked, np.exp(-CONTRAST * self.colour_distance / strongest), 0.0)
 
     @cached_property
     def is_featureless(self) -> bool:
-        """Nothing to tell an object by: all lies at the border, or no two colours differ visibly."""
+        """Whether no object can be found: all superpixels touch the border, or no two colours differ visibly."""
         return bool(self.border.all() or self.colour_distance.max() < VISIBLE_DIFFERENCE)
 
 
 def segment_superpixels(image: np.ndarray) -> Superpixels:
-    """SLIC superpixels (Achanta et al., 2012) of ``image``, uint8 ``[H, W, 3]``, sides of a few hundred pixels."""
+    """Segment ``image``, uint8 ``[H, W, 3]``, a few hundred pixels wide, by SLIC (Achanta et al., 2012)."""
     height, width = image.shape[:2]
     lab = rgb2lab(image)
     labels = slic(
@@ -93,7 +93,7 @@ def segment_superpixels(image: np.ndarray) -> Superpixels:
 
 
 def get_num_superpixels(pixels: int) -> int:
-    """How many superpixels an image of so many pixels is cut into."""
+    """Return the number of superpixels for an image of ``pixels`` pixels."""
     return max(1, min(MAX_SUPERPIXELS, pixels // MIN_PIXELS))
 
 
@@ -124,7 +124,7 @@ def build_superpixels(labels: np.ndarray, image: np.ndarray, lab: np.ndarray) ->
 
 
 def _find_edges(labels: np.ndarray, n: int) -> np.ndarray:
-    """Pairs of superpixels that share a side of a pixel: int64 ``[E, 2]``."""
+    """Return the pairs of superpixels that share a side of a pixel: int64 ``[E, 2]``."""
     across = np.stack([labels[:, :-1].ravel(), labels[:, 1:].ravel()])
     down = np.stack([labels[:-1].ravel(), labels[1:].ravel()])
     pairs = np.concatenate([across, down], axis=1)
@@ -134,15 +134,15 @@ def _find_edges(labels: np.ndarray, n: int) -> np.ndarray:
 
 
 def compute_pairwise_distances(points: np.ndarray) -> np.ndarray:
-    """Euclidean distances among ``points``, ``[n, d]``: ``[n, n]``."""
+    """Return the Euclidean distances among ``points``, ``[n, d]``: ``[n, n]``."""
     square = np.zeros((len(points), len(points)))
     for coordinate in points.T:  # exact zeros on the diagonal, unlike the expanded square
         square += np.square(coordinate[:, None] - coordinate)
-    return np.sqrt(square)
+    return np.asarray(np.sqrt(square))
 
 
 def normalize_min_max(values: np.ndarray) -> np.ndarray:
-    """``values`` scaled linearly to fill 0 to 1; NaN throughout where they do not differ or are not finite."""
+    """Scale ``values`` linearly to 0 to 1; all NaN where they are constant or not finite."""
     low, high = values.min(), values.max()
     if not np.isfinite(high - low) or high - low <= 1e-9 * max(abs(high), abs(low)):
         return np.full(values.shape, np.nan)
