@@ -121,9 +121,10 @@ def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
     """Return F of precision and recall, ``[2, ...]``, summed over ``num_images`` images."""
     precision, recall = sums / num_images
     denominator = BETA2 * precision + recall
-    return np.divide(
+    f_measure: np.ndarray = np.divide(
         (1 + BETA2) * precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0
     )
+    return f_measure
 
 
 def compute_saliency_metrics(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:

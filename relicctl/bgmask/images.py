@@ -45,7 +45,7 @@ class InMemoryImages:
 def resize_to_square(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the whole image, uint8 ``[H, W, 3]``, to uint8 ``[size, size, 3]`` (antialiased bicubic)."""
     box = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
-    return crop_on_host(image, box, size)[0]
+    return np.asarray(crop_on_host(image, box, size)[0])
 
 
 def load_resized_images(

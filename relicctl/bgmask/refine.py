@@ -137,7 +137,7 @@ def apply_grabcut(
     """
     pairs = zip(images, maps, strict=True)
     with ThreadPoolExecutor(threads) as pool:  # OpenCV releases the GIL
-        masks = list(pool.map(lambda pair: _apply_grabcut_to_image(*pair, background, foreground), pairs))
+        masks = list(pool.map(lambda pair: _apply_grabcut_to_image(pair[0], pair[1], background, foreground), pairs))
     return np.stack(masks) if masks else np.empty(maps.shape, dtype=bool)
 
 

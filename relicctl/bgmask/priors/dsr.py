@@ -45,7 +45,7 @@ def compute_superpixel_features(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_dense_error(features: np.ndarray, templates: np.ndarray) -> np.ndarray:
-    """Return the squared distances ``[n]`` of ``features``, ``[n, d]``, to the main plane of ``templates``, ``[m, d]``."""
+    """Return squared distances ``[n]`` of ``features``, ``[n, d]``, to the main plane of ``templates``, ``[m, d]``."""
     mean = templates.mean(axis=0)
     _, singular_values, directions = np.linalg.svd(templates - mean, full_matrices=False)
     energy = np.cumsum(np.square(singular_values))

@@ -21,7 +21,7 @@ def compute_mc(superpixels: Superpixels) -> np.ndarray:
 
 
 def compute_transitions(superpixels: Superpixels) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities of a step to superpixels, ``[n, n]``, and to the absorbing state, ``[n]``; they sum to 1.
+    """Return the probabilities of a step to superpixels, ``[n, n]``, and to the absorbing state, ``[n]``; sums are 1.
 
     Every border superpixel has an absorbing copy of its colour, linked with it and with all its neighbours.
     The copies are one state here, since only the time until any of them is reached counts.

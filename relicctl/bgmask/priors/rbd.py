@@ -32,7 +32,7 @@ def compute_rbd(superpixels: Superpixels) -> np.ndarray:
     foreground = normalize_min_max(compute_background_contrast(superpixels, background))
     if not np.isfinite(foreground).all():
         return foreground
-    foreground[foreground < threshold_otsu(foreground)] = 0.0
+    foreground[foreground < threshold_otsu(foreground)] = 0.0  # type: ignore[no-untyped-call]
     return normalize_min_max(
         optimize_saliency(BACKGROUND_WEIGHT * background, foreground, compute_smoothness_weights(superpixels))
     )

@@ -146,4 +146,4 @@ def normalize_min_max(values: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     if not np.isfinite(high - low) or high - low <= 1e-9 * max(abs(high), abs(low)):
         return np.full(values.shape, np.nan)
-    return (values - low) / (high - low)
+    return np.asarray((values - low) / (high - low))
