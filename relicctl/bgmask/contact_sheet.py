@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from relicctl.core.atomic_io import write_atomically
+from relicctl.runs.figures import new_figure, save_figure
 
 MAX_IMAGES = 16  # on a sheet
 MAX_ROWS = 8  # of one column of images; more stand in a second block beside it
@@ -31,21 +31,17 @@ def draw_contact_sheet(
     ``images``: uint8 ``[K, S, S, 3]``. ``maps``: float ``[K, P, S, S]`` from 0 to 1, those of the priors in ``names``;
     all NaN where not valid. ``masks``: bool ``[K, S, S]``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     titles = ["image", *names, "mean", "mask"]
     mosaic = _build_mosaic(_build_tiles(images, maps, masks))
     height, width = mosaic.shape[:2]
-    figure = Figure(figsize=(width / DPI, (height + TITLE_HEIGHT) / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width / DPI, (height + TITLE_HEIGHT) / DPI, dpi=DPI, layout=None)
     axes = figure.add_axes((0, 0, 1, height / (height + TITLE_HEIGHT)))
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
     for column, left in enumerate(_compute_left_edges(len(titles), _count_blocks(len(images)))):
         title = titles[column % len(titles)]
         axes.text(left + TILE / 2, -6, title, ha="center", va="bottom", fontsize=11, clip_on=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    save_figure(path, figure, DPI)
 
 
 def _build_tiles(images: np.ndarray, maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
