@@ -288,7 +288,8 @@ def main() -> None:
     for name, (command, config) in CONFIGS.items():
         write_config(work / f"configs/{name}.yaml", command, config, Renames())
     rows = []
-    for case in (*KILLED, *READINGS):
+    cases: list[KilledRun | Reading] = [*KILLED, *READINGS]
+    for case in cases:
         if told.only and not case.name.startswith(tuple(told.only)) and case.name not in READ:
             continue
         row = check_killed_run(trees, case) if isinstance(case, KilledRun) else check_reading(trees, case)

@@ -110,8 +110,6 @@ def judge(item: str, before: dict[str, Any], after: dict[str, Any], renames: Ren
         return Finding(item, Verdict.DIFFERENT, [f"{before['kind']} became {after['kind']}"], *lines)
     mapped = map_record(before, renames)
     verdict = Verdict.RENAMED if mapped != before else Verdict.IDENTICAL
-    if "tensors" in mapped and not ("sha256" in mapped and "sha256" in after):
-        mapped, after = ({**record, "sha256": None} for record in (mapped, after))
     details: list[str] = []
     for path, old, new in find_differences(mapped, after):
         kind = Verdict.DIFFERENT
@@ -144,10 +142,8 @@ def map_record(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
         return record | {name: renames.map_config(record["command"], flat) for name, flat in parts.items()}
     if record["kind"] == "json":
         return record | {"content": renames.map_names(record["content"])}
-    metadata = renames.map_names(record.get("metadata"))
-    if record["kind"] == "safetensors" and metadata != record["metadata"]:
-        record = record | {"metadata": metadata}
-        return {name: value for name, value in record.items() if name != "sha256"}  # which is of the old metadata
+    if record["kind"] == "safetensors":
+        return record | {"metadata": renames.map_names(record["metadata"])}
     return record
 
 

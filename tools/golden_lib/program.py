@@ -17,6 +17,7 @@ _DROPPED = re.compile(
     r"|^\[?[WEI]\d{4} |^W\d{4}|^\*{5,}$|Setting OMP_NUM_THREADS"  # torchrun's own
     r"|^\[rank\d+\]:|\[Gloo\] Rank"
 )
+_FILE_HASH = re.compile(r"(sha256 (?:of the weights \| )?)[0-9a-f]{64}")  # of an export: see read_safetensors
 _FREE_MEMORY = re.compile(r"[\d.,]+ (?:bytes|[KMGT]i?B)(?= (?:free|(?:of memory )?are free))")
 
 
@@ -85,8 +86,8 @@ class Program:
         )
 
     def normalise(self, text: str) -> str:
-        """Text without progress lines, paths of this machine and amounts of free memory."""
+        """Text without progress lines, paths of this machine, amounts of free memory and exports' file hashes."""
         for path, name in ((self.work, "<WORK>"), (self.tree, "<TREE>"), (Path(sys.prefix), "<PYTHON>")):
             text = text.replace(str(path), name)
         lines = [line.rstrip() for line in text.splitlines() if not _DROPPED.search(line)]
-        return _FREE_MEMORY.sub("<FREE>", "\n".join(lines))
+        return _FILE_HASH.sub(r"\1<SHA256>", _FREE_MEMORY.sub("<FREE>", "\n".join(lines)))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from golden_lib.cases import Case, Command, list_cases
 from golden_lib.inputs import make_inputs
 from golden_lib.program import Program
 from golden_lib.renames import Renames, find_command, flatten
-from golden_lib.snapshot import leave_out_timings, outline, read_config, take_snapshot
+from golden_lib.snapshot import LEFT_OUT, leave_out_timings, outline, read_config, take_snapshot
+from golden_lib.warm import WarmPython
 
 
 def record(tree: Path, out: Path, only: list[str], renames: Renames, *, jobs: int, work: Path | None) -> None:
@@ -29,7 +31,9 @@ def record(tree: Path, out: Path, only: list[str], renames: Renames, *, jobs: in
         program.check()
         make_inputs(program.work, renames)
         (program.work / "exports").mkdir()
-        run_cases(cases, program, renames, out, jobs)
+        warm = WarmPython(program.work, program.make_environment())
+        run_cases(cases, Recorder(program, warm, renames, out), jobs)
+        warm.close()
     finally:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +54,24 @@ def select_cases(cases: list[Case], names: list[str]) -> list[Case]:
     return [case for case in cases if case.name in wanted]
 
 
-def run_cases(cases: list[Case], program: Program, renames: Renames, out: Path, jobs: int) -> None:
+@dataclass(frozen=True)
+class Recorder:
+    """What runs commands, and where recordings go."""
+
+    program: Program
+    warm: WarmPython
+    renames: Renames
+    out: Path
+
+    def run(self, command: Command) -> subprocess.CompletedProcess[str]:
+        """Run a command; several ranks, and what is measured, in processes of their own."""
+        arguments = self.renames.translate_arguments(command.arguments)
+        if command.ranks > 1 or command.outline_only:
+            return self.program.run(arguments, ranks=command.ranks, stdin=command.stdin)
+        return self.warm.run(arguments, command.stdin)
+
+
+def run_cases(cases: list[Case], recorder: Recorder, jobs: int) -> None:
     """Each as soon as a place is free and what it needs is done."""
     waiting = list(cases)
     done: set[str] = set()
@@ -60,34 +81,35 @@ def run_cases(cases: list[Case], program: Program, renames: Renames, out: Path, 
             ready = [case for case in waiting if done.issuperset(case.needs)][: jobs - len(running)]
             for case in ready:
                 waiting.remove(case)
-                running[pool.submit(record_case, case, program, renames, out)] = case
+                running[pool.submit(record_case, case, recorder)] = case
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 future.result()
                 done.add(running.pop(future).name)
             print(f"{len(done)} of {len(cases)}", flush=True)
 
 
-def record_case(case: Case, program: Program, renames: Renames, out: Path) -> None:
+def record_case(case: Case, recorder: Recorder) -> None:
     """Run one case and write OUT/NAME.json."""
     began = time.monotonic()
-    commands = [record_command(command, program, renames) for command in case.commands]
+    program = recorder.program
+    commands = [record_command(command, recorder) for command in case.commands]
     paths = [program.work / name for name in case.outputs]
     content = {
         "words": case.words,
         "commands": dict(commands),
         "files": take_snapshot(paths, program.work, program.normalise),
     }
-    (out / f"{case.name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (recorder.out / f"{case.name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     codes = " ".join(sorted({str(result["exit"]["value"]) for _, result in commands}))
     print(f"{case.name}: exit {codes}, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def record_command(command: Command, program: Program, renames: Renames) -> tuple[str, dict[str, Any]]:
+def record_command(command: Command, recorder: Recorder) -> tuple[str, dict[str, Any]]:
     """The command line under its old keys, and its exit code, stdout and stderr."""
-    ended = program.run(renames.translate_arguments(command.arguments), ranks=command.ranks, stdin=command.stdin)
+    ended, normalise = recorder.run(command), recorder.program.normalise
     title = " ".join(("relicctl", *command.arguments)) + (f"  ({command.ranks} ranks)" if command.ranks > 1 else "")
-    stderr = [] if command.outline_only else program.normalise(ended.stderr).splitlines()
-    stdout = describe_stdout(command, program.normalise(ended.stdout), ended)
+    stderr = [] if command.outline_only else normalise(ended.stderr).splitlines()
+    stdout = describe_stdout(command, normalise(ended.stdout), ended)
     return title, {
         "exit": {"kind": "value", "value": ended.returncode},
         "stdout": stdout,
@@ -102,7 +124,10 @@ def describe_stdout(command: Command, text: str, ended: subprocess.CompletedProc
         content = json.loads(text)
         if "--dry-run" in arguments:
             config, origin = flatten(content.pop("config")), content.pop("origin")
-            return {"kind": "config", "command": find_command(arguments), "config": config, "origin": origin, **content}
+            figures = leave_out_timings(content)
+            return {"kind": "config", "command": find_command(arguments), "config": config, "origin": origin, **figures}
+        if arguments[0] == "export":
+            content["sha256"] = LEFT_OUT  # of a file whose metadata have no fixed order
         return {"kind": "json", "content": outline(content) if command.outline_only else leave_out_timings(content)}
     shown = "--dry-run" in arguments or arguments[:2] == ("presets", "show")
     if shown and ended.returncode == 0:

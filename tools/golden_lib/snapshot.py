@@ -15,7 +15,9 @@ import yaml
 from golden_lib.renames import flatten
 
 # Keys whose values come from the clock or the machine; that they are there is recorded.
-TIMINGS = frozenset({"images_per_s", "data_wait", "eta_s", "seconds", "pid", "host", "started", "updated"})
+TIMINGS = frozenset(
+    {"images_per_s", "data_wait", "eta_s", "seconds", "pid", "host", "started", "updated", "free_memory"}
+)
 LEFT_OUT = "<left out>"
 EXISTENCE_ONLY = {".png", ".lock"}  # pictures hold matplotlib's version, locks nothing
 TEXT = {".md", ".txt", ".html", ".yaml", ".csv"}
@@ -42,7 +44,7 @@ def describe_file(path: Path, normalise: Callable[[str], str]) -> dict[str, Any]
     if path.suffix in EXISTENCE_ONLY or path.name in EXISTENCE_ONLY:
         return {"kind": "existence"}
     if path.suffix == ".safetensors":
-        return {"kind": "safetensors", "sha256": hash_file(path), **read_safetensors(path)}
+        return {"kind": "safetensors", **read_safetensors(path)}
     if path.suffix == ".jsonl":
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         return {"kind": "json", "content": leave_out_timings(records)}
@@ -65,7 +67,10 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Type, shape and SHA-256 of each tensor in the file's order, and the metadata, JSON among them parsed."""
+    """Type, shape and SHA-256 of each tensor in the file's order, and the metadata, JSON among them parsed.
+
+    Not the file's own SHA-256: safetensors writes the metadata in an order that changes from process to process.
+    """
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
