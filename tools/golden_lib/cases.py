@@ -78,7 +78,7 @@ def list_pretrain_cases() -> list[Case]:
     """Objectives, optimisers, paths of the crops, masks, ranks, and going on."""
     full = sets("model.width=1", "model.stem=imagenet", "optim.max_steps=1", "optim.batch_size=8", "loss.negatives=4")
     crops = sets("views.large.count=3", "views.small.count=1", "data.cache=none", "optim.name=lars", "target.ema=0.9")
-    packed = sets("model.padding=same", "model.stem=imagenet", "data.cache=none", "data.subset=30", "data.val=null")
+    packed = sets("model.padding=same", "model.stem=imagenet", "data.cache=none", "data.subset=20", "data.val=null")
     held_out = sets("eval.holdout=0.25", "eval.every_epochs=2", "checkpoint.keep=1", "optim.name=sgd")
     deep = sets("model.arch=resnet50", "model.stem=cifar", "optim.max_steps=2", "views.large.size=24")
     alpha = sets("bgmask.source=alpha", "bgmask.probability=0.5", "bgmask.fill=noise", "optim.batch_size=12")

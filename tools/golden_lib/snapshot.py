@@ -119,10 +119,7 @@ def parse_json(text: str) -> Any:
 def leave_out_timings(content: Any) -> Any:
     """JSON content whose values under TIMINGS are replaced by a mark."""
     if isinstance(content, dict):
-        return {
-            name: LEFT_OUT if name in TIMINGS and value is not None else leave_out_timings(value)
-            for name, value in content.items()
-        }
+        return {name: LEFT_OUT if name in TIMINGS else leave_out_timings(value) for name, value in content.items()}
     return [leave_out_timings(value) for value in content] if isinstance(content, list) else content
 
 

@@ -7,6 +7,7 @@ It reads lines of JSON, ``{"arguments": [...], "files": [stdin, stdout, stderr]}
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 LIBRARIES = (
     "torch", "torchvision", "torch.utils.data", "torch.distributed", "scipy.ndimage", "skimage", "PIL.Image",
@@ -24,7 +26,7 @@ LIBRARIES = (
 
 
 def serve() -> None:
-    """Answer until stdin ends. A forked child leaves by SystemExit, through the interpreter's ordinary end."""
+    """Answer until stdin ends."""
     for name in LIBRARIES:
         importlib.import_module(name)
     while line := os.read(0, 1 << 16):  # one line at a time is sent, and none is left in a buffer of a child
@@ -37,10 +39,29 @@ def serve() -> None:
                 os.close(file)
             sys.argv = ["relicctl", *order["arguments"]]
             sys.path[0] = os.getcwd()  # where this file lies until now
-            runpy.run_module("relicctl", run_name="__main__", alter_sys=True)
-            sys.exit(0)
+            leave_quickly(run_program())
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.write(1, f"{code}\n".encode())
+
+
+def run_program() -> int:
+    """``python -m relicctl``; its exit code."""
+    try:
+        runpy.run_module("relicctl", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def leave_quickly(code: int) -> NoReturn:
+    """Leave as the interpreter does, but let the system free the libraries' memory: that saves a second."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class WarmPython:
