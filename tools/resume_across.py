@@ -24,6 +24,7 @@ from golden_lib.inputs import SHAPES, make_inputs, write_config
 from golden_lib.program import TIMEOUT, Program
 from golden_lib.renames import Renames
 from golden_lib.snapshot import take_snapshot
+from golden_lib.warm import WarmPython
 
 RUNTIME = {"device": "cpu", "workers": 0, "precision": "fp32", "log_every": 1}
 OFTEN = {"every_steps": 1, "every_minutes": None}
@@ -226,37 +227,47 @@ READINGS = [
 
 
 @dataclass(frozen=True)
-class Trees:
-    """Both programs, in one folder, and the names that tell their results apart."""
+class Tree:
+    """A source tree's program. ``renames``: how it calls the keys of the lines above; none for the old one."""
 
-    old: Program
-    new: Program
+    program: Program
+    warm: WarmPython
     renames: Renames
 
-    @property
-    def work(self) -> Path:
-        """Where everything lies."""
-        return self.old.work
+    @classmethod
+    def open(cls, path: Path, work: Path, renames: Renames) -> Tree:
+        """Raises SystemExit where the package is not in ``path``."""
+        program = Program(path.resolve(), work)
+        program.check()
+        return cls(program, WarmPython(work, program.make_environment()), renames)
 
-    def run(self, program: Program, line: str) -> str:
+    def run(self, line: str) -> str:
         """Run a command line to its end; what went wrong, or nothing."""
-        ended = program.run(self.translate(program, line))
+        ended = self.warm.run(self.translate(line), stdin="")
         return "" if ended.returncode == 0 else f"exit {ended.returncode}: {' '.join(ended.stderr.split())[-300:]}"
 
-    def translate(self, program: Program, line: str) -> list[str]:
-        """The words of a line, whose keys are renamed for the new tree."""
-        words = tuple(shlex.split(line))
-        return self.renames.translate_arguments(words) if program is self.new else list(words)
+    def translate(self, line: str) -> list[str]:
+        """The words of a line under this tree's keys."""
+        return self.renames.translate_arguments(tuple(shlex.split(line)))
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Both trees, in one folder."""
+
+    old: Tree
+    new: Tree
+    work: Path
 
     def snapshot(self, name: str) -> dict[str, Any]:
         """What lies in a folder of ``work``, whose own name is left out, under the new names of keys."""
         folder = self.work / name
 
         def normalise(text: str) -> str:
-            return self.old.normalise(text).replace(name, "<OUT>")
+            return self.old.program.normalise(text).replace(name, "<OUT>")
 
         found = take_snapshot([folder], folder, normalise)
-        return {path: map_record(record, self.renames) for path, record in found.items()}
+        return {path: map_record(record, self.new.renames) for path, record in found.items()}
 
     def compare(self, before: str, after: str) -> str:
         """How two folders differ, or nothing."""
@@ -281,9 +292,8 @@ def main() -> None:
     told = parser.parse_args()
     told.work.mkdir(parents=True)
     work = told.work.resolve()
-    trees = Trees(Program(told.old.resolve(), work), Program(told.new.resolve(), work), Renames.load(told.renamed))
-    for program in (trees.old, trees.new):
-        program.check()
+    old, new = Tree.open(told.old, work, Renames()), Tree.open(told.new, work, Renames.load(told.renamed))
+    trees = Trees(old, new, work)
     make_inputs(work, Renames())  # under the old keys, which the new tree must accept in files
     for name, (command, config) in CONFIGS.items():
         write_config(work / f"configs/{name}.yaml", command, config, Renames())
@@ -295,6 +305,8 @@ def main() -> None:
         row = check_killed_run(trees, case) if isinstance(case, KilledRun) else check_reading(trees, case)
         rows.append(row)
         print(f"{'ok' if row.fine else 'DIFFERENT':<9}  {row.name:<30}  {row.told}", flush=True)
+    for tree in (old, new):
+        tree.warm.close()
     failed = sum(not row.fine for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} ok")
     raise SystemExit(bool(failed))
@@ -303,12 +315,12 @@ def main() -> None:
 def check_killed_run(trees: Trees, case: KilledRun) -> Row:
     """Run the old tree to its end, and again until it is killed; the new tree finishes the second."""
     whole, cut = f"whole/{case.name}", f"cut/{case.name}"
-    if problem := trees.run(trees.old, f"{case.line} --out {whole}"):
+    if problem := trees.old.run(f"{case.line} --out {whole}"):
         return Row(case.name, False, f"the old tree alone: {problem}")
     if problem := kill_half_way(trees, case, trees.work / cut):
         return Row(case.name, False, problem)
     before = stamp_files(trees.work / cut, case.finished)
-    if problem := trees.run(trees.new, case.resume.format(out=cut)):
+    if problem := trees.new.run(case.resume.format(out=cut)):
         return Row(case.name, False, f"going on: {problem}")
     after = stamp_files(trees.work / cut, case.finished)
     redone = [path for path, stamp in before.items() if after.get(path) != stamp]
@@ -320,7 +332,7 @@ def check_killed_run(trees: Trees, case: KilledRun) -> Row:
 
 def kill_half_way(trees: Trees, case: KilledRun, run: Path) -> str:
     """Start the old tree and SIGKILL it at the place of the case; what went wrong, or nothing."""
-    process = trees.old.start(trees.translate(trees.old, f"{case.line} --out cut/{case.name}"))
+    process = trees.old.program.start(trees.old.translate(f"{case.line} --out cut/{case.name}"))
     until = time.monotonic() + TIMEOUT
     while process.poll() is None and not has_reached(run, case.kill_at) and time.monotonic() < until:
         time.sleep(0.002)
@@ -346,16 +358,16 @@ def stamp_files(run: Path, patterns: tuple[str, ...]) -> dict[str, tuple[int, in
 def check_reading(trees: Trees, case: Reading) -> Row:
     """Both trees do the same with files of the old one."""
     slug = case.name.replace(" ", "-").replace(",", "")
-    for name, program in (("by-old", trees.old), ("by-new", trees.new)):
+    for name, tree in (("by-old", trees.old), ("by-new", trees.new)):
         out = f"{name}/{slug}"
-        if case.same_as and program is trees.old:
+        if case.same_as and tree is trees.old:
             continue
         (trees.work / out).parent.mkdir(exist_ok=True)
         if case.copied:
             shutil.copytree(trees.work / case.copied, trees.work / out)
         elif case.line.startswith("export"):
             (trees.work / out).mkdir()
-        if problem := trees.run(program, case.line.format(out=out)):
+        if problem := tree.run(case.line.format(out=out)):
             return Row(case.name, False, f"{name}: {problem}")
     before = case.same_as or f"by-old/{slug}"
     difference = trees.compare(before, f"by-new/{slug}")

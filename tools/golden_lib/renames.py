@@ -1,12 +1,14 @@
 """The table of renamed keys: YAML that says which config, metric and result keys of the old tree are which of the new.
 
-config:                           # dotted keys; a section's name renames all keys below it
-  "*": {eval.holdout: eval.val_fraction, views.photometric: views.augment}      # of every command
-  train-bgmask: {labels.drop: labels.drop_fraction}                             # of one; wins over "*"
-  transfer --task detection:
-    model.norm: {key: model.freeze_bn, values: {batch: false, frozen: true}}    # values renamed too
-metrics: {rank_me: rankme}        # names of keys in metrics.jsonl, headers of checkpoints and status.json
-results: {largest_batch_tried: largest_batch_measured}    # names of keys in results.json, cells, --json
+    config:                           # dotted keys; a section's name renames all keys below it
+      "*": {eval.holdout: eval.val_fraction, views.photometric: views.augment}      # of every command
+      train-bgmask: {labels.drop: labels.drop_fraction}                             # of one; wins over "*"
+      transfer --task detection:
+        model.norm: {key: model.freeze_bn, values: {batch: false, frozen: true}}    # values renamed too
+    metrics: {rank_me: rankme}        # names of keys in metrics.jsonl, headers of checkpoints and status.json
+    results: {largest_batch_tried: largest_batch_measured}    # names of keys in results.json, cells, --json
+
+All parts are optional. The names of metrics and results are replaced at any depth of any JSON.
 """
 
 from __future__ import annotations
