@@ -43,7 +43,8 @@ class Renames:
         old = max(fitting, key=len)
         new = table[old]
         if isinstance(new, dict):
-            return new["key"], new.get("values", {}).get(value, value)
+            values = new.get("values", {}) if isinstance(value, (str, int, float, bool)) else {}
+            return new["key"], values.get(value, value)
         return new + key[len(old) :], value
 
     def map_config(self, command: str, flat: dict[str, Any]) -> dict[str, Any]:
