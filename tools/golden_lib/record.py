@@ -93,6 +93,8 @@ def record_case(case: Case, recorder: Recorder) -> None:
     began = time.monotonic()
     program = recorder.program
     commands = [record_command(command, recorder) for command in case.commands]
+    if not program.work.is_dir():
+        raise SystemExit(f"{program.work} was removed while {case.name} was recorded.")
     paths = [program.work / name for name in case.outputs]
     content = {
         "words": case.words,
