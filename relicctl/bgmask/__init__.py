@@ -1,1 +1,1 @@
-"""Masks without labels: hand-made priors, a network trained on them, and how good both are."""
+"""Masks without labels: handcrafted priors, a network trained on them, and how good both are."""

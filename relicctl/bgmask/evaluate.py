@@ -64,20 +64,13 @@ class SaliencyMetrics:
 
     def __init__(self) -> None:
         self.images = 0
-        self.num_skipped = 0
         self._sums = np.zeros(CURVE_SIZE + 2 + len(MEAN_METRICS))
 
-    def update(self, saliency: np.ndarray, mask: np.ndarray) -> None:
-        """Add a map, float ``[H, W]`` in [0, 1], and its true mask, bool ``[H, W]``. A map with a NaN is left out."""
-        self.add_image_metrics(compute_image_metrics(saliency, mask))
-
     def add_image_metrics(self, image_metrics: np.ndarray) -> None:
-        """Add a pair by its ``compute_image_metrics``."""
+        """Add a pair by its ``compute_image_metrics``; one of a map with a NaN is left out."""
         if np.isfinite(image_metrics).all():
             self._sums += image_metrics
             self.images += 1
-        else:
-            self.num_skipped += 1
 
     def compute(self) -> dict[str, float | None]:
         """Return the metrics by name; None where no image was measured."""
@@ -125,14 +118,6 @@ def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
         (1 + BETA2) * precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0
     )
     return f_measure
-
-
-def compute_saliency_metrics(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> dict[str, float | None]:
-    """Return the metrics of maps, each float ``[H, W]`` in [0, 1], against their true masks, each bool ``[H, W]``."""
-    metrics = SaliencyMetrics()
-    for saliency, mask in zip(maps, masks, strict=True):
-        metrics.update(saliency, mask)
-    return metrics.compute()
 
 
 def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:

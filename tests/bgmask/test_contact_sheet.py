@@ -58,7 +58,7 @@ def test_every_tile_is_where_it_belongs(tmp_path, count, rows):
         assert tile(pixels, row, 4, block)[0] == 255 * masks[number, 0, 0]
 
 
-def test_no_space_is_wasted(tmp_path):
+def test_tiles_cover_most_of_the_sheet(tmp_path):
     pixels, *_ = drawn(tmp_path, 16)
     tiles = 16 * COLUMNS * TILE**2
     assert tiles / (pixels.shape[0] * pixels.shape[1]) > 0.85
@@ -83,7 +83,7 @@ def test_an_image_without_any_prior_has_no_mean(tmp_path):
         assert (tile(pixels, 0, column) == MISSING).all()
 
 
-def test_a_sheet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_sheet_is_written_atomically(tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise OSError("no space left on device")
 

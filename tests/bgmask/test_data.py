@@ -37,7 +37,7 @@ def pairs(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_image_has_its_own_mask(pairs, packed):
+def test_every_image_has_the_mask_of_its_name(pairs, packed):
     spec = shutil.make_archive(str(pairs), "zip", pairs) if packed else str(pairs)
     truth = open_ground_truth(spec, 100, 0)
     assert len(truth.images) == 5
@@ -56,7 +56,7 @@ def test_a_folder_inside_is_named_as_everywhere(pairs, tmp_path):
     assert len(open_ground_truth(f"{spec}#pairs", 100, 0).images) == 5
 
 
-def test_no_more_are_taken_than_asked_for_and_always_the_same(pairs):
+def test_the_sample_has_the_given_size_and_depends_on_the_seed_alone(pairs):
     few = open_ground_truth(str(pairs), 2, 3)
     names = [few.images.get_name(index) for index in range(2)]
     assert names == sorted(names)

@@ -82,7 +82,7 @@ def test_maps_are_probabilities_at_the_images_own_side(side, refine):
     assert bool(((found >= 0) & (found <= 1)).all())
 
 
-def test_an_images_map_does_not_depend_on_its_company():
+def test_a_map_does_not_depend_on_the_rest_of_the_batch():
     net, pixels = small_net(), images(5)
     together = masks_of(net, pixels)
     alone = torch.cat([masks_of(net, pixels[k : k + 1]) for k in range(5)])
@@ -146,7 +146,7 @@ def test_the_bank_is_the_same_for_any_number_of_workers(tmp_path):
     assert (tmp_path / "0.bank").read_bytes() == (tmp_path / "2.bank").read_bytes()
 
 
-def test_a_network_that_takes_hints_is_given_the_priors_of_each_image(tmp_path):
+def test_a_network_with_prior_channels_gets_the_priors_of_each_image(tmp_path):
     """Whatever the number of workers, and beside images that cannot be decoded, or have nothing to go by."""
     source, net = Drawn(count=7, bad=(2,)), small_net(hints=4)
     for workers in (0, 2):
@@ -172,7 +172,7 @@ def test_an_undecodable_image_gets_an_empty_mask_and_is_reported(tmp_path):
     assert filled == 4 * [True] + 5 * [False] + 4 * [True]
 
 
-def test_what_is_written_already_is_not_made_again(tmp_path):
+def test_masks_that_are_written_are_not_computed_again(tmp_path):
     path, source = tmp_path / "masks.bank", Drawn()
 
     def cut_short(done):
@@ -191,7 +191,7 @@ def test_what_is_written_already_is_not_made_again(tmp_path):
 # Photos
 
 
-def test_squashing_keeps_everything_and_the_aspect_of_nothing():
+def test_resizing_keeps_the_whole_image():
     image = np.zeros((30, 90, 3), np.uint8)
     image[:, 45:] = 255
     small = resize_to_square(image, 16)
@@ -201,11 +201,11 @@ def test_squashing_keeps_everything_and_the_aspect_of_nothing():
 
 
 @pytest.mark.parametrize("shape", [(1, 900), (900, 1), (1, 1), (2, 20_000)])
-def test_images_of_any_shape_can_be_squashed(shape):
+def test_images_of_any_shape_can_be_resized(shape):
     assert bool((resize_to_square(np.full((*shape, 3), 93, np.uint8), 32) == 93).all())
 
 
-def test_photos_are_the_images_that_can_be_decoded():
+def test_undecodable_images_are_left_out():
     source, done = Drawn(bad=(0, 5)), []
     bad = BadImages(13, 0.5)
     photos = load_resized_images(source, 24, workers=2, bad=bad, show=done.append)
@@ -216,12 +216,12 @@ def test_photos_are_the_images_that_can_be_decoded():
         assert np.array_equal(image.permute(1, 2, 0).numpy(), resize_to_square(source.load(index), 24))
 
 
-def test_no_photos_at_all_are_an_error():
+def test_no_decodable_image_is_an_error():
     with pytest.raises(DataError, match="None of the 3 images"):
         load_resized_images(Drawn(3, bad=range(3)), 16, workers=0, bad=BadImages(3, 1.0))
 
 
-def test_a_stream_of_nothing_is_over_at_once():
+def test_no_indices_give_no_batches():
     assert list(iter_resized_batches(Drawn(), np.empty(0, np.int64), 16, batch_size=4, workers=2)) == []
 
 
@@ -230,7 +230,7 @@ def test_a_stream_of_nothing_is_over_at_once():
 
 @pytest.mark.parametrize("hints", [0, 4])
 @pytest.mark.parametrize("arch", ["u2netp", "resnet"])
-def test_a_network_comes_back_from_its_file_as_it_was(arch, hints, tmp_path):
+def test_save_load_restores_the_network(arch, hints, tmp_path):
     net = small_net(arch, hints)
     save_saliency_net(tmp_path / "saliency.safetensors", net)
     again = load_saliency_net(tmp_path)

@@ -82,14 +82,14 @@ def test_a_constant_map_stays_as_it_is_whatever_the_image(level, radius, kind):
     torch.testing.assert_close(apply_guided_filter(image, maps, radius, 1e-3), maps, atol=1e-4, rtol=0)
 
 
-def test_a_hint_beside_the_object_is_drawn_to_its_edge():
+def test_a_shifted_map_is_moved_to_the_edge_of_the_object():
     image, disc = scene()
     hint = blurred(disc.roll(4, 2))
     filtered = normalize_maps(apply_guided_filter(image, hint[:, None], 6, 1e-3)[:, 0])
     assert overlap(filtered > 0.5, disc) > overlap(hint > 0.5, disc) + 0.1
 
 
-def test_maps_are_stretched_one_by_one_and_a_constant_one_becomes_nothing():
+def test_maps_are_normalized_one_by_one_and_a_constant_one_becomes_zero():
     maps = torch.stack([torch.linspace(0.4, 0.5, 9).view(3, 3), torch.full((3, 3), 0.7)])
     found = normalize_maps(maps)
     assert found[0].min() == 0
@@ -100,13 +100,13 @@ def test_maps_are_stretched_one_by_one_and_a_constant_one_becomes_nothing():
 # The cut
 
 
-def test_the_cut_finds_the_object_that_a_blurred_hint_points_at():
+def test_the_cut_segments_the_object_from_a_blurred_map():
     image, disc = scene()
     found = apply_grabcut(image.permute(0, 2, 3, 1).numpy(), blurred(disc).numpy(), background=0.1, foreground=0.9)
     assert overlap(torch.from_numpy(found), disc) > 0.97
 
 
-def test_what_is_beyond_doubt_keeps_its_side():
+def test_certain_pixels_are_fixed_in_the_cut():
     image, _ = scene()
     hint = np.full((1, SIDE, SIDE), 0.5, dtype=np.float32)
     hint[0, :6], hint[0, -6:] = 0.0, 1.0
@@ -116,7 +116,7 @@ def test_what_is_beyond_doubt_keeps_its_side():
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
-def test_a_map_that_points_nowhere_is_no_error(level):
+def test_a_constant_map_is_no_error(level):
     image, _ = scene()
     flat = np.full((1, SIDE, SIDE), level, dtype=np.float32)
     found = apply_grabcut(image.permute(0, 2, 3, 1).numpy(), flat, background=0.1, foreground=0.9)
@@ -132,7 +132,7 @@ def test_an_image_of_one_colour_has_an_object_where_its_map_is_certain():
     assert not found[hint < 0.1].any()
 
 
-def test_the_cut_is_the_same_in_any_company_and_any_number_of_threads():
+def test_the_cut_does_not_depend_on_the_batch_or_the_threads():
     image, disc = scene()
     many = np.concatenate([np.roll(image.permute(0, 2, 3, 1).numpy(), k, 2) for k in range(6)])
     maps = np.concatenate([np.roll(blurred(disc).numpy(), k, 2) for k in range(6)])
@@ -143,7 +143,7 @@ def test_the_cut_is_the_same_in_any_company_and_any_number_of_threads():
     assert np.array_equal(together, np.stack(alone[::-1]))
 
 
-def test_no_images_are_no_masks():
+def test_an_empty_batch_gives_no_masks():
     none = apply_grabcut(
         np.empty((0, 8, 8, 3), np.uint8), np.empty((0, 8, 8), np.float32), background=0.1, foreground=0.9
     )
@@ -153,7 +153,7 @@ def test_no_images_are_no_masks():
 # Labels
 
 
-def test_a_prior_that_is_not_valid_has_no_part_in_the_label():
+def test_an_invalid_prior_does_not_affect_the_label():
     image, disc = scene()
     hint, junk = blurred(disc), torch.rand(1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     one = fuse_priors(image, hint[:, None], torch.tensor([[True]]), RefineConfig())

@@ -157,7 +157,7 @@ def test_a_run_killed_at_any_stage_and_resumed_ends_with_the_same_bits(encoder, 
         assert {record["stage"] for record in records} == {0, 1}
 
 
-def test_a_finished_run_is_not_trained_again_and_a_damaged_outcome_is(encoder, photos, store, tmp_path):
+def test_a_finished_stage_is_not_trained_again_but_a_damaged_one_is(encoder, photos, store, tmp_path):
     config, path, warned, steps = config_of(encoder), tmp_path / "run", [], []
 
     def count(step, metrics):

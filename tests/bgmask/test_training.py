@@ -54,7 +54,7 @@ def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image()
         torch.testing.assert_close(planes(batch)[:, 2:], batch.weights, atol=1e-5, rtol=0)
 
 
-def test_hints_go_through_the_same_crop_and_flip_as_the_image():
+def test_prior_channels_go_through_the_same_crop_and_flip_as_the_image():
     views = MaskAugmentation(
         24, (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
     )
@@ -89,7 +89,7 @@ def test_an_epoch_shows_every_image_once():
     assert sorted(seen.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(expected.sum((1, 2, 3)).tolist()), rel=1e-4)
 
 
-def test_a_batch_depends_on_its_step_alone_wherever_one_starts():
+def test_a_batch_depends_on_its_step_alone():
     views = MaskAugmentation(16, (0.3, 1.0), (0.75, 1.33), AugmentConfig())
     straight = list(batches(views).iter_from_step(0, 7))
     later = list(batches(views, first=100).iter_from_step(104, 107))
@@ -117,7 +117,7 @@ def literal(logits, labels, weights, terms):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, MaskLossConfig(bce=0.7, iou=1.3, f=0.5, beta2=4.0)]))
-def test_the_loss_is_the_literal_one(seed, terms):
+def test_loss_equals_the_literal_loop(seed, terms):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(3, 1, 5, 7, generator=generator)
     labels, weights = torch.rand(2, 3, 1, 5, 7, generator=generator)
@@ -126,7 +126,7 @@ def test_the_loss_is_the_literal_one(seed, terms):
 
 
 @pytest.mark.parametrize("terms", [BCE, IOU, F])
-def test_a_right_and_certain_prediction_costs_nothing_and_a_wrong_one_much(terms):
+def test_loss_of_a_certain_prediction_is_zero_if_right_and_large_if_wrong(terms):
     labels = torch.zeros(1, 1, 4, 4)
     labels[..., :2] = 1
     certain = 200 * labels - 100  # beyond what a sigmoid of 32 bits can tell from 0 and 1
@@ -146,7 +146,7 @@ def test_empty_labels_no_weight_and_extreme_logits_have_finite_gradients(terms, 
         assert bool(torch.isfinite(logits.grad).all())
 
 
-def test_pixels_without_weight_teach_nothing():
+def test_pixels_of_weight_zero_have_no_gradient():
     logits = torch.randn(2, 1, 4, 4, requires_grad=True)
     weights = torch.ones(2, 1, 4, 4)
     weights[..., 2:] = 0
@@ -197,7 +197,7 @@ def train_until(doing, progress, total, journal):
     return train(doing, loader, plan, journal, state=progress, device=CPU)
 
 
-def test_a_training_that_was_cut_and_resumed_is_the_same_to_the_bit():
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit():
     whole, cut = Journal(), Journal()
     train_until(task(), TrainState(5), 17, whole)
     train_until(task(), TrainState(5), 11, cut)
@@ -208,7 +208,7 @@ def test_a_training_that_was_cut_and_resumed_is_the_same_to_the_bit():
     assert snapshot_state(resumed, TrainState(17))[0].keys() <= whole.saved[17][0].keys()
 
 
-def test_the_rate_rises_from_its_first_step_and_ends_near_nothing():
+def test_learning_rate_warms_up_and_decays_to_nearly_zero():
     doing = task()
     rates = [doing.get_learning_rate(step) for step in range(5, 17)]
     assert rates[0] == pytest.approx(0.025)

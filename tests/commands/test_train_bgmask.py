@@ -132,7 +132,7 @@ def test_a_run_leaves_what_the_docs_promise(whole, tmp_path, tiny, capsys):
     assert capsys.readouterr().out == f"{whole}\n"  # nothing else on stdout
 
 
-def test_json_prints_one_object_and_people_get_the_table(whole, capsys):
+def test_json_prints_one_object_and_stderr_has_the_table(whole, capsys):
     assert relicctl(["train-bgmask", "--resume", str(whole), "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"run": str(whole), **results_of(whole)}
@@ -163,7 +163,7 @@ def test_a_dry_run_starts_nothing(tiny, tmp_path, monkeypatch, capsys):
 # Laws.
 
 
-def test_true_masks_teach_nothing(tiny, tmp_path, whole, monkeypatch):
+def test_true_masks_do_not_affect_training(tiny, tmp_path, whole, monkeypatch):
     """Without them, and with wrong ones, the networks and the masks are the same to the bit; the figures are not."""
     assert train_bgmask(tiny, tmp_path / "without") == 0
     assert results_of(tmp_path / "without")["stages"] == []
@@ -207,7 +207,7 @@ def test_any_number_of_workers_gives_the_same_run(tiny, tmp_path, whole):
     assert_same(whole, tmp_path / "two")
 
 
-def test_without_hints_priors_are_made_for_labels_alone(tiny, tmp_path, whole, monkeypatch):
+def test_without_prior_channels_priors_are_computed_for_labels_alone(tiny, tmp_path, whole, monkeypatch):
     def refuse(*_: Any) -> None:
         raise AssertionError("priors were made for a network that takes none")
 
@@ -227,7 +227,7 @@ def hinted(tmp_path_factory, encoder) -> Path:
     return folder / "run"
 
 
-def test_a_network_that_is_given_the_priors_is_another(hinted, whole):
+def test_prior_channels_change_the_network_but_not_the_labels(hinted, whole):
     assert load_saliency_net(hinted).hints == len(PRIOR_NAMES)
     assert network_of(hinted) != network_of(whole)
     rows, without = (results_of(run)["stages"] for run in (hinted, whole))
@@ -235,12 +235,12 @@ def test_a_network_that_is_given_the_priors_is_another(hinted, whole):
     assert all(mine != other for mine, other in zip(rows[7:], without[7:], strict=True))
 
 
-def test_any_number_of_workers_gives_the_same_run_with_hints(tiny, tmp_path, hinted):
+def test_any_number_of_workers_gives_the_same_run_with_prior_channels(tiny, tmp_path, hinted):
     assert train_bgmask(tiny, tmp_path / "two", "--workers", "2", "--eval-data", EVAL, *HINTS) == 0
     assert_same(hinted, tmp_path / "two")
 
 
-def test_masks_are_the_same_whether_their_priors_are_kept_or_made(tiny, tmp_path, hinted, monkeypatch):
+def test_masks_are_the_same_whether_their_priors_are_cached_or_computed(tiny, tmp_path, hinted, monkeypatch):
     """Those of the images trained on are there; of others they are made along the way, by any number of workers."""
     for workers in ("0", "2"):
         run = tmp_path / workers
@@ -322,7 +322,7 @@ def test_killed_at_every_stage_and_resumed_is_never_killed(tiny, tmp_path, whole
 @pytest.mark.parametrize(
     ("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)], ids=["interrupted", "terminated"]
 )
-def test_a_signal_while_priors_are_made_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys, stop, code):
+def test_a_signal_while_priors_are_computed_says_how_to_resume(tiny, tmp_path, monkeypatch, capsys, stop, code):
     def stopped(*_: Any) -> None:
         raise stop
 
@@ -334,7 +334,7 @@ def test_a_signal_while_priors_are_made_says_how_to_go_on(tiny, tmp_path, monkey
     assert "Traceback" not in error
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(tiny, tmp_path, whole, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_nothing_is_lost(tiny, tmp_path, whole, monkeypatch, capsys):
     """At the priors, at a checkpoint, at a mask: each time the run goes on when there is room."""
 
     def full(*_: Any, **__: Any) -> None:
@@ -396,7 +396,7 @@ def photos(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> None:
 
 
 @pytest.mark.parametrize("priors", ["false", "true"])
-def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
+def test_extreme_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
     folder, run = tmp_path / "photos", tmp_path / "run"
     photos(folder, 6)
     Image.new("RGB", (30, 30), (9, 99, 9)).save(folder / "even.png")
@@ -413,7 +413,7 @@ def test_strange_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
 
 
 @pytest.mark.parametrize("priors", ["false", "true"])
-def test_images_of_one_colour_alone_end_in_numbers_too(tiny, tmp_path, priors):
+def test_images_of_one_colour_give_finite_results(tiny, tmp_path, priors):
     for number in range(4):
         path = tmp_path / "even" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -531,7 +531,7 @@ def test_runs_of_other_commands_are_not_resumed(tmp_path, monkeypatch, tiny, cap
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("option", ["--data", "--masks-for"])
-def test_true_masks_are_no_images(tiny, tmp_path, pairs, capsys, option, packed):
+def test_true_masks_among_the_images_are_refused(tiny, tmp_path, pairs, capsys, option, packed):
     place = shutil.make_archive(str(pairs), "zip", pairs) if packed else str(pairs)
     assert train_bgmask(tiny, tmp_path / "run", "--eval-data", place, option, place) == 3
     error = capsys.readouterr().err
@@ -540,7 +540,7 @@ def test_true_masks_are_no_images(tiny, tmp_path, pairs, capsys, option, packed)
     assert not (tmp_path / "run").exists()
 
 
-def test_masks_owe_nothing_to_labels(tiny, tmp_path, encoder, capsys):
+def test_an_encoder_trained_with_labels_is_refused(tiny, tmp_path, encoder, capsys):
     path = tmp_path / "supervised.safetensors"
     how = {"size": "32", "crop_ratio": "1.0", "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"}
     save_encoder(path, lively_encoder("resnet18", 0.125, "stride2"), {"objective": "supervised", **how})
@@ -548,7 +548,7 @@ def test_masks_owe_nothing_to_labels(tiny, tmp_path, encoder, capsys):
     assert "trained with labels" in capsys.readouterr().err
 
 
-def test_a_finished_run_needs_its_encoder_no_more_and_masks_set_aside_come_back(tmp_path, encoder, capsys):
+def test_a_finished_run_does_not_need_its_encoder_and_restores_masks_set_aside(tmp_path, encoder, capsys):
     moving = tmp_path / "moving.safetensors"
     shutil.copy(encoder, moving)
     (tmp_path / "tiny.yaml").write_text(TINY.format(encoder=moving))

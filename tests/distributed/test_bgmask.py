@@ -240,7 +240,7 @@ def assert_nearly_the_same(run: Path, one: Path) -> None:
 
 @pytest.mark.slow
 class TestSeveralAreOne:
-    def test_what_is_made_of_the_images_alone_to_the_bit(self, several, one):
+    def test_priors_and_first_labels_to_the_bit(self, several, one):
         run = several / "two"
         priors = sorted(path.name for path in one.glob("priors*"))
         assert len(priors) == 2  # of the images trained on, and of those measured on
@@ -265,14 +265,14 @@ class TestSeveralAreOne:
             for name, tensor in whole.items():
                 torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
 
-    def test_pieces_come_in_their_order(self, several):
+    def test_work_results_come_in_order(self, several):
         turns = [json.loads((several / f"turns-{rank}.json").read_text()) for rank in range(SIZE)]
         assert turns[0]["whole"] == turned(World())
         assert turns[1]["whole"] == []
 
 
 @pytest.mark.slow
-def test_a_network_is_given_the_same_priors_by_several_as_by_one(several, tmp_path):
+def test_two_ranks_give_a_network_the_same_priors_as_one(several, tmp_path):
     """One process measures it, and makes its masks of images not trained on, once more."""
     assert codes(several, "hinted") == ["0", "0"]
     run = tmp_path / "again"
@@ -285,7 +285,7 @@ def test_a_network_is_given_the_same_priors_by_several_as_by_one(several, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_failure_or_a_signal_at_one_process_ends_all(several):
+def test_a_failure_or_a_signal_at_one_rank_ends_all(several):
     main, other = (json.loads((several / f"turns-{rank}.json").read_text()) for rank in range(SIZE))
     assert main["failed while making"] == ["RunFailed", "3"]
     assert other["failed while making"] == ["DataError", "3"]
@@ -297,14 +297,14 @@ def test_a_failure_or_a_signal_at_one_process_ends_all(several):
 
 
 @pytest.mark.slow
-def test_one_process_speaks_and_writes(several):
+def test_only_the_main_rank_prints_and_writes(several):
     assert codes(several, "two") == ["0", "0"]
     said = [(several / f"two-{rank}.out").read_text() for rank in range(SIZE)]
     assert said == [f"{several / 'two'}\n", ""]
 
 
 @pytest.mark.slow
-def test_a_signal_at_one_process_while_priors_are_made_keeps_what_was_made(several):
+def test_a_signal_at_one_rank_while_priors_are_computed_loses_nothing(several):
     """The main process had written the first unit of each when the other was stopped in its second."""
     assert codes(several, "stopped") == ["143", "143"]
     said, silence = ((several / f"stopped-{rank}.err").read_text() for rank in range(SIZE))
@@ -316,7 +316,7 @@ def test_a_signal_at_one_process_while_priors_are_made_keeps_what_was_made(sever
 
 
 @pytest.mark.slow
-def test_a_signal_at_one_process_stops_all_and_one_goes_on(several, one):
+def test_a_signal_at_one_rank_stops_all_and_one_process_resumes(several, one):
     assert codes(several, "cut") == ["143", "143"]
     run = several / "cut"
     assert not (run / "results.json").exists()
@@ -332,7 +332,7 @@ def test_a_batch_that_cannot_be_split_is_refused(several):
     assert not (several / "uneven").exists()
 
 
-def test_processes_take_the_rows_of_one_batch():
+def test_ranks_take_the_rows_of_one_batch():
     """Crops and colours belong to the row in the global batch."""
     planes = torch.randint(0, 256, (9, 9, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = MaskTrainingSet(planes[:, :3], planes[:, 3:4], planes[:, 4:5], planes[:, 5:])

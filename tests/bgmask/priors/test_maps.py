@@ -18,13 +18,13 @@ def test_a_map_that_is_not_valid_is_the_mean_of_the_others():
     assert (made[2] == UNDECIDED).all()
 
 
-def test_what_is_given_is_left_alone():
+def test_inputs_are_not_modified():
     maps, valid = np.zeros((1, 4, 2, 2), np.uint8), np.zeros((1, 4), bool)
     maps.setflags(write=False)  # as a store's are
     assert (build_prior_channels(maps, valid) == UNDECIDED).all()
 
 
-def test_no_nan_is_kept():
+def test_quantized_maps_have_no_nan():
     maps = np.random.default_rng(0).random((3, 4, 4)).astype(np.float32)
     maps[1, 2, 2] = np.nan
     kept, valid = quantize_maps(maps)
@@ -33,6 +33,6 @@ def test_no_nan_is_kept():
     assert not kept[1].any()
 
 
-def test_a_network_is_given_them_about_zero():
+def test_network_input_is_centred_at_zero():
     made = to_network_input(torch.tensor([0, 255], dtype=torch.uint8)[None, :, None, None].expand(1, 2, 6, 6), 3)
     torch.testing.assert_close(made, torch.tensor([-0.5, 0.5])[None, :, None, None].expand(1, 2, 3, 3))

@@ -103,7 +103,7 @@ def test_superpixels_follow_outlines_and_small_images_have_fewer():
     )
 
 
-def test_grain_does_not_merge_superpixels():
+def test_noise_does_not_merge_superpixels():
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     assert len(segment_superpixels(noise)) > 100
 
@@ -173,7 +173,7 @@ def test_mc_time_is_the_expected_number_of_steps(small):
     np.testing.assert_allclose(mc.compute_absorption_time(moves, leaves), expected, rtol=1e-8)
 
 
-def test_mc_chain_is_the_one_with_a_twin_of_each_border_superpixel(small):
+def test_mc_chain_has_an_absorbing_copy_of_each_border_superpixel(small):
     n, border = len(small), np.flatnonzero(small.border).tolist()
     colours = [small.lab[k] for k in range(n)] + [small.lab[k] for k in border]
     strongest = max(np.linalg.norm(colours[i] - colours[j]) for i, j in np.argwhere(small.linked))
@@ -189,7 +189,7 @@ def test_mc_chain_is_the_one_with_a_twin_of_each_border_superpixel(small):
     np.testing.assert_allclose(mc.compute_mc(small), normalize_min_max(time), atol=1e-9)
 
 
-def test_mr_ranks_are_where_spreading_comes_to_rest(small):
+def test_mr_ranks_are_the_fixed_point_of_propagation(small):
     query = small.sides[0].astype(float)
     affinity, ranks = small.affinity, np.zeros(len(small))
     degree = affinity.sum(axis=1)
@@ -230,7 +230,7 @@ def test_rbd_geodesic_distance_is_the_shortest_path(small):
     np.testing.assert_allclose(rbd.compute_geodesic_distances(small), path, atol=1e-6)
 
 
-def test_rbd_the_ground_is_bound_up_with_the_border_and_the_object_is_not():
+def test_rbd_background_is_connected_to_the_border_and_the_object_is_not():
     image, disc = picture(middle=(10, 40), radius=14)  # the disc is cut by the border a little
     superpixels = segment_superpixels(image)
     inside = np.bincount(superpixels.labels.ravel(), weights=disc.ravel()) / np.bincount(superpixels.labels.ravel())
@@ -264,14 +264,14 @@ def test_dsr_sparse_codes_are_optimal():
     np.testing.assert_allclose(slope[~zero], 0.5 * np.sign(codes[~zero]), atol=1e-6)
 
 
-def test_dsr_sparse_codes_have_settled_on_an_image(small):
+def test_dsr_sparse_codes_have_converged_on_an_image(small):
     features = dsr.compute_superpixel_features(small)
     templates = features[small.border]
     settled = np.square(features - dsr.solve_lasso(features, templates, dsr.LASSO_WEIGHT, 5000) @ templates).sum(axis=1)
     assert np.corrcoef(dsr.compute_sparse_error(features, templates), settled)[0, 1] > 0.99
 
 
-def test_dsr_errors_spread_until_they_agree_with_their_like(small):
+def test_dsr_errors_are_propagated_to_similar_superpixels(small):
     features, error = dsr.compute_superpixel_features(small), np.random.default_rng(0).random(len(small))
     context = dsr.compute_feature_affinity(features)
     np.testing.assert_allclose(context.sum(axis=1), 1.0)
@@ -281,7 +281,7 @@ def test_dsr_errors_spread_until_they_agree_with_their_like(small):
     np.testing.assert_allclose(dsr.propagate_error(error, context), spread, rtol=1e-9)
 
 
-def test_distances_and_stretching():
+def test_distances_and_min_max_normalization():
     points = np.array([[0.0, 0.0], [3.0, 4.0]])
     assert compute_pairwise_distances(points).tolist() == [[0.0, 5.0], [5.0, 0.0]]
     assert normalize_min_max(np.array([2.0, 4.0, 3.0])).tolist() == [0.0, 1.0, 0.5]
@@ -292,7 +292,7 @@ def test_distances_and_stretching():
 # -- maps --
 
 
-def test_maps_are_squashed_squares_in_the_order_of_names():
+def test_maps_are_squares_in_the_order_of_prior_names():
     image, disc = picture(60, 120, (30, 30), 15)
     maps = compute_prior_maps(image, 32)
     assert maps.shape == (len(PRIOR_NAMES), 32, 32)
@@ -309,7 +309,7 @@ def test_maps_are_squashed_squares_in_the_order_of_names():
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 300), (300, 1), (1, 20_000), (20_000, 2), (7, 5), (16, 16)])
 @pytest.mark.parametrize("plain", [True, False])
-def test_no_image_breaks_it_and_a_map_is_whole_or_all_nan(shape, plain):
+def test_any_image_gives_maps_that_are_finite_or_all_nan(shape, plain):
     rng = np.random.default_rng(0)
     image = np.full((*shape, 3), 77, np.uint8) if plain else rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     with warnings.catch_warnings():
