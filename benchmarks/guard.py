@@ -15,10 +15,9 @@ from turns import our_host, photos, pil_pipeline, ratio, take_turns
 from relicctl.benchmark.train_step import measure_step_parts
 from relicctl.config.resolve import resolve_config
 from relicctl.console import Console
-from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.decoding import BadImages
-from relicctl.data.loader import ViewLoader, resolve_cache
+from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
 from relicctl.pretraining.data import build_evaluator, build_view_plan, open_pretrain_data
 from relicctl.pretraining.task import PretrainTask, Schedule
@@ -36,9 +35,7 @@ def main() -> None:
     cache = resolve_cache(config.data.cache, data.train, cpu)
     bad = BadImages(len(data.train), config.data.max_bad)
     feed = ViewLoader(
-        data.train, sampler, build_view_plan(config), seed=config.seed, device=cpu, world=World(), cache=cache,
-        workers=0,
-        bad=bad,
+        data.train, sampler, build_view_plan(config), LoaderConfig(config.seed, cpu, cache=cache), bad
     )  # fmt: skip
     task = PretrainTask(
         config, Schedule(config, sampler.steps_per_epoch, 1000), classes=0, device=cpu,

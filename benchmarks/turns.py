@@ -16,6 +16,7 @@ from relicctl.benchmark.data_pipeline import GeneratedPhotos
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.photometric import AugmentConfig
+from relicctl.data.sampler import DrawKey
 from relicctl.data.views import CropSpec, ViewSpec, crop_views
 
 LARGE, SMALL = CropSpec(4, 224, (0.14, 1.0)), CropSpec(2, 96, (0.05, 0.14))
@@ -93,7 +94,7 @@ def our_host(source: ImageDataset) -> Callable[[], list[np.ndarray]]:
         for start in range(0, len(source), 8):
             rows = slice(start, start + 8)
             images = [source.load(index) for index in range(*rows.indices(len(source)))]
-            crop_views(images, PLAN, 0, 0, np.arange(len(source))[rows], [c[:, rows] for c in crops])
+            crop_views(images, PLAN, DrawKey(0, 0, np.arange(len(source))[rows]), [c[:, rows] for c in crops])
         return [crop.copy() for crop in crops]
 
     return run

@@ -15,7 +15,7 @@ from relicctl.data import augment
 from relicctl.data.augment import apply_augmentations
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
-from relicctl.data.loader import ViewLoader
+from relicctl.data.loader import LoaderConfig, ViewLoader
 from relicctl.data.photometric import AugmentConfig, draw_augment_params
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import Batch, CropSpec, ViewSpec
@@ -80,8 +80,8 @@ def test_the_device_road_of_the_feed_never_waits():
     source = ShapesDataset.from_spec("shapes:train=64", "train")
     plan = ViewSpec((CropSpec(2, 32, (0.3, 1.0)),), (0.75, 1.33), AugmentConfig())
     feed = ViewLoader(
-        source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device("cuda"), world=_alone(),
-        cache="device", workers=0, bad=BadImages(len(source), 0.0),
+        source, Sampler(0, len(source), BATCH), plan,
+        LoaderConfig(0, torch.device("cuda"), cache="device"), BadImages(len(source), 0.0),
     )  # fmt: skip
     batches = feed.iter_from_step(0, 3)
     next(batches)
@@ -98,8 +98,8 @@ def test_the_host_road_brings_the_cpus_batches():
     plan = ViewSpec((CropSpec(2, 32, (0.3, 1.0)), CropSpec(1, 24, (0.05, 0.3))), (0.75, 1.33), AugmentConfig())
     here, there = (
         ViewLoader(
-            source, Sampler(0, len(source), BATCH), plan, seed=0, device=torch.device(device), world=_alone(),
-            cache="none", workers=1, bad=BadImages(len(source), 0.0),
+            source, Sampler(0, len(source), BATCH), plan,
+            LoaderConfig(0, torch.device(device), workers=1), BadImages(len(source), 0.0),
         ).iter_from_step(0, 8)
         for device in ("cpu", "cuda")
     )  # fmt: skip
@@ -109,12 +109,6 @@ def test_the_host_road_brings_the_cpus_batches():
             load = (load @ load).clamp_(-1, 1)
         for mine, yours in zip(ours.views, theirs.views, strict=True):
             torch.testing.assert_close(yours.cpu(), mine, atol=1e-4, rtol=1e-4)
-
-
-def _alone():
-    from relicctl.core.distributed import World
-
-    return World()
 
 
 def test_loss_and_gradient_are_those_of_the_cpu():

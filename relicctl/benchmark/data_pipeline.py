@@ -13,6 +13,7 @@ from relicctl.benchmark.train_step import measure_cpu_seconds, summarize_timings
 from relicctl.core.counter_rng import draw_uniform
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import decode_rgb
+from relicctl.data.sampler import DrawKey
 from relicctl.data.views import IMAGES_PER_DECODE, ViewSpec, crop_views
 
 IMAGES_PER_REPEAT = 32  # measured at a time
@@ -37,7 +38,7 @@ def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> 
     def crop() -> None:
         for start in range(0, len(samples), IMAGES_PER_DECODE):
             rows = slice(start, start + IMAGES_PER_DECODE)
-            crop_views(images[rows], plan, 0, 0, samples[rows], [c[:, rows] for c in crops])
+            crop_views(images[rows], plan, DrawKey(0, 0, samples[rows]), [c[:, rows] for c in crops])
 
     def collate() -> None:
         for whole, part in zip(batch, crops, strict=True):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from relicctl.bgmask.priors.maps import build_prior_channels, compute_prior_maps, quantize_maps
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.data.crops import crop_on_host
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError, BadImages
-from relicctl.data.workers import _init_image_worker, run_workers
+from relicctl.data.workers import load_in_workers
 from relicctl.errors import DataError
 
 
@@ -90,42 +90,25 @@ def iter_resized_batches(
     ``prior_size``: side in pixels of the prior maps that are computed as well; 0 = none.
     """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    loader = DataLoader(
-        _ResizedBatchDataset(source, batches, size, prior_size),
-        batch_size=None,
-        num_workers=min(workers, len(batches)),
-        worker_init_fn=_init_image_worker,
-        prefetch_factor=2 if workers and batches else None,
-    )
-    with run_workers(loader) as items:
+    load = partial(_load_batch, source, size, prior_size)
+    with load_in_workers(load, batches, min(workers, len(batches))) as items:
         yield from items
 
 
-class _ResizedBatchDataset(Dataset[ResizedBatch]):
-    def __init__(self, source: ImageDataset, batches: Sequence[np.ndarray], size: int, prior_size: int) -> None:
-        self._source, self._batches, self._size, self._prior_size = source, batches, size, prior_size
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, number: int) -> ResizedBatch:
-        # One thread: the last bits of sums depend on the number of threads.
-        with threadpool_limits(1) if self._prior_size else nullcontext():
-            return self._load_batch(self._batches[number])
-
-    def _load_batch(self, batch: np.ndarray) -> ResizedBatch:
-        indices, images, priors, bad = [], [], [], []
-        for index in batch.tolist():
-            try:
-                image = self._source.load(index)
-            except BadImageError as reason:
-                bad.append((index, reason.reason))
-                continue
-            indices.append(index)
-            images.append(resize_to_square(image, self._size))
-            if self._prior_size:
-                priors.append(quantize_maps(compute_prior_maps(image, self._prior_size)))
-        pixels = np.stack(images) if images else np.empty((0, self._size, self._size, 3), np.uint8)
-        planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        prior_channels = build_prior_channels(*map(np.stack, zip(*priors, strict=True))) if priors else None
-        return ResizedBatch(np.array(indices, dtype=np.int64), planes, bad, prior_channels)
+def _load_batch(source: ImageDataset, size: int, prior_size: int, batch: np.ndarray) -> ResizedBatch:
+    used, images, priors, bad = [], [], [], []
+    for index in batch.tolist():
+        try:
+            image = source.load(index)
+        except BadImageError as reason:
+            bad.append((index, reason.reason))
+            continue
+        used.append(index)
+        images.append(resize_to_square(image, size))
+        if prior_size:
+            with threadpool_limits(1):  # sums depend on the number of threads in their last bits
+                priors.append(quantize_maps(compute_prior_maps(image, prior_size)))
+    pixels = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    prior_channels = build_prior_channels(*map(np.stack, zip(*priors, strict=True))) if priors else None
+    return ResizedBatch(np.array(used, dtype=np.int64), planes, bad, prior_channels)

@@ -12,12 +12,12 @@ import os
 import struct
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader, Dataset
 
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, compute_prior_maps, quantize_maps
 from relicctl.core.atomic_io import write_atomically
@@ -25,8 +25,8 @@ from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError
-from relicctl.data.workers import _init_prior_worker, run_workers
-from relicctl.errors import DataError, RelicError, RunFailed
+from relicctl.data.workers import load_in_workers
+from relicctl.errors import DataError, RunFailed
 
 MAGIC = b"RELICPRI"
 VERSION = 1  # raise it when the file's layout or any prior's map changes
@@ -173,47 +173,23 @@ def _read_header(path: Path, expected: dict) -> int:
     return _align_to_page(len(start) + len(text))
 
 
-# Making maps in parallel
-
-
 def _iter_prior_maps(
     source: ImageDataset, chunks: Sequence[np.ndarray], size: int, workers: int
 ) -> Generator[WorkResult, None, None]:
-    """Of every unit, int64 ``[K]``: its samples, their maps, which of these are valid, which images are bad."""
-    dataset = _PriorDataset(source, size, chunks)
-    # Sums depend on the number of threads in their last bits, and processes by cores need no threads.
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_init_prior_worker)
-    with threadpool_limits(1), run_workers(loader) as items:
-        for _ in chunks:
-            item = next(items)
-            if isinstance(item, RelicError):
-                raise item
-            yield WorkResult(tuple(item))
+    """Compute, for each chunk of K samples: their indices, int64 ``[K]``, maps, valid flags and bad-image flags."""
+    # Sums depend on the number of threads in their last bits.
+    with threadpool_limits(1), load_in_workers(partial(_compute_chunk, source, size), chunks, workers) as results:
+        yield from results
 
 
-class _PriorDataset(Dataset):
-    """Item k: the maps of the k-th unit of samples."""
-
-    def __init__(self, source: ImageDataset, size: int, units: Sequence[np.ndarray]) -> None:
-        self._source, self._size, self._units = source, size, units
-
-    def __len__(self) -> int:
-        return len(self._units)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...] | RelicError:
+def _compute_chunk(source: ImageDataset, size: int, indices: np.ndarray) -> WorkResult:
+    maps = np.zeros((len(indices), len(PRIOR_NAMES), size, size), dtype=np.uint8)
+    valid, bad = np.zeros(maps.shape[:2], dtype=bool), np.zeros(len(indices), dtype=bool)
+    for row, index in enumerate(indices.tolist()):
         try:
-            return self._compute_chunk(self._units[number])
-        except RelicError as error:
-            return error  # raised in the parent: torch would wrap it up on the way
-
-    def _compute_chunk(self, indices: np.ndarray) -> tuple[torch.Tensor, ...]:
-        maps = np.zeros((len(indices), len(PRIOR_NAMES), self._size, self._size), dtype=np.uint8)
-        valid, bad = np.zeros(maps.shape[:2], dtype=bool), np.zeros(len(indices), dtype=bool)
-        for row, index in enumerate(indices.tolist()):
-            try:
-                image_maps = compute_prior_maps(self._source.load(index), self._size)
-            except BadImageError:
-                bad[row] = True
-                continue
-            maps[row], valid[row] = quantize_maps(image_maps)
-        return tuple(torch.from_numpy(array) for array in (indices, maps, valid, bad))
+            image_maps = compute_prior_maps(source.load(index), size)
+        except BadImageError:
+            bad[row] = True
+            continue
+        maps[row], valid[row] = quantize_maps(image_maps)
+    return WorkResult(tuple(torch.from_numpy(array) for array in (indices, maps, valid, bad)))

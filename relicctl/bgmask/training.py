@@ -23,7 +23,7 @@ from relicctl.core.optim import build_optimizer, compute_learning_rate
 from relicctl.data.augment import apply_augmentations
 from relicctl.data.crops import crop_on_device, draw_crop_boxes
 from relicctl.data.photometric import AugmentConfig, draw_augment_params
-from relicctl.data.sampler import Sampler
+from relicctl.data.sampler import DrawKey, Sampler
 from relicctl.models.layers import convert_sync_batchnorm
 
 EPS = 1e-6
@@ -120,11 +120,9 @@ class MaskLoader:
         planes = [data.images, data.labels, data.weights]
         planes += [] if data.prior_channels is None else [data.prior_channels]
         layers = torch.cat([plane[rows] for plane in planes], 1)
-        side = np.full(len(samples), layers.shape[-1])
-        boxes = draw_crop_boxes(
-            self._seed, self.sampler.get_epoch(step), samples, side, side,
-            first_view=0, count=1, area=views.area, aspect=views.aspect,
-        )  # fmt: skip
+        sizes = np.full((len(samples), 2), layers.shape[-1])
+        key = DrawKey(self._seed, self.sampler.get_epoch(step), samples)
+        boxes = draw_crop_boxes(key, sizes, range(1), views.area, views.aspect)
         crops = crop_on_device(layers, boxes, views.size)
         params = draw_augment_params(views.photometric, self._seed, step, self._rows, 1)
         flips = torch.from_numpy(params.flip[0]).to(crops.device)[:, None, None, None]

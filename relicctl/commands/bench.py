@@ -25,7 +25,7 @@ from relicctl.core.distributed import World
 from relicctl.core.hardware import format_bytes
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages
-from relicctl.data.loader import ViewLoader, resolve_cache
+from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
 from relicctl.errors import UsageError
 from relicctl.pretraining.data import build_view_plan, open_pretrain_data
@@ -85,8 +85,9 @@ def bench(
             bench_config, schedule, classes=classes, device=device, precision=precision,
         )  # fmt: skip
         feed = ViewLoader(
-            source, Sampler(config.seed, len(source), size), build_view_plan(config), seed=config.seed, device=device,
-            world=World(), cache=cache, workers=workers, bad=BadImages(len(source), config.data.max_bad),
+            source, Sampler(config.seed, len(source), size), build_view_plan(config),
+            LoaderConfig(config.seed, device, cache=cache, workers=workers),
+            BadImages(len(source), config.data.max_bad),
         )  # fmt: skip
         return task, feed
 

@@ -18,7 +18,7 @@ from relicctl.core.distributed import World, destroy_distributed, init_distribut
 from relicctl.core.loop import LoopConfig, TrainState, restore_state, train
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.decoding import BadImages
-from relicctl.data.loader import ViewLoader, resolve_cache
+from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
 from relicctl.data.sampler import Sampler
 from relicctl.encoders.file import load_encoder, save_encoder
 from relicctl.errors import DataError, UsageError
@@ -134,14 +134,16 @@ def _run_pretrain(
             data.train,
             sampler,
             build_view_plan(config),
-            seed=config.seed,
-            device=device,
-            world=world,
-            cache=record["cache"],
-            strict_cache=config.data.cache == "device",
-            workers=resolve_num_workers(config.runtime, device, record["cache"]),
-            bad=bad,
-            masking=masking,
+            LoaderConfig(
+                config.seed,
+                device,
+                world,
+                cache=record["cache"],
+                strict_cache=config.data.cache == "device",
+                workers=resolve_num_workers(config.runtime, device, record["cache"]),
+            ),
+            bad,
+            masking,
         )
     except UsageError:
         if resumed is None:

@@ -1,11 +1,11 @@
-"""Background removal: which large views are cut from the masked image, and how it is masked.
+"""Background removal: which large views are cropped from the masked image, and how it is masked.
 
-After ReLICv2 (arXiv 2201.05119): every large view by itself takes the image without its background, with a
+As in ReLICv2 (arXiv 2201.05119), every large view independently uses the image without its background, with a
 probability; small views never do. The mask is applied to the whole image, and the view is cropped from that.
 Only the part that a crop needs is computed, and only for views that drew a mask. What a view draws depends on
 (seed, epoch, sample, view) alone.
 
-Masks of any shape are scaled to their image by the nearest pixel: in both ways of cropping the same bits.
+Masks of any shape are scaled to their image by the nearest pixel: the same bits in both ways of cropping.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,35 +25,36 @@ from relicctl.data.crops import crop_on_device
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import ImageSource, decode_rgba
 from relicctl.data.mask_bank import MaskBank
+from relicctl.data.sampler import DrawKey
 
 FillMode = Literal["mean", "gray", "noise"]
 FILL_COLORS = {"mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
 PIXEL = np.dtype("V3")  # three bytes as one
-ALPHA_THRESHOLD = 128  # alpha from which on a pixel is foreground
-NOISE_KEY = 1  # keeps the noise's numbers apart from the draws'
+ALPHA_THRESHOLD = 128  # pixels of at least this alpha are foreground
+NOISE_KEY = 1  # separates the noise from the draws of views
 
 
 class MaskSource(Protocol):
-    """Where foregrounds come from."""
+    """Where foreground masks come from."""
 
     def get_image_source(self, source: ImageDataset) -> ImageSource:
-        """What the images are loaded from, with all that ``read`` wants of them."""
+        """Return what the images are loaded from, with all that ``read`` needs of them."""
         ...
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
-        """Sample ``index``'s foreground: bool ``[h, w]`` of any shape; None where no mask can be used.
+        """Return the foreground of sample ``index``: bool ``[h, w]`` of any shape; None without a usable mask.
 
-        ``image``: the sample as ``pictures`` loads it.
+        ``image``: the sample as loaded from ``get_image_source``.
         """
         ...
 
     def select(self, images: list[np.ndarray], indices: Sequence[int]) -> MaskSource:
-        """Masks of images that stay decoded: place i is sample ``indices[i]``, which was loaded as ``images[i]``."""
+        """Return masks of images cached decoded: mask i is of sample ``indices[i]``, loaded as ``images[i]``."""
         ...
 
 
 class BankMasks:
-    """Masks of a bank: ``rows``, int64 ``[N]``, is each sample's there. ``limits`` of the foreground's share."""
+    """Masks of a bank. ``rows``, int64 ``[N]``: each sample's row there; ``limits``: range of foreground ratios."""
 
     def __init__(self, bank: MaskBank, rows: np.ndarray, limits: tuple[float, float]) -> None:
         self.bank, self.rows, self.limits = bank, rows, limits
@@ -62,7 +63,7 @@ class BankMasks:
         return source
 
     def is_usable(self) -> np.ndarray:
-        """bool ``[N]``: whose foreground lies within the limits."""
+        """Return whose foreground lies within the limits: bool ``[N]``."""
         return _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
@@ -74,7 +75,7 @@ class BankMasks:
 
 
 class AlphaMasks:
-    """The images' own alpha channels; images without one have no mask."""
+    """Masks from the images' alpha channels; images without one have no mask."""
 
     def __init__(self, limits: tuple[float, float]) -> None:
         self.limits = limits
@@ -93,7 +94,7 @@ class AlphaMasks:
 
 
 class PackedMasks:
-    """Masks in memory as bits, at the images' own shapes."""
+    """Masks in memory as bits, at their images' shapes."""
 
     def __init__(self, masks: list[np.ndarray | None]) -> None:
         self._shapes = [None if mask is None else mask.shape for mask in masks]
@@ -113,7 +114,7 @@ class PackedMasks:
 
 
 class _AlphaImages:
-    """A source's images, uint8 ``[H, W, 4]`` where there is an alpha channel, else ``[H, W, 3]``."""
+    """A data set's images: uint8 ``[H, W, 4]`` where there is an alpha channel, else ``[H, W, 3]``."""
 
     def __init__(self, source: ImageDataset) -> None:
         self._source = source
@@ -126,8 +127,8 @@ class _AlphaImages:
         return decode_rgba(data) if isinstance(data, bytes) else data
 
 
-def _is_within(share: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    return (limits[0] <= share) & (share <= limits[1])
+def _is_within(ratio: Any, limits: tuple[float, float]) -> Any:
+    return (limits[0] <= ratio) & (ratio <= limits[1])
 
 
 @dataclass(frozen=True)
@@ -138,59 +139,54 @@ class BackgroundRemoval:
     probability: float
     fill: FillMode
 
-    def draw_masked_views(self, seed: int, epoch: int, samples: np.ndarray, views: int) -> np.ndarray:
-        """bool ``[B, views]``: which large views of ``samples``, ``[B]``, want the image without its background."""
-        wanted = draw_uniform(seed, Stream.MASK, epoch, samples[:, None], np.arange(views), n=1)
-        return wanted[..., 0] < self.probability
+    def draw_masked_views(self, key: DrawKey, views: int) -> np.ndarray:
+        """Draw which large views of B samples get the image without its background: bool ``[B, views]``."""
+        uniforms = draw_uniform(key.seed, Stream.MASK, key.epoch, key.samples[:, None], np.arange(views), n=1)
+        return uniforms[..., 0] < self.probability
 
     def build_fills(
-        self,
-        drawn: np.ndarray,
-        seed: int,
-        epoch: int,
-        samples: np.ndarray,
-        used: np.ndarray,
-        images: list[np.ndarray],
+        self, key: DrawKey, views: int, used: np.ndarray, images: list[np.ndarray]
     ) -> list[list[BackgroundFill | None]]:
-        """Per image and large view, what removes its background, or None.
+        """Return, per image and large view, what removes its background, or None.
 
-        ``drawn``: bool ``[B, views]``, of ``draw``; ``samples``, ``[B]``: for whom; ``used``, ``[B]``: the samples
-        that were loaded in their places as ``images``.
+        ``used``, int ``[B]``: the samples that were loaded as ``images`` in the places of the key's samples.
         """
-        found: list[list[BackgroundFill | None]] = [[None] * drawn.shape[1] for _ in images]
-        rows, views = np.nonzero(drawn)
+        fills: list[list[BackgroundFill | None]] = [[None] * views for _ in images]
+        rows, chosen = np.nonzero(self.draw_masked_views(key, views))
         masks = {row: self.masks.read(int(used[row]), images[row]) for row in set(rows.tolist())}
-        for row, view in zip(rows.tolist(), views.tolist(), strict=True):
+        for row, view in zip(rows.tolist(), chosen.tolist(), strict=True):
             mask = masks[row]
             if mask is not None:
                 height, width = images[row].shape[:2]
-                fill = self.make_fill_values(seed, epoch, int(samples[row]), view, height, width)
-                found[row][view] = BackgroundFill(mask, height, width, fill)
-        return found
+                fill = self.make_fill_values(key[row], view, height, width)
+                fills[row][view] = BackgroundFill(mask, height, width, fill)
+        return fills
 
-    def make_fill_values(self, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> np.ndarray:
-        """What the background becomes: uint8 ``[3]``, or noise of the view's own, ``[height, width, 3]``."""
+    def make_fill_values(self, key: DrawKey, view: int, height: int, width: int) -> np.ndarray:
+        """Return what the background becomes in one view of one sample, the key's.
+
+        uint8 ``[3]``, or ``[height, width, 3]`` of noise that differs from view to view.
+        """
         if self.fill != "noise":
             return FILL_COLORS[self.fill]
         count = 3 * height * width
-        words = np.random.PCG64(derive_seed(seed, Stream.MASK, epoch, sample, view, NOISE_KEY)).random_raw(
-            -(-count // 8)
-        )
-        return words.astype("<u8").view(np.uint8)[:count].reshape(height, width, 3)
+        seed = derive_seed(key.seed, Stream.MASK, key.epoch, int(key.samples), view, NOISE_KEY)
+        words = np.random.PCG64(seed).random_raw(-(-count // 8))
+        return np.asarray(words, dtype="<u8").view(np.uint8)[:count].reshape(height, width, 3)
 
 
 class BackgroundFill:
     """Fills the background in any crop of an image of ``height`` x ``width`` pixels.
 
     The mask's few rows are stretched across the crop before they are copied to its lines, and numpy fills runs of
-    whole pixels: a third of what it takes by channels.
+    whole pixels: this takes a third of the time of filling by channels.
     """
 
     def __init__(self, mask: np.ndarray, height: int, width: int, fill: np.ndarray) -> None:
         self._mask, self._height, self._width, self._fill = mask, height, width, fill
 
     def __call__(self, crop: np.ndarray, left: int, top: int) -> None:
-        """``crop``: uint8 ``[h, w, 3]``, contiguous, the pixels from (top, left) on; filled in place."""
+        """Fill ``crop`` in place: uint8 ``[h, w, 3]``, contiguous, the pixels from (top, left) on."""
         h, w = crop.shape[:2]
         rows = _compute_nearest_indices(self._height, self._mask.shape[0])[top : top + h]
         columns = _compute_nearest_indices(self._width, self._mask.shape[1])[left : left + w]
@@ -203,14 +199,14 @@ class BackgroundFill:
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """bool ``[height, width]``: the mask at the size of its image."""
+    """Return the mask at the size of its image: bool ``[height, width]``."""
     rows, columns = _compute_nearest_indices(height, mask.shape[0]), _compute_nearest_indices(width, mask.shape[1])
     return mask[rows][:, columns]
 
 
 @lru_cache(maxsize=256)
 def _compute_nearest_indices(pixels: int, side: int) -> np.ndarray:
-    """int64 ``[pixels]``: of ``side`` mask pixels, the one under the centre of each image pixel."""
+    """Return, of ``side`` mask pixels, the one under the centre of each image pixel: int64 ``[pixels]``."""
     return (2 * np.arange(pixels) + 1) * side // (2 * pixels)
 
 
@@ -230,30 +226,28 @@ class DeviceMasks:
         self._packed = torch.from_numpy(packed).to(device)
         self._shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
-    def crop_masked_views(
-        self, views: Tensor, images: Tensor, boxes: np.ndarray, seed: int, epoch: int, samples: np.ndarray
-    ) -> None:
-        """Cut those large views anew that drew a mask: float32 ``[V, B, 3, size, size]``, contiguous, in place.
+    def crop_masked_views(self, views: Tensor, images: Tensor, boxes: np.ndarray, key: DrawKey) -> None:
+        """Crop again the large views that drew a mask: float32 ``[V, B, 3, size, size]``, contiguous, in place.
 
-        ``images``: uint8 ``[B, 3, H, W]``, those of ``samples``, ``[B]``; ``boxes``: ``[B, V, 4]``.
+        ``images``: uint8 ``[B, 3, H, W]``, those of the key's samples; ``boxes``: ``[B, V, 4]``.
         """
-        count, batch = views.shape[:2]
-        drawn = self._masking.draw_masked_views(seed, epoch, samples, count) & self._usable[samples][:, None]
+        (count, batch), samples = views.shape[:2], key.samples
+        drawn = self._masking.draw_masked_views(key, count) & self._usable[samples][:, None]
         rows, chosen = np.nonzero(drawn)
         if not len(rows):
             return
         fills = [
-            self._masking.make_fill_values(seed, epoch, sample, view, self._height, self._width)
-            for sample, view in zip(samples[rows].tolist(), chosen.tolist(), strict=True)
+            self._masking.make_fill_values(key[row], view, self._height, self._width)
+            for row, view in zip(rows.tolist(), chosen.tolist(), strict=True)
         ]
-        wanted = torch.from_numpy(np.stack([rows, samples[rows], chosen * batch + rows]))
-        row, sample, place = wanted.to(images.device, non_blocking=True)
+        indices = torch.from_numpy(np.stack([rows, samples[rows], chosen * batch + rows]))
+        row, sample, place = indices.to(images.device, non_blocking=True)
         filled = self._remove_background(images[row], sample, fills[0] if fills[0].ndim == 1 else np.stack(fills))
         crops = crop_on_device(filled, boxes[rows, chosen][:, None], views.shape[-1])
         views.view(-1, *views.shape[2:]).index_copy_(0, place, crops[0])
 
     def _remove_background(self, images: Tensor, samples: Tensor, fill: np.ndarray) -> Tensor:
-        """uint8 ``[K, 3, H, W]``: images of ``samples``, int64 ``[K]``, their backgrounds filled.
+        """Fill the backgrounds of ``images``, uint8 ``[K, 3, H, W]``, of ``samples``, int64 ``[K]``.
 
         ``fill``: uint8 ``[3]``, or ``[K, H, W, 3]``.
         """

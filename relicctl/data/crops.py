@@ -1,4 +1,4 @@
-"""The geometric half of a view: where its box lies, and the box cut out and resized.
+"""The geometric half of a view: drawing its box, and cropping and resizing it.
 
 Boxes are (left, top, width, height) in whole pixels. Resizing is antialiased bicubic on the cropped image,
 first along the rows, then along the columns, clipped after each; uint8 on the host, float32 on the device.
@@ -14,64 +14,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relicctl.core.counter_rng import Stream, draw_uniform
+from relicctl.data.sampler import DrawKey
+
+CropEdit = Callable[[np.ndarray, int, int], None]  # changes a crop's pixels in place; gets its left and top
 
 CROP_TRIES = 10  # draws before the centred fallback, as in torchvision's RandomResizedCrop
 
 
 def draw_crop_boxes(
-    seed: int,
-    epoch: int,
-    indices: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    *,
-    first_view: int,
-    count: int,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
+    key: DrawKey, sizes: np.ndarray, views: range, area: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """int32 ``[B, count, 4]``: a box for each sample and each of ``count`` views from ``first_view`` on.
+    """Draw a box for each of B samples and each of V ``views`` (their numbers): int32 ``[B, V, 4]``.
 
-    ``indices``, ``heights``, ``widths`` are ``[B]``. A box depends on (seed, epoch, its sample's index and
-    size, its view) alone. The law is torchvision's RandomResizedCrop: share of the area uniform in ``area``,
-    width / height log-uniform in ``aspect``, the first of ten draws that fits, else the largest centred box
-    of lawful aspect.
+    ``sizes``: the images' (height, width), int ``[B, 2]``. A box depends on its sample's key and size and on its view
+    alone. The distribution is that of torchvision's RandomResizedCrop: fraction of the area uniform in ``area``,
+    width / height log-uniform in ``ratio``, the first of ten draws that fits, else the largest centred box of
+    valid ratio.
     """
-    views = np.arange(first_view, first_view + count)
-    indices = np.asarray(indices)[:, None]
-    u = draw_uniform(seed, Stream.GEOMETRY, epoch, indices, views, n=2 * CROP_TRIES + 2)
-    height, width = (np.asarray(side, dtype=np.int64)[:, None] for side in (heights, widths))
+    u = draw_uniform(
+        key.seed,
+        Stream.GEOMETRY,
+        key.epoch,
+        key.samples[:, None],
+        np.arange(views.start, views.stop),
+        n=2 * CROP_TRIES + 2,
+    )
+    height, width = sizes.astype(np.int64).T[..., None]
 
     pixels = (height * width)[..., None] * (area[0] + (area[1] - area[0]) * u[..., :CROP_TRIES])
-    log_low, log_high = np.log(aspect)
-    ratio = np.exp(log_low + (log_high - log_low) * u[..., CROP_TRIES : 2 * CROP_TRIES])
-    tried_w, tried_h = (np.rint(np.sqrt(side)).astype(np.int64) for side in (pixels * ratio, pixels / ratio))
+    log_low, log_high = np.log(ratio)
+    ratios = np.exp(log_low + (log_high - log_low) * u[..., CROP_TRIES : 2 * CROP_TRIES])
+    tried_w, tried_h = (np.rint(np.sqrt(side)).astype(np.int64) for side in (pixels * ratios, pixels / ratios))
     fits = (tried_w > 0) & (tried_w <= width[..., None]) & (tried_h > 0) & (tried_h <= height[..., None])
     first = fits.argmax(-1)[..., None]
-    found = fits.any(-1)
+    any_fits = fits.any(-1)
 
-    shape = np.clip(width / height, *aspect)
-    w = np.where(found, _gather_draws(tried_w, first), np.clip(np.rint(height * shape), 1, width))
-    h = np.where(found, _gather_draws(tried_h, first), np.clip(np.rint(width / shape), 1, height))
-    left = np.where(found, np.floor(u[..., -2] * (width - w + 1)), (width - w) // 2)
-    top = np.where(found, np.floor(u[..., -1] * (height - h + 1)), (height - h) // 2)
+    chosen_w, chosen_h = (np.take_along_axis(tried, first, axis=-1)[..., 0] for tried in (tried_w, tried_h))
+    shape = np.clip(width / height, *ratio)
+    w = np.where(any_fits, chosen_w, np.clip(np.rint(height * shape), 1, width))
+    h = np.where(any_fits, chosen_h, np.clip(np.rint(width / shape), 1, height))
+    left = np.where(any_fits, np.floor(u[..., -2] * (width - w + 1)), (width - w) // 2)
+    top = np.where(any_fits, np.floor(u[..., -1] * (height - h + 1)), (height - h) // 2)
     return np.stack([left, top, w, h], axis=-1).astype(np.int32)
 
 
-def _gather_draws(values: np.ndarray, position: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values, position, axis=-1)[..., 0]
-
-
 def make_eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
-    """int32 ``[4]``: the centred square whose side is ``crop_ratio`` of the shorter side.
+    """Return the centred square whose side is ``crop_ratio`` of the shorter side: int32 ``[4]``.
 
     Resizing it to s pixels equals resizing the short side to ``s / crop_ratio``, then cutting out the centre.
     """
     side = max(1, round(crop_ratio * min(height, width)))
     return np.array([(width - side) // 2, (height - side) // 2, side, side], dtype=np.int32)
-
-
-CropEdit = Callable[[np.ndarray, int, int], None]  # changes a crop's pixels in place; told its left and top
 
 
 def crop_on_host(
@@ -81,13 +74,13 @@ def crop_on_host(
     out: np.ndarray | None = None,
     edits: Sequence[CropEdit | None] | None = None,
 ) -> np.ndarray:
-    """uint8 ``[V, size, size, 3]``, in ``out`` if given: the boxes ``[V, 4]`` of one image, uint8 ``[H, W, 3]``.
+    """Crop and resize boxes ``[V, 4]`` of an image, uint8 ``[H, W, 3]``: uint8 ``[V, size, size, 3]``, or into ``out``.
 
-    ``edits``, V of them: what is done to a box's pixels before they are resized, as if it were done to the image.
+    ``edits``, V of them: what changes a box's pixels before they are resized, as if it changed the image.
 
     torch resizes interleaved uint8 five times as fast as Pillow, with weights of 15 bits instead of 22: three
     pixels in a thousand differ by one grey level, two in a million by two. As in torchvision a box is cropped
-    before it is resized: Pillow's ``resize(box=...)`` would let neighbours from outside the box shine in.
+    before it is resized: Pillow's ``resize(box=...)`` would also read neighbours outside the box.
     """
     if out is None:
         out = np.empty((len(boxes), size, size, 3), dtype=np.uint8)
@@ -95,18 +88,20 @@ def crop_on_host(
         box = image[top : top + h, left : left + w].copy()  # row by row, many times as fast as torch's copy
         if edit is not None:
             edit(box, left, top)
-        planes = torch.from_numpy(box)[None].permute(0, 3, 1, 2)  # channels_last, and so is what comes of it
+        planes = torch.from_numpy(box)[None].permute(0, 3, 1, 2)  # channels_last, as is the result
         resized = F.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)
         crop[:] = resized[0].permute(1, 2, 0).numpy()
     return out
 
 
 def crop_on_device(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Tensor:
-    """float32 ``[V, B, 3, size, size]`` in [0, 1]: boxes ``[B, V, 4]`` of uint8 images ``[B, 3, H, W]``.
+    """Crop and resize boxes ``[B, V, 4]`` of uint8 images ``[B, 3, H, W]``.
 
-    Two batched matrix products a view, on the images' device, in float32 whatever the autocast. Clipping
-    between them is what every uint8 resize does, and a sharp edge shows it; nothing is rounded, which keeps
-    within 1.5 grey levels of those. On a CPU ``crop_on_host`` is the faster way above some 64 pixels.
+    Returns float32 ``[V, B, 3, size, size]`` in [0, 1].
+
+    Two batched matrix products per view, on the images' device, in float32 whatever the autocast. Clipping
+    between them is what every uint8 resize does, and a sharp edge shows it; nothing is rounded, so results are
+    within 1.5 grey levels of those. On a CPU ``crop_on_host`` is faster above some 64 pixels.
     """
     batch, channels, height, width = images.shape
     left, top, w, h = torch.as_tensor(boxes).to(images.device, non_blocking=True).unbind(-1)
@@ -122,7 +117,7 @@ def crop_on_device(images: Tensor, boxes: np.ndarray | Tensor, size: int) -> Ten
 
 
 def make_bicubic_matrices(starts: Tensor, lengths: Tensor, pixels: int, size: int) -> Tensor:
-    """float32 ``[K, size, pixels]``: row y of matrix k makes output pixel y from a line of ``pixels`` pixels.
+    """Build float32 ``[K, size, pixels]``: row y of matrix k gives output pixel y of a line of ``pixels`` pixels.
 
     The interval of ``lengths[k]`` pixels from ``starts[k]`` on becomes ``size`` pixels; nothing outside it is
     read. The filter is Keys' cubic with a = -0.5, stretched by the scale when it shrinks (antialiasing), and
@@ -140,7 +135,7 @@ def make_bicubic_matrices(starts: Tensor, lengths: Tensor, pixels: int, size: in
 
 
 def _compute_keys_kernel(distance: Tensor) -> Tensor:
-    """Keys' kernel (1981), a = -0.5, without branches: q²(q-1)/2 + p²(1-2p); q = (2-t)⁺, p = (1-t)⁺."""
+    """Compute Keys' kernel (1981), a = -0.5, without branches: q²(q-1)/2 + p²(1-2p); q = (2-t)⁺, p = (1-t)⁺."""
     q = (2.0 - distance).clamp_min_(0.0)
     p = (1.0 - distance).clamp_min_(0.0)
     outer = (q - 1.0).mul_(q).mul_(q).mul_(0.5)
@@ -148,7 +143,7 @@ def _compute_keys_kernel(distance: Tensor) -> Tensor:
 
 
 def make_gaussian_matrices(sigmas: Tensor, pixels: int, radius: int) -> Tensor:
-    """float32 ``[K, pixels, pixels]``: symmetric band matrices of Gaussians with ``2 radius + 1`` taps.
+    """Build float32 ``[K, pixels, pixels]``: symmetric band matrices of Gaussians with ``2 radius + 1`` taps.
 
     ``sigmas`` is ``[K]`` in pixels. The taps sum to one and what lies beyond the border counts as zero.
     """

@@ -25,7 +25,9 @@ from relicctl.errors import DataError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is taken for a decompression bomb
+SkippedImages = list[tuple[int, str]]  # (index, reason) of images that cannot be decoded
 _EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
 _ORIENTATION_TAG = 0x0112
 _ORIENTATION_TRANSPOSES = {
@@ -121,9 +123,6 @@ def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
     return np.rint(grey.clip(0, white) * (255 / white)).astype(np.uint8)
 
 
-MAX_SKIPPED = 1000  # samples looked at for one that can be decoded
-
-
 class ImageSource(Protocol):
     """What images are loaded from: a Source, or images that were decoded before."""
 
@@ -163,9 +162,9 @@ def is_decodable(source: ImageSource, index: int) -> bool:
     return True
 
 
-def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, list[tuple[int, str]]]:
+def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, SkippedImages]:
     """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
-    skipped: list[tuple[int, str]] = []
+    skipped: SkippedImages = []
     for candidate in range(index, index + min(len(source), MAX_SKIPPED)):
         candidate %= len(source)
         try:
@@ -178,7 +177,7 @@ def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, list
 class UndecodableError(DataError):
     """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
 
-    def __init__(self, skipped: list[tuple[int, str]]) -> None:
+    def __init__(self, skipped: SkippedImages) -> None:
         super().__init__(
             f"{len(skipped)} images in a row cannot be decoded, the first because: {skipped[0][1]}.",
             "Check that the files are images.",

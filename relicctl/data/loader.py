@@ -1,8 +1,8 @@
-"""From samples to batches of views: the host decodes and crops, the device does the rest.
+"""From samples to batches of views: images are decoded on the CPU side, the rest runs on the GPU side.
 
-Two roads lead to the same views. Images of one size that fit are decoded once, stay on the device and are cropped
-there. All others are cropped on the host in uint8: decoded for every batch by worker processes, or kept decoded
-in memory. Whatever the number of workers, a batch is a function of (seed, step) alone; the two roads differ by
+There are two ways to the same views. Images of one size that fit are decoded once, stay on the device and are cropped
+there. All others are cropped on the host in uint8: decoded for every batch by worker processes, or cached decoded
+in memory. Whatever the number of workers, a batch is a function of (seed, step) alone; the two ways differ by
 the rounding of a resize.
 """
 
@@ -14,74 +14,82 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from relicctl.core.distributed import World
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import GIB, get_free_host_memory
 from relicctl.data.augment import apply_augmentations
 from relicctl.data.background_removal import BackgroundRemoval, DeviceMasks
 from relicctl.data.crops import crop_on_device
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImageError, BadImages, ImageSource, UndecodableError, load_or_next
+from relicctl.data.decoding import BadImageError, BadImages, ImageSource, SkippedImages, UndecodableError, load_or_next
 from relicctl.data.photometric import draw_augment_params
-from relicctl.data.sampler import Sampler
-from relicctl.data.views import IMAGES_PER_DECODE, Batch, ViewSpec, _draw_view_boxes, crop_views
-from relicctl.data.workers import _init_worker, run_workers
-from relicctl.errors import RelicError, UsageError
+from relicctl.data.sampler import DrawKey, Sampler
+from relicctl.data.views import IMAGES_PER_DECODE, Batch, ViewSpec, crop_views, draw_view_boxes
+from relicctl.data.workers import load_in_workers
+from relicctl.errors import UsageError
 
 ROWS_PER_CHUNK = 64  # a worker's unit of work: small enough to share a batch among workers
 
 
-class ViewLoader:
-    """Batches of views from any step on. ``waited`` counts the seconds spent waiting for the host's half.
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are loaded, and where to.
 
-    Images of several sizes cannot be kept on the device: then they are kept in memory, or with ``strict_cache``
-    UsageError is raised.
+    ``cache``: keep decoded images in "memory", on the "device" or not at all ("none"). Images of several sizes are
+    cached in memory instead of on the device, or raise UsageError with ``strict_cache``. ``workers``: processes that
+    decode and crop (0: this one).
+    """
+
+    seed: int
+    device: torch.device
+    world: World = SINGLE_PROCESS
+    cache: str = "none"
+    strict_cache: bool = False
+    workers: int = 0
+
+
+class ViewLoader:
+    """Batches of views, this rank's rows of each, from any step on.
+
+    ``data_wait_seconds`` counts the time spent waiting for the CPU side. Images that cannot be decoded are replaced
+    by the next one and reported to ``bad``.
     """
 
     def __init__(
         self,
         source: ImageDataset,
         sampler: Sampler,
-        plan: ViewSpec,
-        *,
-        seed: int,
-        device: torch.device,
-        world: World,
-        cache: str,
-        strict_cache: bool = False,
-        workers: int,
+        views: ViewSpec,
+        config: LoaderConfig,
         bad: BadImages,
         masking: BackgroundRemoval | None = None,
     ) -> None:
         self.data_wait_seconds = 0.0
         self._source: ImageSource = source if masking is None else masking.masks.get_image_source(source)
-        self._get_name = source.get_name
-        self._sampler, self._plan = sampler, plan
-        self._seed, self._device, self._bad, self._workers = seed, device, bad, workers
-        self._upload_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._masking = masking
+        self._get_name, self._labels, self._bad = source.get_name, source.labels, bad
+        self._sampler, self._views, self._masking = sampler, views, masking
+        self._seed, self._device, self._workers = config.seed, config.device, config.workers
+        on_gpu = self._device.type == "cuda"
+        self._upload_stream = torch.get_device_module(self._device).Stream(self._device) if on_gpu else None
         self._device_masks: DeviceMasks | None = None
-        self._first, self._last = world.get_local_rows(sampler.batch_size)
-        self._labels = source.labels
         self._device_images: torch.Tensor | None = None
-        if cache != "none":
-            self._cache_images(cache, strict_cache)
+        self._first, self._last = config.world.get_local_rows(sampler.batch_size)
+        if config.cache != "none":
+            self._cache_images(config.cache, config.strict_cache)
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps ``step`` to ``stop - 1``."""
+        """Load the batches of steps ``step`` to ``stop - 1``."""
         crops = self._crop_on_device if self._device_images is not None else self._crop_on_host
         rows = np.arange(self._first, self._last)
         for number, (views, samples) in zip(range(step, stop), crops(step, stop), strict=True):
-            draw = draw_augment_params(self._plan.augment, self._seed, number, rows, self._plan.count)
+            params = draw_augment_params(self._views.augment, self._seed, number, rows, self._views.count)
             first, finished = 0, []
-            for size, view in zip(self._plan.crops, views, strict=True):
-                finished.append(apply_augmentations(view, draw[first : first + size.count]))
-                first += size.count
+            for crop, view in zip(self._views.crops, views, strict=True):
+                finished.append(apply_augmentations(view, params[first : first + crop.count]))
+                first += crop.count
             yield Batch(finished, self._gather_labels(samples))
 
     def _gather_labels(self, samples: np.ndarray) -> torch.Tensor | None:
@@ -93,7 +101,7 @@ class ViewLoader:
 
     def _cache_images(self, cache: str, strict: bool) -> None:
         """Decode every image once: into one tensor on the device, or into host memory (``memory``)."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
             loaded = list(pool.map(lambda i: load_or_next(self._source, i), range(len(self._source))))
         for _, _, skipped in loaded:
             self._record_skipped(skipped)
@@ -121,56 +129,34 @@ class ViewLoader:
 
     def _crop_on_device(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
         assert self._device_images is not None
-        height, width = self._device_images.shape[2:]
         for number in range(step, stop):
             samples = self._sampler.get_batch_indices(number)[self._first : self._last]
-            picked = torch.from_numpy(samples).to(self._device, non_blocking=True)
-            images = self._device_images[picked]
-            boxes = _draw_view_boxes(
-                self._plan, self._seed, self._sampler.get_epoch(number), samples,
-                np.full(len(samples), height), np.full(len(samples), width),
-            )  # fmt: skip
-            views = [crop_on_device(images, b, s.size) for b, s in zip(boxes, self._plan.crops, strict=True)]
+            images = self._device_images[torch.from_numpy(samples).to(self._device, non_blocking=True)]
+            key = DrawKey(self._seed, self._sampler.get_epoch(number), samples)
+            boxes = draw_view_boxes(self._views, key, np.tile(images.shape[2:], (len(samples), 1)))
+            views = [crop_on_device(images, b, crop.size) for b, crop in zip(boxes, self._views.crops, strict=True)]
             if self._device_masks is not None:
-                self._device_masks.crop_masked_views(
-                    views[0], images, boxes[0], self._seed, self._sampler.get_epoch(number), samples
-                )
+                self._device_masks.crop_masked_views(views[0], images, boxes[0], key)
             yield views, samples
 
     # Decoded for every batch by workers
 
     def _crop_on_host(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
-        chunks = [
-            (row, min(row + ROWS_PER_CHUNK, self._last)) for row in range(self._first, self._last, ROWS_PER_CHUNK)
-        ]
-        loader = DataLoader(
-            _ChunkDataset(self._source, self._sampler, self._plan, self._seed, self._masking),
-            batch_size=None,
-            sampler=_ChunkSampler(step, stop, chunks),
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=_init_worker,
-            prefetch_factor=4 if self._workers else None,
-        )
-        rows = self._last - self._first
-        with run_workers(loader) as items:
+        starts = range(self._first, self._last, ROWS_PER_CHUNK)
+        chunks = [(first, min(first + ROWS_PER_CHUNK, self._last)) for first in starts]
+        cropper = _ChunkCropper(self._source, self._sampler, self._views, self._seed, self._masking)
+        units = ((number, *chunk) for number in range(step, stop) for chunk in chunks)
+        rows, on_gpu = self._last - self._first, self._device.type == "cuda"
+        with load_in_workers(cropper.crop_chunk, units, self._workers, prefetch=4, pin_memory=on_gpu) as items:
             for _ in range(step, stop):
                 with self._open_upload_stream():
                     views = [
-                        torch.empty(s.count, rows, s.size, s.size, 3, dtype=torch.uint8, device=self._device)
-                        for s in self._plan.crops
+                        torch.empty(crop.count, rows, crop.size, crop.size, 3, dtype=torch.uint8, device=self._device)
+                        for crop in self._views.crops
                     ]
                 samples = np.empty(rows, dtype=np.int64)
                 for first, last in chunks:
-                    start_time = time.perf_counter()
-                    item = next(items)
-                    self.data_wait_seconds += time.perf_counter() - start_time
-                    if isinstance(item, UndecodableError):
-                        self._record_skipped(item.skipped)
-                    if isinstance(item, RelicError):
-                        raise item
-                    crops, used, skipped = item
-                    self._record_skipped(skipped)
+                    crops, used = self._wait_for_chunk(items)
                     here = slice(first - self._first, last - self._first)
                     samples[here] = used
                     with self._open_upload_stream():
@@ -179,78 +165,67 @@ class ViewLoader:
                 self._wait_for_uploads(views)
                 yield [view.permute(0, 1, 4, 2, 3) for view in views], samples
 
-    def _open_upload_stream(self) -> AbstractContextManager[Any]:
-        """Copies go to a GPU on a stream of their own: the host is ahead of it, so they overlap the step before."""
+    def _wait_for_chunk(self, items: Iterator[CropChunk]) -> tuple[list[torch.Tensor], np.ndarray]:
+        start_time = time.perf_counter()
+        try:
+            crops, used, skipped = next(items)
+        except UndecodableError as error:
+            self._record_skipped(error.skipped)
+            raise
+        self.data_wait_seconds += time.perf_counter() - start_time
+        self._record_skipped(skipped)
+        return crops, used
+
+    def _open_upload_stream(self) -> AbstractContextManager[object]:
+        """Copy to a GPU on a separate stream: the host is ahead of it, so copies overlap the step before."""
         return nullcontext() if self._upload_stream is None else torch.cuda.stream(self._upload_stream)
 
     def _wait_for_uploads(self, views: list[torch.Tensor]) -> None:
-        """The step waits, on the device, for what was copied; the memory is not used again before it is done."""
+        """Let the step wait, on the device, for the copies; their memory is not reused before it is done."""
         if self._upload_stream is not None:
             step = torch.cuda.current_stream(self._device)
             step.wait_stream(self._upload_stream)
             for view in views:
                 view.record_stream(step)
 
-    def _record_skipped(self, skipped: list[tuple[int, str]]) -> None:
+    def _record_skipped(self, skipped: SkippedImages) -> None:
         for index, reason in skipped:
             self._bad.add(self._get_name(index), reason)
 
 
-CropChunk = tuple[list[torch.Tensor], np.ndarray, list[tuple[int, str]]]  # per size, samples used, samples passed over
-
-
-class _ChunkDataset(Dataset):
-    """Item (step, first, last): crops of those rows of the step's global batch, in uint8."""
-
-    def __init__(
-        self, source: ImageSource, sampler: Sampler, plan: ViewSpec, seed: int, masking: BackgroundRemoval | None = None
-    ) -> None:
-        self._source, self._sampler, self._plan, self._seed = source, sampler, plan, seed
-        self._masking = masking
-
-    def __getitem__(self, unit: tuple[int, int, int]) -> CropChunk | RelicError:
-        try:
-            return self._make_crops(*unit)
-        except RelicError as error:
-            return error  # raised in the training process: torch would wrap it up, with a traceback, on the way
-
-    def _make_crops(self, step: int, first: int, last: int) -> CropChunk:
-        samples = self._sampler.get_batch_indices(step)[first:last]
-        crops = [np.empty((s.count, len(samples), s.size, s.size, 3), dtype=np.uint8) for s in self._plan.crops]
-        used, all_skipped, epoch = np.empty_like(samples), [], self._sampler.get_epoch(step)
-        masking, fills = self._masking, None
-        if masking is not None:
-            drawn = masking.draw_masked_views(self._seed, epoch, samples, self._plan.crops[0].count)
-        for start in range(0, len(samples), IMAGES_PER_DECODE):
-            rows = slice(start, start + IMAGES_PER_DECODE)
-            loaded = [load_or_next(self._source, int(sample)) for sample in samples[rows]]
-            used[rows] = [index for _, index, _ in loaded]
-            all_skipped += [bad for _, _, skipped in loaded for bad in skipped]
-            images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
-            if masking is not None:
-                fills = masking.build_fills(drawn[rows], self._seed, epoch, samples[rows], used[rows], images)
-                images = [image[..., :3] for image in images]
-            crop_views(images, self._plan, self._seed, epoch, samples[rows], out, fills)
-        return [torch.from_numpy(crop) for crop in crops], used, all_skipped
+CropChunk = tuple[list[torch.Tensor], np.ndarray, SkippedImages]  # crops per size, samples used, samples skipped
 
 
 @dataclass(frozen=True)
-class _ChunkSampler:
-    """The order in which workers' units are wanted."""
+class _ChunkCropper:
+    source: ImageSource
+    sampler: Sampler
+    views: ViewSpec
+    seed: int
+    masking: BackgroundRemoval | None
 
-    step: int
-    stop: int
-    chunks: list[tuple[int, int]]
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return ((step, *chunk) for step in range(self.step, self.stop) for chunk in self.chunks)
-
-    def __len__(self) -> int:
-        return (self.stop - self.step) * len(self.chunks)
+    def crop_chunk(self, unit: tuple[int, int, int]) -> CropChunk:
+        """Crop, in uint8, the rows of one step's global batch that ``unit`` (step, first, last) names."""
+        step, first, last = unit
+        key = DrawKey(self.seed, self.sampler.get_epoch(step), self.sampler.get_batch_indices(step)[first:last])
+        count = len(key.samples)
+        crops = [np.empty((c.count, count, c.size, c.size, 3), dtype=np.uint8) for c in self.views.crops]
+        used, all_skipped, fills = np.empty_like(key.samples), [], None
+        for start in range(0, count, IMAGES_PER_DECODE):
+            rows = slice(start, start + IMAGES_PER_DECODE)
+            loaded = [load_or_next(self.source, int(sample)) for sample in key.samples[rows]]
+            used[rows] = [index for _, index, _ in loaded]
+            all_skipped += [bad for _, _, skipped in loaded for bad in skipped]
+            images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
+            if self.masking is not None:
+                fills = self.masking.build_fills(key[rows], self.views.crops[0].count, used[rows], images)
+                images = [image[..., :3] for image in images]
+            crop_views(images, self.views, key[rows], out, fills)
+        return [torch.from_numpy(crop) for crop in crops], used, all_skipped
 
 
 class CachedImages:
-    """Images of different sizes that were decoded before, in the memory that workers share with their parent."""
+    """Decoded images of any sizes, in the memory that workers share with their parent."""
 
     def __init__(self, images: list[np.ndarray]) -> None:
         self._images = images
@@ -263,10 +238,10 @@ class CachedImages:
 
 
 def resolve_cache(cache: str, source: ImageDataset, device: torch.device, masked: bool = False) -> str:
-    """Settle ``auto``: ``device`` or ``memory`` where the decoded images take at most a quarter of what is free.
+    """Resolve ``auto``: ``device`` or ``memory`` where the decoded images take at most a quarter of the free memory.
 
-    With ``masked`` their masks, one bit a pixel, count too. The device crops images of one size; a CPU does so only
-    up to 64 px, above which its host's road is faster.
+    ``masked``: their masks, one bit per pixel, count too. The device crops images of one size; a CPU only up to 64 px,
+    above which cropping on the host is faster.
     """
     if cache != "auto":
         return cache

@@ -1,6 +1,9 @@
-"""Which samples make the global batch of a step: a pure function of (seed, step)."""
+"""Which samples form the global batch of a step, and the key of all that is drawn for them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -8,11 +11,23 @@ from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.errors import UsageError
 
 
-class Sampler:
-    """Every epoch is a new permutation of ``size`` samples, cut into batches.
+@dataclass(frozen=True)
+class DrawKey:
+    """What random draws for ``samples``, int64 ``[B]``, depend on: the seed, the epoch and each sample's index."""
 
-    The incomplete last batch is dropped. ``batch_size`` is global: a process takes its rows of
-    ``batch(step)``. Raises UsageError if the data cannot fill one batch.
+    seed: int
+    epoch: int
+    samples: np.ndarray
+
+    def __getitem__(self, rows: Any) -> DrawKey:
+        return DrawKey(self.seed, self.epoch, self.samples[rows])
+
+
+class Sampler:
+    """Samples of every step's global batch: a pure function of (seed, step).
+
+    Every epoch is a new permutation of ``size`` samples, cut into batches; an incomplete last batch is dropped.
+    Raises UsageError if the data cannot fill one batch of ``batch_size``.
     """
 
     def __init__(self, seed: int, size: int, batch_size: int) -> None:
@@ -23,7 +38,7 @@ class Sampler:
             )
         if batch_size > size:
             raise UsageError(
-                f"The batch of {batch_size} images is larger than the data of {size}.",
+                f"The batch of {batch_size} images is larger than the data set of {size}.",
                 f"Set optim.batch_size to at most {size}, or give more images." if size > 1 else "Give more images.",
             )
         self.seed, self.size, self.batch_size = seed, size, batch_size
@@ -31,17 +46,17 @@ class Sampler:
         self._cached_permutation: tuple[int, np.ndarray] | None = None
 
     def get_epoch(self, step: int) -> int:
-        """The epoch, counted from 0, that step (counted from 0) belongs to."""
+        """Return the epoch, counted from 0, of ``step``, counted from 0."""
         return step // self.steps_per_epoch
 
     def get_batch_indices(self, step: int) -> np.ndarray:
-        """int64 ``[batch_size]``: the sample indices of the global batch of ``step``."""
+        """Return the samples of the global batch of ``step``: int64 ``[batch_size]``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
         return self._get_permutation(epoch)[start : start + self.batch_size]
 
     def _get_permutation(self, epoch: int) -> np.ndarray:
-        """int64 ``[size]``: sorting counted keys permutes alike on every numpy version and platform."""
+        """Return int64 ``[size]``: sorting counter-based keys permutes alike on every numpy version and platform."""
         if self._cached_permutation is None or self._cached_permutation[0] != epoch:
             keys = draw_uniform(self.seed, Stream.ORDER, epoch, np.arange(self.size), n=1)[:, 0]
             self._cached_permutation = epoch, np.argsort(keys, kind="stable")

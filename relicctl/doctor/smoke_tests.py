@@ -22,10 +22,10 @@ from relicctl.benchmark.data_pipeline import IMAGES_PER_REPEAT, measure_data_loa
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
-from relicctl.core.distributed import World, destroy_distributed, init_distributed
+from relicctl.core.distributed import destroy_distributed, init_distributed
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, decode_rgb, is_decodable
-from relicctl.data.loader import ViewLoader
+from relicctl.data.loader import LoaderConfig, ViewLoader
 from relicctl.data.sampler import Sampler
 from relicctl.doctor.environment import CheckResult, fail, ok, warn
 from relicctl.pretraining.data import build_view_plan
@@ -121,9 +121,8 @@ def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT
         precision=resolve_precision(config, device),
     )  # fmt: skip
     feed = ViewLoader(
-        source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config), seed=config.seed,
-        device=device,
-        world=World(), cache="none", workers=0, bad=BadImages(len(source), config.data.max_bad),
+        source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config),
+        LoaderConfig(config.seed, device), BadImages(len(source), config.data.max_bad),
     )  # fmt: skip
     batch = next(iter(feed.iter_from_step(0, 1)))
     losses = []

@@ -27,7 +27,7 @@ from relicctl.core.hardware import pick_precision
 from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, train
 from relicctl.core.optim import compute_learning_rate
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.loader import ViewLoader, resolve_cache
+from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import Batch, CropSpec, ViewSpec
@@ -159,9 +159,10 @@ class GridSearch:
         flip = AugmentConfig(flip=finetune.flip, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
         feed = ViewLoader(
             source, sampler, ViewSpec((CropSpec(1, self.extractor.size, finetune.area),), finetune.aspect, flip),
-            seed=self.config.seed, device=device, world=world, cache=cache,
-            workers=resolve_num_workers(runtime, device, cache),
-            bad=self.extractor.collect_bad_images(LabelledDataset(source, known.labels[rows], known.classes)),
+            LoaderConfig(
+                self.config.seed, device, world, cache=cache, workers=resolve_num_workers(runtime, device, cache)
+            ),
+            self.extractor.collect_bad_images(LabelledDataset(source, known.labels[rows], known.classes)),
         )  # fmt: skip
         saving = self.config.checkpoint
         plan = LoopConfig(

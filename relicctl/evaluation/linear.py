@@ -19,7 +19,7 @@ from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import World
 from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
 from relicctl.core.optim import compute_learning_rate
-from relicctl.data.loader import ViewLoader
+from relicctl.data.loader import LoaderConfig, ViewLoader
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import CropSpec, ViewSpec
@@ -132,12 +132,14 @@ class LinearTrainer:
             self._images.source.select(train_features.rows[rows]),
             sampler,
             ViewSpec((size,), config.crop.aspect, flip),
-            seed=config.seed,
-            device=extractor.device,
-            world=extractor.world,
-            cache=self._record["cache"],
-            workers=resolve_num_workers(config.runtime, extractor.device, self._record["cache"]),
-            bad=extractor.collect_bad_images(self._images),
+            LoaderConfig(
+                config.seed,
+                extractor.device,
+                extractor.world,
+                cache=self._record["cache"],
+                workers=resolve_num_workers(config.runtime, extractor.device, self._record["cache"]),
+            ),
+            extractor.collect_bad_images(self._images),
         )
         autocast = torch.autocast(extractor.device.type, torch.bfloat16, enabled=self._record["precision"] == "bf16")
         return EncodedFeatureLoader(feed, extractor.encoder, autocast), None

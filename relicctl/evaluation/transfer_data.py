@@ -18,7 +18,7 @@ import numpy as np
 
 from relicctl.core.counter_rng import Stream
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ImageDataset, TrainValDataset
+from relicctl.data.datasets.base import ConcatDataset, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError, RelicError
@@ -149,9 +149,9 @@ def _is_usable_split(labels: np.ndarray, train: np.ndarray, val: np.ndarray) -> 
 def _concat_labelled(train: LabelledDataset, val: LabelledDataset) -> LabelledDataset:
     labels = np.concatenate([train.labels, val.labels])
     if isinstance(train.source, MultiLabelDataset) and isinstance(val.source, MultiLabelDataset):
-        images = TrainValDataset(train.source.images, val.source.images, None)
+        images = ConcatDataset([train.source.images, val.source.images], ("train", "val"))
         return LabelledDataset(MultiLabelDataset(images, train.classes, labels), labels, train.classes)
-    return LabelledDataset(TrainValDataset(train.source, val.source, labels), labels, train.classes)
+    return LabelledDataset(ConcatDataset([train.source, val.source], ("train", "val"), labels), labels, train.classes)
 
 
 def _match_split_classes(

@@ -11,11 +11,10 @@ from torch import nn
 
 from relicctl.config.resolve import resolve_config
 from relicctl.core import loop
-from relicctl.core.distributed import World
 from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, snapshot_state, train
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
-from relicctl.data.loader import ViewLoader
+from relicctl.data.loader import LoaderConfig, ViewLoader
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import CropSpec, ViewSpec
@@ -177,8 +176,7 @@ def tiny_pretraining() -> tuple[PretrainTask, ViewLoader]:
     sampler = Sampler(0, len(source), 8)
     views = ViewSpec((CropSpec(2, 16, (0.2, 1.0)), CropSpec(1, 8, (0.1, 0.3))), (0.75, 1.33), AugmentConfig())
     feed = ViewLoader(
-        source, sampler, views, seed=0, device=CPU, world=World(), cache="device", workers=0,
-        bad=BadImages(len(source), 0.1),
+        source, sampler, views, LoaderConfig(0, CPU, cache="device"), BadImages(len(source), 0.1)
     )  # fmt: skip
     config = resolve_config(sets=sets).config
     task = PretrainTask(config, Schedule(config, 4, 99), classes=0, device=CPU, precision="bf16")

@@ -28,11 +28,11 @@ from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages, decode_rgb, decode_rgba
-from relicctl.data.loader import ViewLoader, resolve_cache
+from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.photometric import AugmentConfig
-from relicctl.data.sampler import Sampler
-from relicctl.data.views import CropSpec, ViewSpec, _draw_view_boxes
+from relicctl.data.sampler import DrawKey, Sampler
+from relicctl.data.views import CropSpec, ViewSpec, draw_view_boxes
 
 LIMITS = (0.01, 0.99)
 COUNT, BATCH = 24, 8
@@ -92,11 +92,8 @@ def masking_of(
 def feed_of(
     source: ImageDataset, masking: BackgroundRemoval | None, cache: str = "none", workers: int = 0, **more
 ) -> ViewLoader:
-    settings = {"world": World(), "seed": 7, **more}
-    return ViewLoader(
-        source, Sampler(7, len(source), BATCH), PLAN, device=torch.device("cpu"), cache=cache, workers=workers,
-        bad=BadImages(len(source), 0.5), masking=masking, **settings,
-    )  # fmt: skip
+    config = LoaderConfig(7, torch.device("cpu"), cache=cache, workers=workers, **more)
+    return ViewLoader(source, Sampler(7, len(source), BATCH), PLAN, config, BadImages(len(source), 0.5), masking)
 
 
 def views_of(feed: ViewLoader, step: int = 0, stop: int = 6) -> list[torch.Tensor]:
@@ -147,11 +144,12 @@ def test_a_batch_is_a_literal_loop_over_samples_and_views(bank, fill):
         for row, sample in enumerate(samples.tolist()):
             image = source.load(sample)
             height, width = image.shape[:2]
-            boxes = _draw_view_boxes(PLAN, 7, epoch, np.array([sample]), np.array([height]), np.array([width]))
+            key = DrawKey(7, epoch, np.array([sample]))
+            boxes = draw_view_boxes(PLAN, key, np.array([[height, width]]))
             for view in range(3):
                 shown = image
                 if draw_uniform(7, Stream.MASK, epoch, sample, view, n=1)[0] < 0.4 and usable(sample):
-                    colour = masking.make_fill_values(7, epoch, sample, view, height, width)
+                    colour = masking.make_fill_values(key[0], view, height, width)
                     shown = literal(image, mask_of(sample), colour if fill == "noise" else tuple(colour))
                     masked += 1
                 expected = crop_on_host(shown, boxes[0][0, view][None], 24)[0]
@@ -168,12 +166,13 @@ def test_what_the_background_becomes():
     )  # 0 after normalising
     assert FILL_COLORS["gray"].tolist() == [128] * 3
     masking = BackgroundRemoval(AlphaMasks(LIMITS), 0.5, "noise")
-    noise = masking.make_fill_values(0, 0, 1, 0, 101, 203)
+    noise = masking.make_fill_values(DrawKey(0, 0, np.array(1)), 0, 101, 203)
     assert noise.shape == (101, 203, 3)
-    assert np.array_equal(noise, masking.make_fill_values(0, 0, 1, 0, 101, 203))
+    assert np.array_equal(noise, masking.make_fill_values(DrawKey(0, 0, np.array(1)), 0, 101, 203))
     assert np.abs(np.bincount(noise.ravel(), minlength=256) / noise.size * 256 - 1).max() < 0.3
-    for other in ((1, 0, 1, 0), (0, 1, 1, 0), (0, 0, 2, 0), (0, 0, 1, 1)):
-        assert (noise == masking.make_fill_values(*other, 101, 203)).mean() < 0.02
+    for seed, epoch, sample, view in ((1, 0, 1, 0), (0, 1, 1, 0), (0, 0, 2, 0), (0, 0, 1, 1)):
+        other = DrawKey(seed, epoch, np.array(sample))
+        assert (noise == masking.make_fill_values(other, view, 101, 203)).mean() < 0.02
 
 
 # The draws.
@@ -181,15 +180,19 @@ def test_what_the_background_becomes():
 
 def test_each_large_view_draws_by_itself_with_the_probability():
     masking = BackgroundRemoval(AlphaMasks(LIMITS), 0.1, "mean")
-    drawn = masking.draw_masked_views(3, 2, np.arange(50_000), 4)
+    drawn = masking.draw_masked_views(DrawKey(3, 2, np.arange(50_000)), 4)
     assert abs(drawn.mean() - 0.1) < 0.002
     assert np.abs(drawn.mean(0) - 0.1).max() < 0.005
     both = (drawn[:, 0] & drawn[:, 1]).mean()
     assert abs(both - 0.01) < 0.002
-    assert (drawn != masking.draw_masked_views(3, 3, np.arange(50_000), 4)).mean() > 0.1  # another epoch, other draws
+    assert (
+        drawn != masking.draw_masked_views(DrawKey(3, 3, np.arange(50_000)), 4)
+    ).mean() > 0.1  # another epoch, other draws
     some = np.array([77, 3, 40_000])
-    assert np.array_equal(masking.draw_masked_views(3, 2, some, 4), drawn[some])  # whoever else is in the batch
-    assert np.array_equal(masking.draw_masked_views(3, 2, some, 2), drawn[some, :2])
+    assert np.array_equal(
+        masking.draw_masked_views(DrawKey(3, 2, some), 4), drawn[some]
+    )  # whoever else is in the batch
+    assert np.array_equal(masking.draw_masked_views(DrawKey(3, 2, some), 2), drawn[some, :2])
 
 
 @pytest.mark.parametrize("cache", ["none", "memory", "device"])

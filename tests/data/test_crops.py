@@ -14,15 +14,16 @@ from PIL import Image
 
 from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.data.crops import crop_on_device, crop_on_host, draw_crop_boxes, make_eval_box
+from relicctl.data.sampler import DrawKey
 
 LARGE, SMALL, ASPECT = (0.14, 1.0), (0.05, 0.14), (3 / 4, 4 / 3)
 
 
 def boxes_of(indices, heights, widths, *, seed=3, epoch=5, first_view=0, count=4, area=LARGE, aspect=ASPECT):
+    sizes = np.stack([heights, widths], axis=-1)
     return draw_crop_boxes(
-        seed, epoch, np.asarray(indices), np.asarray(heights), np.asarray(widths),
-        first_view=first_view, count=count, area=area, aspect=aspect,
-    )  # fmt: skip
+        DrawKey(seed, epoch, np.asarray(indices)), sizes, range(first_view, first_view + count), area, aspect
+    )
 
 
 def literal_box(seed, epoch, index, height, width, view, area, aspect):

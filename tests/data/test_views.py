@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.loader import _ChunkDataset
+from relicctl.data.loader import _ChunkCropper
 from relicctl.data.photometric import AugmentConfig
-from relicctl.data.sampler import Sampler
+from relicctl.data.sampler import DrawKey, Sampler
 from relicctl.data.views import IMAGES_PER_DECODE, CropSpec, ViewSpec, crop_views
 
 PLAN = ViewSpec((CropSpec(2, 24, (0.14, 1.0)), CropSpec(1, 16, (0.05, 0.14))), (3 / 4, 4 / 3), AugmentConfig())
@@ -22,20 +22,20 @@ def test_images_of_any_size_are_cropped_together_as_alone():
     images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((40, 60), (33, 32), (90, 51))]
     samples = np.array([7, 3, 123_456])
     together = empty(3)
-    crop_views(images, PLAN, 5, 2, samples, together)
+    crop_views(images, PLAN, DrawKey(5, 2, samples), together)
     for row in range(3):
         alone = empty(1)
-        crop_views(images[row : row + 1], PLAN, 5, 2, samples[row : row + 1], alone)
+        crop_views(images[row : row + 1], PLAN, DrawKey(5, 2, samples[row : row + 1]), alone)
         for all_of_them, one in zip(together, alone, strict=True):
             assert np.array_equal(all_of_them[:, row], one[:, 0])
 
 
 def test_a_unit_is_its_rows_wherever_it_is_cut():
     source = ShapesDataset.from_spec("shapes:train=40,val=4", "train")
-    units = _ChunkDataset(source, Sampler(0, 40, 20), PLAN, 0)
-    whole, used, _ = units[(1, 0, 20)]
+    cropper = _ChunkCropper(source, Sampler(0, 40, 20), PLAN, 0, None)
+    whole, used, _ = cropper.crop_chunk((1, 0, 20))
     assert len(used) > IMAGES_PER_DECODE  # several groups, the last one short
-    first, last = units[(1, 0, 3)], units[(1, 3, 20)]
+    first, last = cropper.crop_chunk((1, 0, 3)), cropper.crop_chunk((1, 3, 20))
     assert np.array_equal(np.concatenate([first[1], last[1]]), used)
     for view, a, b in zip(whole, first[0], last[0], strict=True):
         assert np.array_equal(view, np.concatenate([a, b], axis=1))

@@ -105,16 +105,16 @@ def _open_files(spec: str) -> FileDataset:
     texts = [spec] if os.path.lexists(spec) else expand_braces(spec)
     places = list(dict.fromkeys(map(_parse_path, texts)))
     prefixes = _make_prefixes(places)
-    containers: list[Container] = []
+    containers: list[tuple[str, Container]] = []
     found: dict[str, tuple[str, int, Member]] = {}  # by key; of two members with one name the later counts
     for number, (path, folder) in enumerate(places):
         container, entries = _index_container(path, folder)
-        containers.append(container)
+        containers.append((prefixes[number], container))
         found.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
     keys = sorted(found)  # the same order for the same files, however they are packed
     classes, labels = infer_classes([found[key][0] for key in keys], spec)
     members = np.array([(found[key][1], *found[key][2]) for key in keys], dtype=np.int64)
-    return FileDataset(spec, containers, prefixes, PackedNames(keys), members, classes, labels)
+    return FileDataset(spec, containers, PackedNames(keys), members, classes, labels)
 
 
 def _parse_path(text: str) -> tuple[str, str]:

@@ -187,7 +187,7 @@ def _build_file_dataset(
     names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
     sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
     members = np.array([(0, *Member(0, size, size)) for size in sizes], dtype=np.int64)
-    return FileDataset(spec, [Folder(root)], [""], PackedNames(names), members, classes, labels)
+    return FileDataset(spec, [("", Folder(root))], PackedNames(names), members, classes, labels)
 
 
 def _make_unsupported_error(name: str, root: str) -> DataError:

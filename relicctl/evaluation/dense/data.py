@@ -11,15 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.core.distributed import World
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError, BadImages, UndecodableError, load_or_next
 from relicctl.data.sampler import Sampler
-from relicctl.data.workers import _init_dense_worker, run_workers
-from relicctl.errors import DataError, RelicError
+from relicctl.data.workers import load_in_workers
+from relicctl.errors import DataError
 
 UNIFORMS_PER_IMAGE = 6  # uniform numbers for each image: more than any way of preparing needs
 Transform = Callable[[np.ndarray, Any, np.ndarray], Any]  # image, target, uniforms [DRAWS] -> an item of the batch
@@ -54,25 +53,16 @@ class DenseLoader:
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[Any]:
         """The batches of steps ``step`` to ``stop - 1``."""
-        loader = DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=range(step, stop),
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=_init_dense_worker,
-            prefetch_factor=2 if self._workers else None,
-        )
-        with run_workers(loader) as items:
-            for _ in range(step, stop):
+        load, steps, on_gpu = self._batches.build_batch, range(step, stop), self._device.type == "cuda"
+        with load_in_workers(load, steps, self._workers, pin_memory=on_gpu) as items:
+            for _ in steps:
                 wait_start = time.perf_counter()
-                item = next(items)
+                try:
+                    batch, skipped = next(items)
+                except UndecodableError as error:
+                    self._record_skipped(error.skipped)
+                    raise
                 self.data_wait_seconds += time.perf_counter() - wait_start
-                if isinstance(item, UndecodableError):
-                    self._record_skipped(item.skipped)
-                if isinstance(item, RelicError):
-                    raise item
-                batch, skipped = item
                 self._record_skipped(skipped)
                 yield to_device(batch, self._device)
 
@@ -81,9 +71,7 @@ class DenseLoader:
             self._bad.add(self._key(index), reason)
 
 
-class _DenseBatches(Dataset):
-    """Item k: the batch of step k, and what was passed over."""
-
+class _DenseBatches:
     def __init__(
         self,
         samples: DenseDataset,
@@ -96,13 +84,8 @@ class _DenseBatches(Dataset):
         self._samples, self._sampler, self._seed, self._rows = samples, sampler, seed, slice(*rows)
         self._transform, self._collate = transform, collate
 
-    def __getitem__(self, step: int) -> tuple[Any, list[tuple[int, str]]] | RelicError:
-        try:
-            return self._build_batch(step)
-        except RelicError as error:
-            return error  # raised in the training process: torch would wrap it up, with a traceback, on the way
-
-    def _build_batch(self, step: int) -> tuple[Any, list[tuple[int, str]]]:
+    def build_batch(self, step: int) -> tuple[Any, list[tuple[int, str]]]:
+        """Build the batch of ``step``; also return the images that were skipped."""
         indices = self._sampler.get_batch_indices(step)[self._rows]
         uniforms = draw_uniform(
             self._seed, Stream.GEOMETRY, self._sampler.get_epoch(step), indices, n=UNIFORMS_PER_IMAGE
