@@ -1,15 +1,12 @@
-"""The priors of a whole data set in one file: made once by parallel processes, gone on with after a kill.
+"""The prior maps of a data set in one memory-mapped file, computed by parallel processes and resumed after a kill.
 
-The file: 8 bytes of magic, the length of the header (uint32), a JSON header; from the next whole page on the state
-of every sample (uint8: to do, done, bad image), which of its priors are valid (uint8 ``[N, P]``), and from
-the next page on the maps (uint8 ``[N, P, S, S]``). A sample is marked done only when its maps are on the disk.
+The file (see memmap_table.py): 8 bytes of magic, the length of the header (uint32), a JSON header; from the next whole
+page on the state of every sample (uint8: to do, done, bad image) and which of its priors are valid (uint8 ``[N, P]``);
+from the next page on the maps (uint8 ``[N, P, S, S]``).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
@@ -20,157 +17,124 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, compute_prior_maps, quantize_maps
-from relicctl.core.atomic_io import write_atomically
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError
+from relicctl.data.memmap_table import Column, TableFormat, TableLayout, TableWriter
 from relicctl.data.workers import load_in_workers
 from relicctl.errors import DataError, RunFailed
 
-MAGIC = b"RELICPRI"
 VERSION = 1  # raise it when the file's layout or any prior's map changes
-PAGE_SIZE = 4096
-CHUNK_SIZE = 8  # samples a worker makes at a time, and that a kill may lose per worker
+CHUNK_SIZE = 8  # samples that a worker computes at a time, and that a kill may lose per worker
 TO_DO, DONE, BAD = 0, 1, 2
+_FIX = "Remove the file to have the priors computed again, or use another output folder."
+FORMAT = TableFormat("file of priors", b"RELICPRI", _FIX, _FIX)
 
 
 class PriorCache:
-    """``maps``: uint8 ``[N, P, S, S]``, 0 to 255, zero where not made or not valid; ``valid``: bool ``[N, P]``.
+    """The prior maps of N samples, P priors each, with sides of S pixels.
 
-    The first is a read-only view of the file. N is the number of samples, P of priors, S the maps' side.
+    Attributes:
+        maps: uint8 ``[N, P, S, S]``, 0 to 255, zero where not computed or not valid; a read-only view of the file.
+        valid: bool ``[N, P]``.
     """
 
-    def __init__(self, path: Path, count: int, size: int, state_at: int) -> None:
-        self.path, self.size, self._count = path, size, count
-        self._state_at, self._valid_at = state_at, state_at + count
-        self._maps_at = _align_to_page(self._valid_at + count * len(PRIOR_NAMES))
+    def __init__(self, path: Path, layout: TableLayout) -> None:
+        self.path, self._layout = path, layout
         self._reload()
+        self.size = self.maps.shape[-1]
 
     def _reload(self) -> None:
-        """At the file as it is now."""
-        shape = self._count, len(PRIOR_NAMES), self.size, self.size
-        self.maps = np.memmap(self.path, np.uint8, "r", self._maps_at, shape)
-        self._state = np.fromfile(self.path, np.uint8, self._count, offset=self._state_at)
-        valid = np.fromfile(self.path, np.uint8, self._count * len(PRIOR_NAMES), offset=self._valid_at)
-        self.valid = valid.reshape(self._count, len(PRIOR_NAMES)).astype(bool)
+        """Read the file as it is now."""
+        columns = FORMAT.map_columns(self.path, self._layout)
+        self.maps, self.valid = columns["maps"], columns["valid"].astype(bool)
+        self._states = columns["states"].copy()
 
     @classmethod
     def open(cls, path: Path, source: ImageDataset, size: int, world: World = SINGLE_PROCESS) -> PriorCache:
-        """The store at ``path``, made empty if there is none, by the main process.
+        """Open the cache at ``path``; where there is none, the main process creates it empty.
 
-        Raises DataError when the file is no store, of another version, data set or size, or truncated.
+        Raises DataError when the file is something else, of another version, data set or size, or cut short.
         """
         header = {"version": VERSION, "names": list(PRIOR_NAMES), "size": size, "count": len(source)}
         header["fingerprint"] = source.compute_fingerprint()
-        world.broadcast_from_main(lambda: None if path.exists() else _create_cache_file(path, header))
-        return cls(path, len(source), size, _read_header(path, header))
+
+        def create() -> None:
+            if not path.exists():
+                layout = _make_layout(len(FORMAT.encode_header(header)), len(source), size)
+                FORMAT.create(path, header, layout, {})
+
+        world.broadcast_from_main(create)
+        stored, start = FORMAT.read_header(path)
+        if any(stored.get(key) != header[key] for key in ("fingerprint", "count")):
+            raise DataError(f"The priors in {path} are of another data set.", _FIX)
+        if stored != header:
+            raise DataError(f"The priors in {path} were computed by another version or at another size.", _FIX)
+        return cls(path, _make_layout(start, len(source), size))
 
     @property
     def done(self) -> np.ndarray:
         """Which samples need no more work, bad images among them: bool ``[N]``."""
-        return self._state != TO_DO
+        return np.asarray(self._states != TO_DO)
 
     @property
     def bad(self) -> np.ndarray:
         """Which samples' images cannot be decoded: bool ``[N]``."""
-        return self._state == BAD
+        return np.asarray(self._states == BAD)
 
     def count_invalid(self) -> dict[str, int]:
-        """Per prior, how many maps of sound images were degenerate and are left out."""
-        missing = ~self.valid[self._state == DONE]
+        """Count, per prior, the maps of decodable images that were degenerate and are left out."""
+        missing = ~self.valid[self._states == DONE]
         return dict(zip(PRIOR_NAMES, missing.sum(axis=0).tolist(), strict=True))
 
     def fill(
         self, source: ImageDataset, workers: int, show: Callable[[int, int], None], world: World = SINGLE_PROCESS
     ) -> None:
-        """Make the maps of all samples that are not done, in ``workers`` processes (0: in this one).
+        """Compute the maps of all samples that are not done, in ``workers`` processes (0: in this one).
 
-        Of several processes in ``world`` each makes its share, with ``workers`` of its own, and the main one writes:
-        file systems that hosts share promise nothing to two that write to one page.
-        ``show(done, total)`` is told the number of samples done, as it grows. What was made before an exception
-        or a kill stays. Raises RunFailed when the file cannot be written.
+        Each rank of ``world`` computes a part, with ``workers`` of its own, and the main one writes: file systems that
+        hosts share promise nothing to two that write to one page. ``show(done, total)`` gets the number of samples
+        done, as it grows. What was written before an exception or a kill stays. Raises RunFailed when the file cannot
+        be written.
         """
         to_do = np.array(world.broadcast_from_main(lambda: np.flatnonzero(~self.done).tolist()), dtype=np.int64)
         chunks = [to_do[first : first + CHUNK_SIZE] for first in range(0, len(to_do), CHUNK_SIZE)]
         if not chunks:
             return
 
-        def write_chunk(piece: WorkResult) -> None:
+        def write_chunk(result: WorkResult) -> None:
             try:
-                self._write(*(tensor.numpy() for tensor in piece.tensors))
+                self._write(*(tensor.numpy() for tensor in result.tensors))
             except OSError as reason:
                 raise RunFailed(
-                    f"The priors' file {self.path} cannot be written ({reason.strerror}).",
-                    "Make room on the disk and resume: what was made is kept.",
+                    f"The file of priors {self.path} cannot be written ({reason.strerror}).",
+                    "Free disk space and use --resume: what was computed is saved.",
                 ) from None
             show(int(self.done.sum()), len(self.done))
 
-        with closing(_iter_prior_maps(source, shard(world, chunks), self.size, workers)) as pieces:
-            gather_in_order(world, len(chunks), pieces, write_chunk)
+        with closing(_iter_prior_maps(source, shard(world, chunks), self.size, workers)) as results:
+            gather_in_order(world, len(chunks), results, write_chunk)
         self._reload()
 
     def _write(self, indices: np.ndarray, maps: np.ndarray, valid: np.ndarray, bad: np.ndarray) -> None:
-        """Maps first and safely, then the marks that say so."""
-        with open(self.path, "r+b", buffering=0) as handle:
-            file = handle.fileno()
+        with open(self.path, "r+b", buffering=0) as file:
+            table = TableWriter(file.fileno(), self._layout, "states", self._states.copy())
             for index, image_maps, image_valid in zip(indices.tolist(), maps, valid, strict=True):
-                _write_at(file, self._maps_at + index * image_maps.nbytes, image_maps.tobytes())
-                _write_at(file, self._valid_at + index * len(PRIOR_NAMES), image_valid.astype(np.uint8).tobytes())
-            os.fdatasync(file)
-            state = np.where(bad, BAD, DONE).astype(np.uint8)
-            for index, image_state in zip(indices.tolist(), state, strict=True):
-                _write_at(file, self._state_at + index, image_state.tobytes())
-        self.valid[indices], self._state[indices] = valid, state
+                table.write("maps", index, image_maps)
+                table.write("valid", index, image_valid)
+            table.states[indices] = np.where(bad, BAD, DONE)
+            table.flush()
+        self.valid[indices], self._states = valid, table.states
 
 
-def _align_to_page(length: int) -> int:
-    return -(-length // PAGE_SIZE) * PAGE_SIZE
-
-
-def _write_at(file: int, offset: int, data: bytes) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _create_cache_file(path: Path, header: dict) -> None:
-    text = json.dumps(header).encode()
-    start = MAGIC + struct.pack("<I", len(text)) + text
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            file.write(start)
-            file.truncate(_compute_file_size(len(start), header))
-
-    write_atomically(path, write)
-
-
-def _compute_file_size(start: int, header: dict) -> int:
-    """Bytes of the whole file, whose magic and header take ``start`` bytes."""
-    marks = header["count"] * (1 + len(header["names"]))
-    return _align_to_page(_align_to_page(start) + marks) + header["count"] * len(header["names"]) * header["size"] ** 2
-
-
-def _read_header(path: Path, expected: dict) -> int:
-    """Where the marks begin. Raises DataError when the file is not what ``expected``, a header, describes."""
-    fix = "Remove the file to have the priors made anew, or use another output folder."
-    with open(path, "rb") as file:
-        start = file.read(len(MAGIC) + 4)
-        if len(start) < len(MAGIC) + 4 or not start.startswith(MAGIC):
-            raise DataError(f"{path} is no file of priors.", fix)
-        text = file.read(struct.unpack("<I", start[-4:])[0])
-    try:
-        header = dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise DataError(f"The file of priors {path} is damaged: its header cannot be read.", fix) from None
-    if any(header.get(key) != expected[key] for key in ("fingerprint", "count")):
-        raise DataError(f"The priors in {path} were made of another data set.", fix)
-    if header != expected:
-        raise DataError(f"The priors in {path} were made by another version or at another size.", fix)
-    if path.stat().st_size != _compute_file_size(len(start) + len(text), header):
-        raise DataError(f"The file of priors {path} is truncated.", fix)
-    return _align_to_page(len(start) + len(text))
+def _make_layout(start: int, count: int, size: int) -> TableLayout:
+    columns = (
+        Column("states", "u1", aligned=True),
+        Column("valid", "u1", (len(PRIOR_NAMES),)),
+        Column("maps", "u1", (len(PRIOR_NAMES), size, size), aligned=True),
+    )
+    return TableLayout(start, count, columns)
 
 
 def _iter_prior_maps(

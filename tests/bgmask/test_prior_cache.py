@@ -197,7 +197,7 @@ def test_a_store_of_other_data_or_another_side_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:-1], "truncated"),
+        (lambda data: data[:-1], "cut short"),
         (lambda data: data[:20], "damaged"),
         (lambda data: data[:5], "no file of priors"),
         (lambda data: b"", "no file of priors"),

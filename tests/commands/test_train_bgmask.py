@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from relicctl.bgmask import images as saliency_photos
-from relicctl.bgmask import prior_cache, self_training
+from relicctl.bgmask import self_training
 from relicctl.bgmask.data import SyntheticGroundTruth
 from relicctl.bgmask.evaluate import METRICS
 from relicctl.bgmask.network import load_saliency_net
 from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.cli import run as relicctl
-from relicctl.data import mask_bank
+from relicctl.data import mask_bank, memmap_table
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.mask_bank import MaskBank, MaskBankWriter
 from relicctl.encoders.file import save_encoder
@@ -343,9 +343,9 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(tiny, tmp_path, whole, monk
     run = tmp_path / "run"
     arguments = ["--config", str(tiny), "--out", str(run), "--eval-data", EVAL]
     for owner, name in (
-        (prior_cache, "_write_at"),
+        (memmap_table, "write_at"),
         (self_training.checkpoint, "save_file"),
-        (MaskBankWriter, "_write"),
+        (memmap_table, "write_at"),
     ):
         with monkeypatch.context() as broken:
             broken.setattr(owner, name, full)

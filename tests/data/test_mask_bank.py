@@ -16,7 +16,7 @@ import pytest
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.mask_bank import FLUSH_EVERY, HEADER, MaskBank, _Layout
+from relicctl.data.mask_bank import FLUSH_EVERY, HEADER_BYTES, MaskBank, make_layout
 from relicctl.errors import DataError, RelicError, RunFailed
 
 COUNT = 40
@@ -115,7 +115,7 @@ def test_the_same_masks_make_the_same_file_and_others_another_identity(tmp_path)
 
 
 def test_a_million_masks_take_under_3_gb():
-    assert _Layout(1_300_000, 128).end < 3e9
+    assert make_layout(1_300_000, 128).end < 3e9
 
 
 # Unfinished banks.
@@ -168,7 +168,7 @@ def test_what_another_maker_left_is_not_mixed_in(tmp_path, other):
     if other == "nonsense":
         part.write_bytes(b"nonsense")
     if other == "cut":
-        os.truncate(part, HEADER + 100)
+        os.truncate(part, HEADER_BYTES + 100)
     source = source_of() if other != "data" else Named([f"{n}x" for n in range(COUNT)])
     again = MaskBank.create(path, source, made_by="another" if other == "maker" else "a test")
     assert len(again.find_missing()) == COUNT
@@ -217,8 +217,8 @@ BREAKS = {
     "version 0": (lambda path: path.write_bytes(path.read_bytes().replace(b"relicMSK\1", b"relicMSK\0")), "damaged"),
     "flipped bit in the header": (lambda path: flip(path, 30), "damaged"),
     "flipped bit in the header's length": (lambda path: flip(path, 13), "damaged"),
-    "flipped bit in a name": (lambda path: flip(path, HEADER + 5), "damaged"),
-    "flipped bit in an area": (lambda path: flip(path, _Layout(COUNT, 128).areas + 5), "damaged"),
+    "flipped bit in a name": (lambda path: flip(path, HEADER_BYTES + 5), "damaged"),
+    "flipped bit in an area": (lambda path: flip(path, make_layout(COUNT, 128).offsets["areas"] + 5), "damaged"),
 }
 
 
@@ -237,8 +237,8 @@ def test_a_broken_bank_is_refused_in_two_sentences(bank_file, tmp_path, how):
 
 def test_any_flipped_bit_before_the_masks_is_told(bank_file, tmp_path):
     content, path = bank_file.read_bytes(), tmp_path / "masks.bank"
-    used = len(content[:HEADER].rstrip(b"\0"))
-    places = [*range(used), *range(HEADER, _Layout(COUNT, 128).masks, 37)]
+    used = len(content[:HEADER_BYTES].rstrip(b"\0"))
+    places = [*range(used), *range(HEADER_BYTES, make_layout(COUNT, 128).offsets["masks"], 37)]
     for at in places:
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(RelicError):

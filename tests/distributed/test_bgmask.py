@@ -32,6 +32,7 @@ from relicctl.core.counter_rng import fork_seeded_rng
 from relicctl.core.distributed import SINGLE_PROCESS, World, destroy_distributed, init_distributed
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.mask_bank import MaskBank
+from relicctl.data.memmap_table import PAGE_SIZE
 from relicctl.data.photometric import AugmentConfig
 from relicctl.encoders.file import save_encoder
 from relicctl.errors import DataError, Terminated
@@ -311,7 +312,7 @@ def test_a_signal_at_one_rank_while_priors_are_computed_loses_nothing(several):
     assert f"relicctl train-bgmask --resume {several / 'two'}" in said
     assert silence == ""
     kept = (several / "stopped.priors").read_bytes()
-    marks = kept[prior_cache.PAGE_SIZE : prior_cache.PAGE_SIZE + IMAGES]
+    marks = kept[PAGE_SIZE : PAGE_SIZE + IMAGES]
     assert list(marks) == [prior_cache.DONE] * 4 + [prior_cache.TO_DO] * 8
 
 

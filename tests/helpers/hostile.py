@@ -192,21 +192,23 @@ def banks() -> list[bytes]:
         writer.write_mask(row, np.eye(mask_bank.MASK_SIDE, dtype=bool))
     writer.close()
     data = path.read_bytes()
-    return [data[: mask_bank.HEADER], data]
+    return [data[: mask_bank.HEADER_BYTES], data]
 
 
 def with_true_sums(data: bytes) -> bytes:
     """A bank whose checksums are made to fit again: who wants to do harm computes them too."""
     try:
-        length = struct.unpack_from("<I", data, len(mask_bank.MAGIC) + 4)[0]
-        start = len(mask_bank.MAGIC) + 12
+        length = struct.unpack_from("<I", data, len(mask_bank.FORMAT.magic) + 4)[0]
+        start = len(mask_bank.FORMAT.magic) + 12
         header = json.loads(data[start : start + length])
-        layout = mask_bank._Layout(int(header["count"]), int(header["side"]))
-        if 0 <= layout.masks <= len(data):
-            header["tables_crc"] = zlib.crc32(data[mask_bank.HEADER : layout.masks])
+        layout = mask_bank.make_layout(int(header["count"]), int(header["side"]))
+        if 0 <= layout.offsets["masks"] <= len(data):
+            header["tables_crc"] = zlib.crc32(data[mask_bank.HEADER_BYTES : layout.offsets["masks"]])
         text = json.dumps(header).encode()
-        prefix = data[: len(mask_bank.MAGIC) + 4] + struct.pack("<II", len(text), zlib.crc32(text))
-        return (prefix + text).ljust(mask_bank.HEADER, b"\0")[: mask_bank.HEADER] + data[mask_bank.HEADER :]
+        prefix = data[: len(mask_bank.FORMAT.magic) + 4] + struct.pack("<II", len(text), zlib.crc32(text))
+        return (prefix + text).ljust(mask_bank.HEADER_BYTES, b"\0")[: mask_bank.HEADER_BYTES] + data[
+            mask_bank.HEADER_BYTES :
+        ]
     except Exception:
         return data
 
