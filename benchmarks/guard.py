@@ -33,7 +33,7 @@ def main() -> None:
     data = open_pretrain_data(config, False, Console(quiet=True))
     sampler = Sampler(config.seed, len(data.train), config.optim.batch_size)
     cache = resolve_cache(config.data.cache, data.train, cpu)
-    bad = BadImages(len(data.train), config.data.max_bad)
+    bad = BadImages(len(data.train), config.data.max_corrupt_fraction)
     feed = ViewLoader(
         data.train, sampler, build_view_plan(config), LoaderConfig(config.seed, cpu, cache=cache), bad
     )  # fmt: skip

@@ -167,7 +167,7 @@ def test_bf16_and_compilation_keep_the_loss(compiled):
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_photometry_is_that_of_the_cpu(size, resident):
     """Float32: 1e-4 of a normalised grey level, a fortieth of a step of eight bits."""
-    draw = draw_augment_params(AugmentConfig(jitter=0.9, solarize=(0.2, 0.5)), 0, 3, np.arange(40), 2)
+    draw = draw_augment_params(AugmentConfig(color_jitter_prob=0.9, solarize_prob=(0.2, 0.5)), 0, 3, np.arange(40), 2)
     images = torch.randint(0, 256, (2, 40, size, size, 3), dtype=torch.uint8).movedim(-1, 2)
     if resident:
         images = images.float().div(255).contiguous()

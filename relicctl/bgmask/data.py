@@ -29,7 +29,14 @@ from relicctl.version import __version__
 
 IMAGES, MASKS = "images", "masks"  # folders of a data set with true masks
 # What may differ between a run and its continuation.
-BGMASK_MUTABLE_KEYS = ("runtime.", "checkpoint.", "data.train", "data.eval", "data.masks_for", "data.max_bad")
+BGMASK_MUTABLE_KEYS = (
+    "runtime.",
+    "checkpoint.",
+    "data.train",
+    "data.eval",
+    "data.mask_data",
+    "data.max_corrupt_fraction",
+)
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,19 @@ def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
     train: ImageDataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
     if len(train) < 2:
         raise DataError(f"{train.spec} holds only one image, and training takes many.", "Give more images.")
-    all_used = len(train) <= config.data.images
+    all_used = len(train) <= config.data.max_train_images
     if not all_used:
-        rows = np.sort(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.images])
+        rows = np.sort(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.max_train_images])
         train = train.select(rows)
     masks_for = sources[0]
-    if config.data.masks_for is not None:
-        masks_for = open_dataset(config.data.masks_for, split="train", download=download)
+    if config.data.mask_data is not None:
+        masks_for = open_dataset(config.data.mask_data, split="train", download=download)
     truth = None
     if config.data.eval is not None:
-        for spec in (*specs, *([config.data.masks_for] if config.data.masks_for else ())):
+        for spec in (*specs, *([config.data.mask_data] if config.data.mask_data else ())):
             check_no_leak(config.data.eval, spec)
-        truth = open_ground_truth(config.data.eval, config.data.eval_images, config.seed, download=download)
-    return BgmaskData(train, masks_for, truth, all_used and config.data.masks_for is None)
+        truth = open_ground_truth(config.data.eval, config.data.max_eval_images, config.seed, download=download)
+    return BgmaskData(train, masks_for, truth, all_used and config.data.mask_data is None)
 
 
 def make_bgmask_record(resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:

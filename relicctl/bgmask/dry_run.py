@@ -66,7 +66,7 @@ def check_training_memory(
 ) -> None:
     """Raise UsageError when training ``net`` clearly does not fit into memory; warn when it may not."""
     memory = estimate_memory(config, net, images, precision, session.world.size)
-    advice = "lower optim.batch_size, model.size or data.images"
+    advice = "lower optim.batch_size, model.size or data.max_train_images"
     check_memory("Training", sum(memory.values()), session.device, advice, session.console)
 
 

@@ -52,23 +52,23 @@ class SaliencyNet(nn.Module):
 
 
 def init_saliency_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
-    """Return the network of a ``stage``, initialised from the seed and the weights ``model.encoder`` alone.
+    """Return the network of a ``stage``, initialised from the seed and the weights ``model.init_encoder`` alone.
 
     Raises UsageError when these cannot be read, or were trained with labels.
     """
     model = config.model
     with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, stage)):
         encoder = _init_encoder(model) if model.arch == "resnet" else None
-        return SaliencyNet(model.arch, model.size, encoder, len(PRIOR_NAMES) if model.priors else 0)
+        return SaliencyNet(model.arch, model.size, encoder, len(PRIOR_NAMES) if model.prior_channels else 0)
 
 
 def _init_encoder(model: MaskNetworkConfig) -> ResNet:
-    if model.encoder is None:
+    if model.init_encoder is None:
         return build_encoder("resnet18")
-    encoder = load_encoder(model.encoder)
+    encoder = load_encoder(model.init_encoder)
     if vars(encoder)["metadata"].get("objective") == "supervised":
         raise UsageError(
-            f"{model.encoder} was trained with labels, and masks must not depend on any.",
+            f"{model.init_encoder} was trained with labels, and masks must not depend on any.",
             "Give --init-from a run of another objective.",
         )
     return encoder

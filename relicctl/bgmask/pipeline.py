@@ -26,6 +26,7 @@ from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.bgmask.self_training import run_self_training
 from relicctl.config.bgmask import BgmaskConfig
+from relicctl.config.renamed import restore_old_names
 from relicctl.console import Console
 from relicctl.core.hardware import count_process_cores
 from relicctl.data.datasets.base import ImageDataset
@@ -145,9 +146,9 @@ class MaskPipeline:
         weights = hashlib.sha256()
         for tensor in net.state_dict().values():
             weights.update(tensor.contiguous().cpu().numpy().tobytes())
-        parts: list[Any] = [self._config.predict, self._config.refine]
+        parts = [format_section(self._config, name) for name in ("predict", "refine")]
         parts += [f"priors at {self._config.labels.size} px"] if net.hints else []
-        return f"{net.arch} at {net.size} px, weights {weights.hexdigest()}, " + ", ".join(map(str, parts))
+        return f"{net.arch} at {net.size} px, weights {weights.hexdigest()}, " + ", ".join(parts)
 
     def _fill_prior_cache(self, name: str, source: ImageDataset) -> PriorCache:
         world = self._context.world
@@ -164,7 +165,7 @@ class MaskPipeline:
                 self._listed_bad_images.add(name)
                 self._context.run.add_bad_image(name, reason)
 
-        return BadImages(len(source), self._config.data.max_bad, report_bad_image)
+        return BadImages(len(source), self._config.data.max_corrupt_fraction, report_bad_image)
 
     @contextmanager
     def _show_progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
@@ -182,6 +183,12 @@ class MaskPipeline:
                 self._context.run.status.write_heartbeat()
 
             yield update_bar
+
+
+def format_section(config: BgmaskConfig, name: str) -> str:
+    """Return the keys of a section and their values on one line, as mask banks record them."""
+    section = restore_old_names("train-bgmask", getattr(config, name).model_dump(), f"{name}.")
+    return " ".join(f"{key}={value!r}" for key, value in section.items())
 
 
 def summarize_priors(priors: PriorCache) -> dict[str, Any]:

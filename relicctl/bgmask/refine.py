@@ -111,15 +111,15 @@ def fuse_priors(images: Tensor, maps: Tensor, valid: Tensor, refine: RefineConfi
 def refine_maps(images: Tensor, maps: Tensor, refine: RefineConfig, threads: int = 1) -> RefinedLabels:
     """Refine ``maps``, float ``[B, S, S]``, along the images' edges: guided filter, rescaling, then graph cut.
 
-    The label is the mean of the filtered map and the cut, in which the cut has the weight ``refine.cut``.
+    The label is the mean of the filtered map and the cut, in which the cut has the weight ``refine.grabcut_weight``.
     """
     soft = normalize_maps(apply_guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0])
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     hard = apply_grabcut(
-        pixels, soft.cpu().numpy(), background=refine.background, foreground=refine.foreground, threads=threads
+        pixels, soft.cpu().numpy(), background=refine.bg_threshold, foreground=refine.fg_threshold, threads=threads
     )
     solid = torch.from_numpy(hard).to(soft)
-    return RefinedLabels(soft.lerp(solid, refine.cut), _compute_soft_iou(soft, solid))
+    return RefinedLabels(soft.lerp(solid, refine.grabcut_weight), _compute_soft_iou(soft, solid))
 
 
 def _compute_soft_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def run_self_training(
     finished training, also one that an earlier process finished.
     """
     prior_channels = None
-    if config.model.priors:
+    if config.model.prior_channels:
         prior_channels = build_prior_channels(priors.maps[images.indices], priors.valid[images.indices])
     training = _SelfTraining(config, images, prior_channels, context, resume_command)
     labels = training.make_initial_labels(priors)
@@ -77,9 +77,9 @@ def list_stages(config: BgmaskConfig, num_images: int) -> list[Stage]:
     stages: list[Stage] = []
     first = 0
     steps_per_epoch = _count_training_images(config, num_images) // config.optim.batch_size
-    for number in range(config.rounds.count + 1):
-        final = number == config.rounds.count
-        epochs = config.optim.epochs if final else config.rounds.epochs
+    for number in range(config.self_training.rounds + 1):
+        final = number == config.self_training.rounds
+        epochs = config.optim.epochs if final else config.self_training.epochs
         last = first + epochs * steps_per_epoch
         stages.append(Stage(number, "final" if final else f"round {number + 1}", epochs, first, last))
         first = last
@@ -92,8 +92,8 @@ def count_total_steps(config: BgmaskConfig, num_images: int) -> int:
     if not total:
         raise UsageError(
             f"The batch of {config.optim.batch_size} images is larger than the training set: "
-            f"{num_images} images less the fraction {config.labels.drop:g} with the least certain labels.",
-            "Lower optim.batch_size or labels.drop, or give more images.",
+            f"{num_images} images less the fraction {config.labels.drop_fraction:g} with the least certain labels.",
+            "Lower optim.batch_size or labels.drop_fraction, or give more images.",
         )
     return total
 
@@ -128,8 +128,8 @@ class _SelfTraining:
         return self._load_or_make_labels("labels", fuse_batch)
 
     def update_labels(self, stage: Stage, old: SoftLabels, net: SaliencyNet) -> SoftLabels:
-        """Update the labels' moving average: ``refine.keep`` of the old ones, the rest the refined maps of ``net``."""
-        keep = self.config.refine.keep
+        """Update the labels' moving average: ``refine.label_momentum`` of the old ones, and refined maps of ``net``."""
+        keep = self.config.refine.label_momentum
         unrefined = self.config.predict.model_copy(update={"refine": "none"})
         predictor = replace(SaliencyPredictor.from_config(net, self.config, self.context), options=unrefined)
 
@@ -213,7 +213,7 @@ class _SelfTraining:
         chosen = torch.argsort(labels.trust, descending=True, stable=True)[:count].sort().values
         maps = labels.maps[chosen]
         certainty = (maps.float() / 127.5 - 1).abs()
-        weights = 1 - self.config.labels.agreement * (1 - certainty)
+        weights = 1 - self.config.labels.uncertainty_weight * (1 - certainty)
         planes = [self.images.images[chosen], maps[:, None], (255 * weights[:, None]).round().to(torch.uint8)]
         planes += [] if self.prior_channels is None else [self.prior_channels[chosen]]
         return MaskTrainingSet(*(plane.to(self.context.device) for plane in planes))
@@ -239,20 +239,20 @@ class _SelfTraining:
 
 def _count_training_images(config: BgmaskConfig, num_images: int) -> int:
     """Return how many images are trained on: those with the least certain labels are dropped."""
-    return max(min(num_images, 2), round((1 - config.labels.drop) * num_images))
+    return max(min(num_images, 2), round((1 - config.labels.drop_fraction) * num_images))
 
 
 def _build_augmentation(config: BgmaskConfig) -> MaskAugmentation:
     augment = config.augment
     photometric = AugmentConfig(
-        flip=augment.flip,
-        jitter=augment.jitter,
+        hflip_prob=augment.hflip_prob,
+        color_jitter_prob=augment.color_jitter_prob,
         brightness=augment.brightness,
         contrast=augment.contrast,
         saturation=augment.saturation,
         hue=augment.hue,
-        grayscale=augment.grayscale,
-        blur=(augment.blur, augment.blur),
-        solarize=(0.0, 0.0),
+        grayscale_prob=augment.grayscale_prob,
+        blur_prob=(augment.blur_prob, augment.blur_prob),
+        solarize_prob=(0.0, 0.0),
     )
-    return MaskAugmentation(config.model.size, augment.area, augment.aspect, photometric)
+    return MaskAugmentation(config.model.size, augment.scale, augment.ratio, photometric)

@@ -197,13 +197,13 @@ def mask_loss(
     if terms.bce:
         cross = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
         total = total + terms.bce * cross / total_weight.clamp_min(EPS)
-    if terms.iou or terms.f:
+    if terms.iou or terms.fbeta:
         p, y, w = logits.sigmoid().flatten(1), labels.flatten(1), weights.flatten(1)
         overlap, predicted, expected = (w * p * y).sum(1), (w * p).sum(1), (w * y).sum(1)
         if terms.iou:
             iou = (overlap + EPS) / (predicted + expected - overlap + EPS)
             total = total + terms.iou * (1 - iou).mean()
-        if terms.f:
-            f = ((1 + terms.beta2) * overlap + EPS) / (terms.beta2 * expected + predicted + EPS)
-            total = total + terms.f * (1 - f).mean()
+        if terms.fbeta:
+            f = ((1 + terms.fbeta_beta2) * overlap + EPS) / (terms.fbeta_beta2 * expected + predicted + EPS)
+            total = total + terms.fbeta * (1 - f).mean()
     return total

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, print_result
+from relicctl.cli.options import (
+    ConfigFile,
+    Debug,
+    Device,
+    Download,
+    Quiet,
+    Sets,
+    Workers,
+    print_result,
+    resolve_options,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -37,9 +47,8 @@ def bench(
     """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command
     from relicctl.config.pretrain import PretrainConfig
-    from relicctl.config.resolve import resolve_config
 
     options = {"data": data, "device": device, "workers": workers}
-    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
+    resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
     print_result(json.dumps(result) if as_json else result["bottleneck"])

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import ConfigFile, Debug, Device, Download, Quiet, Sets, Workers, print_result
+from relicctl.cli.options import (
+    ConfigFile,
+    Debug,
+    Device,
+    Download,
+    Quiet,
+    Sets,
+    Workers,
+    print_result,
+    resolve_options,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -34,10 +44,9 @@ def doctor(
     """Check this machine before a long run; prints ok, or the checks that fail (exit code 1)."""
     from relicctl.commands import doctor as command
     from relicctl.config.pretrain import PretrainConfig
-    from relicctl.config.resolve import resolve_config
 
     options = {"device": device, "workers": workers}
-    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
+    resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     result = command.doctor(resolved, data, quiet=quiet, download=download)
     print_result(json.dumps(result) if as_json else " ".join(result["failed"]) or "ok")
     if result["failed"]:

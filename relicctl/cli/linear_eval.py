@@ -22,6 +22,7 @@ from relicctl.cli.options import (
     Seed,
     Workers,
     print_result,
+    resolve_options,
 )
 
 EXAMPLES = """\b
@@ -63,7 +64,7 @@ def linear_eval(
     config: ConfigFile = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.rates=[0.3]; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.lrs=[0.3]; repeatable."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one in the encoder's run.")
@@ -86,11 +87,10 @@ def linear_eval(
 
     from relicctl.commands import linear_eval as command
     from relicctl.config.linear_eval import LinearEvalConfig
-    from relicctl.config.resolve import resolve_config
     from relicctl.runs.resume import LinearOptions
 
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
-    resolver = partial(resolve_config, preset, config, sets or (), options, schema=LinearEvalConfig)
+    resolver = partial(resolve_options, preset, config, sets, options, LinearEvalConfig)
     linear_options = LinearOptions(
         tuple(sources or ()), network, tuple(tests or ()), analysis, out, resume, overwrite, download, quiet
     )

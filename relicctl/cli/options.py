@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relicctl.errors import Interrupted, Terminated
+
+if TYPE_CHECKING:
+    from relicctl.config.base import CommandConfig
+    from relicctl.config.resolve import ResolvedConfig
 
 ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")]
 Sets = Annotated[
@@ -27,6 +32,25 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 NetworkChoice = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
+
+
+def resolve_options(
+    preset: str | None,
+    config_file: Path | None,
+    sets: list[str] | None,
+    options: dict[str, Any],
+    schema: type[CommandConfig],
+    base: dict[str, Any] | None = None,
+) -> ResolvedConfig:
+    """``resolve_config``, with one warning of the keys that were named as they were called before."""
+    from relicctl.config.resolve import resolve_config
+    from relicctl.console import Console
+
+    resolved = resolve_config(preset, config_file, sets or (), options, schema=schema, base=base)
+    if resolved.renamed and base is None and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(f"{old} -> {new}" for old, new in resolved.renamed.items())
+        Console().warn(f"config keys have new names: {names}")
+    return resolved
 
 
 @contextmanager

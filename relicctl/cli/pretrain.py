@@ -21,6 +21,7 @@ from relicctl.cli.options import (
     Workers,
     handle_early_interrupt,
     print_result,
+    resolve_options,
 )
 
 EXAMPLES = """\b
@@ -79,11 +80,10 @@ def pretrain(
     """Train an encoder on images, without their labels; prints the run's folder."""
     with handle_early_interrupt():
         from relicctl.config.pretrain import PretrainConfig
-        from relicctl.config.resolve import resolve_config
         from relicctl.runs.resume import PretrainOptions
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve_config(preset, config, sets or (), options, schema=PretrainConfig)
+    resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     pretrain_options = PretrainOptions(out, resume, overwrite, init_from, download, as_json, quiet)
     if dry_run:
         from relicctl.pretraining import estimate

@@ -20,6 +20,7 @@ from relicctl.cli.options import (
     Workers,
     handle_early_interrupt,
     print_result,
+    resolve_options,
 )
 
 EXAMPLES = """\b
@@ -86,7 +87,6 @@ def train_bgmask(
     """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
     with handle_early_interrupt():
         from relicctl.config.bgmask import BgmaskConfig
-        from relicctl.config.resolve import resolve_config
         from relicctl.runs.resume import BgmaskOptions
 
     options = {
@@ -98,7 +98,7 @@ def train_bgmask(
         "workers": workers,
         "seed": seed,
     }
-    resolved = resolve_config(preset, config, sets or (), options, schema=BgmaskConfig)
+    resolved = resolve_options(preset, config, sets, options, BgmaskConfig)
     bgmask_options = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
     with handle_early_interrupt():
         from relicctl.bgmask.dry_run import format_bgmask_dry_run

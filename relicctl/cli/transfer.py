@@ -22,6 +22,7 @@ from relicctl.cli.options import (
     Seed,
     Workers,
     print_result,
+    resolve_options,
 )
 from relicctl.errors import UsageError
 
@@ -92,12 +93,11 @@ def transfer(
 ) -> None:
     """Compare encoders on other data sets; prints the folder of the results."""
     from relicctl.commands.common import parse_named_data
-    from relicctl.config.resolve import resolve_config
     from relicctl.runs.resume import TransferOptions
 
     schema, run, format_dry_run = _get_task_command(task)
     options = {
-        "sets": parse_named_data(tuple(data or ())),
+        "data": parse_named_data(tuple(data or ())),
         "protocol": protocol or None,
         "labels": labels or None,
         "device": device,
@@ -107,7 +107,7 @@ def transfer(
     for name in ("protocol", "labels"):
         if options[name] and task != "classification":
             raise UsageError(f"--{name} means nothing to --task {task}.", "Leave it out.")
-    resolved = resolve_config(preset, config, sets or (), options, schema=schema)
+    resolved = resolve_options(preset, config, sets, options, schema)
     transfer_options = TransferOptions(
         tuple(sources or ()), tuple(baselines or ()), network, out, resume, overwrite, download, quiet
     )

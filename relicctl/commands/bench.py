@@ -87,7 +87,7 @@ def bench(
         feed = ViewLoader(
             source, Sampler(config.seed, len(source), size), build_view_plan(config),
             LoaderConfig(config.seed, device, cache=cache, workers=workers),
-            BadImages(len(source), config.data.max_bad),
+            BadImages(len(source), config.data.max_corrupt_fraction),
         )  # fmt: skip
         return task, feed
 
@@ -127,11 +127,11 @@ def bench(
         **step,
         "data_wait": median["data_wait"],
         "peak_memory_bytes": _measure_peak_memory(device),
-        "flop_per_image": flop,
-        "matrix_peak_flop_per_s": float(f"{peak:.4g}"),
-        "share_of_matrix_peak": round(flop * median["step_images_per_s"] / peak, 4),
+        "flops_per_image": flop,
+        "peak_flops": float(f"{peak:.4g}"),
+        "mfu": round(flop * median["step_images_per_s"] / peak, 4),
         "largest_batch": largest,
-        "largest_batch_tried": device.type == "cuda",
+        "largest_batch_measured": device.type == "cuda",
         "hours": round(_count_images_seen(config, images) / speed["median"] / 3600, 2),
         "bottleneck": _find_bottleneck(wait["median"], step["outside_parts"]),
         "assumptions": _list_assumptions(config, dataset, images, size, device),
@@ -230,10 +230,10 @@ def _print_figures(result: dict[str, Any], console: Console) -> None:
     rows += [[f"  {part}", f"{share:.2%}", ""] for part, share in result["outside_parts"].items()]
     rows += [
         ["peak memory", format_bytes(result["peak_memory_bytes"]), ""],
-        ["GFLOP an image", f"{result['flop_per_image'] / 1e9:.4g}", ""],
-        ["share of the matrix peak", f"{result['share_of_matrix_peak']:.1%}", ""],
+        ["GFLOP an image", f"{result['flops_per_image'] / 1e9:.4g}", ""],
+        ["share of the matrix peak", f"{result['mfu']:.1%}", ""],
         [
-            f"largest batch, {'tried' if result['largest_batch_tried'] else 'estimated'}",
+            f"largest batch, {'tried' if result['largest_batch_measured'] else 'estimated'}",
             f"{result['largest_batch']:,}",
             "",
         ],

@@ -74,8 +74,8 @@ def _run_linear_eval(
     seconds = {"features": time.perf_counter() - started}
 
     trainer = LinearTrainer(config, train_images, train_features, extractor, record, run, console)
-    choice, rate = None, config.sweep.rates[0]
-    if len(config.sweep.rates) > 1:
+    choice, rate = None, config.sweep.lrs[0]
+    if len(config.sweep.lrs) > 1:
         started = time.perf_counter()
         choice = trainer.sweep_rates()
         rate = choice.best_rate
@@ -180,7 +180,7 @@ def make_protocol_record(
         "max_steps": config.optim.max_steps,
         "train": config.data.train,
         "train_images": len(train_features.labels),
-        "test": config.data.val or f"held-out share {config.eval.holdout:g} of {config.data.train}",
+        "test": config.data.val or f"held-out share {config.eval.val_fraction:g} of {config.data.train}",
         "test_images": len(test_features.labels),
         "size": extractor.size,
         "crop_ratio": extractor.crop_ratio,
@@ -312,8 +312,10 @@ def get_run_values(run: Path, resolved: ResolvedConfig) -> dict[str, Any]:
     config = load_run_config(run / "config.yaml")
     values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
     if resolved.origin["data.train"] == "default":
-        values |= {f"data.{name}": getattr(config.data, name) for name in ("train", "val", "subset", "max_bad")}
-        values |= {"seed": config.seed, "eval.holdout": config.eval.holdout}
+        values |= {
+            f"data.{name}": getattr(config.data, name) for name in ("train", "val", "subset", "max_corrupt_fraction")
+        }
+        values |= {"seed": config.seed, "eval.val_fraction": config.eval.val_fraction}
     return values
 
 

@@ -91,7 +91,7 @@ def _run_pretrain(
     check_view_memory(config, device, world.size)
     out = resumed or options.out or find_free_name(Path("runs"), resolved.preset or "pretrain")
     check_outside_data(out, config.data.train)
-    bad = BadImages(len(data.train), config.data.max_bad)
+    bad = BadImages(len(data.train), config.data.max_corrupt_fraction)
     evaluator = build_evaluator(config, data, device, bad, console)
     log_missing_masks(resolved, console)
     masking, masks = open_masking(config, data.train, console)
@@ -303,7 +303,7 @@ def save_pretrain_results(
         "objective": config.objective,
         "network": "online",
         "size": str(config.eval.size or config.views.large.size),
-        "crop_ratio": str(config.eval.crop_ratio),
+        "crop_ratio": str(config.eval.crop_pct),
         "mean": str(list(IMAGENET_MEAN)),
         "std": str(list(IMAGENET_STD)),
     }
@@ -314,7 +314,7 @@ def save_pretrain_results(
 
 def print_accuracy(results: dict[str, Any], console: Console) -> None:
     if results["knn20"] is None:
-        console.info("No accuracy was measured: that takes labelled training images, and --val or eval.holdout.")
+        console.info("No accuracy was measured: that takes labelled training images, and --val or eval.val_fraction.")
         return
     rows = [
         [name, results[key]]

@@ -42,7 +42,7 @@ def _run_bgmask(
             lambda: str(find_free_name(Path("runs"), resolved.preset or "train-bgmask"))
         )
         out = Path(free_name)
-    for spec in (*config.data.train, config.data.masks_for):
+    for spec in (*config.data.train, config.data.mask_data):
         check_outside_data(out, spec)
     if resumed:
         record = resume_bgmask_record(out, resolved, data, session.device)

@@ -61,7 +61,7 @@ def _run_transfer(
         resolve_metric(data, config)
     for labels in map(format_labels, config.labels):  # before anything is computed
         for data in sets:
-            division = split_trainval(data, labels, config.data.holdout, config.seed)
+            division = split_trainval(data, labels, config.data.val_fraction, config.seed)
             if "finetune" in config.protocol:
                 check_finetune_batch(division, config.finetune.batch_size, world)
     with close_with_resume_hint(open_transfer_folder(out, options, config, world)) as run:
@@ -156,7 +156,7 @@ def resolve_transfer_job(config: Any, options: TransferOptions, world: World) ->
     duplicates = [name for number, name in enumerate(job.encoders) if name in job.encoders[:number]]
     if duplicates:
         raise UsageError(f"The encoder {duplicates[0]} is named twice.", "Name every encoder once, baselines included.")
-    if not config.data.sets:
+    if not config.data.datasets:
         raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
     for labels in getattr(config, "labels", ()):  # dense tasks take all
         check_label_subset(format_labels(labels))
@@ -208,7 +208,7 @@ def _run_dense_transfer(
     task_spec = DENSE_TASKS[type(config)]
     job, out = resolve_transfer_job(config, options, world)
     encoders = load_dense_encoders(job, config, console)
-    sets = {name: task_spec.open_splits(name, spec, config, console) for name, spec in config.data.sets.items()}
+    sets = {name: task_spec.open_splits(name, spec, config, console) for name, spec in config.data.datasets.items()}
     with close_with_resume_hint(open_transfer_folder(out, options, config, world), f"--task {task_spec.name} ") as run:
         run.write_text(
             run.config_path, dump_yaml(config) + yaml.safe_dump({"run": make_transfer_record(job)}, sort_keys=False)
@@ -220,7 +220,7 @@ def _run_dense_transfer(
             "relative": reports.list_relative_improvements(cells, job.encoders, job.baselines),
             "encoders": {learner.name: {"sha256": learner.hash} for learner in encoders},
             "baselines": list(job.baselines),
-            "data": {name: make_dense_data_record(config.data.sets[name], *parts) for name, parts in sets.items()},
+            "data": {name: make_dense_data_record(config.data.datasets[name], *parts) for name, parts in sets.items()},
             "version": __version__,
         }
         run.write_json(run.results_path, results)
@@ -245,7 +245,7 @@ def report_dense_transfer(
     console.print_table(header, rows)
     names = reports.shorten_encoder_names(job.encoders)
     notes = [f"{names[name]} = {name}" for name in job.encoders if names[name] != name]
-    notes.append("the encoder is frozen" if config.model.frozen else "the encoder is fine-tuned")
+    notes.append("the encoder is frozen" if config.model.freeze_encoder else "the encoder is fine-tuned")
     notes.append(f"{config.optim.steps} steps of {config.optim.batch_size} images; tested on val after the last")
     for cell in cells:
         figures = ", ".join(f"{k} {v:.3f}" for k, v in cell["figures"].items() if isinstance(v, float))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
@@ -14,7 +14,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 # YAML has lists only, so a pair itself is not strict; its two numbers are.
 Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
-Aspect = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
+AspectRatio = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -26,6 +26,18 @@ class Section(BaseModel):
     """A group of keys: unknown keys are refused and nothing is converted silently; immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class CommandConfig(Section):
+    """All keys of a command, and its rules beyond types and ranges."""
+
+    option_keys: ClassVar[dict[str, str]] = {}  # command-line option -> the key it sets
+    implied_by_option: ClassVar[dict[str, dict[str, Any]]] = {}  # option -> values it sets besides its own key
+    # Key -> its value -> the values of other keys by definition, where only a default or a preset says otherwise
+    implied_values: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+    # Key -> its value -> beginnings of keys that are then never read: refused in --set instead of silently ignored
+    unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
+    harmless_values: ClassVar[dict[str, Any]] = {}  # values of unused keys that are accepted: they ask for nothing
 
 
 def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
@@ -59,7 +71,7 @@ class DataConfig(Section):
         "auto", "keep decoded images in host memory or on the device; auto = where they fit"
     )
     subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
-    max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
+    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
 
 
 class CheckpointConfig(Section):

@@ -5,13 +5,14 @@ The pipeline follows DeepUSPS (arXiv 1909.13055) without any supervised weight. 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from relicctl.config.base import (
-    Aspect,
+    AspectRatio,
     CheckpointConfig,
+    CommandConfig,
     Fraction,
     Pair,
     PositiveFloat,
@@ -35,16 +36,18 @@ class MaskNetworkConfig(Section):
         "u2netp", "U2-Net, its small form, or a self-supervised encoder with a light decoder"
     )
     size: int = key(96, "side in pixels of what the network sees; best a multiple of 32", ge=32)
-    priors: bool = key(False, "the hand-made priors' maps as a further input of the network")
-    encoder: str | None = key(None, "run or weights that arch resnet starts from; null = random (also --init-from)")
+    prior_channels: bool = key(False, "handcrafted priors' maps as additional input channels")
+    init_encoder: str | None = key(
+        None, "run or weights that arch resnet starts from; null = random (also --init-from)"
+    )
 
 
 class PseudoLabelConfig(Section):
     """Soft labels, made of the priors' maps first and later of a network's."""
 
     size: int = key(128, "side in pixels of squashed images, priors and labels", ge=32, multiple_of=8)
-    drop: float = key(0.2, "share of images, those whose labels are trusted least, not trained on", ge=0, lt=1)
-    agreement: Fraction = key(0.5, "how far a pixel's weight falls where its label is undecided")
+    drop_fraction: float = key(0.2, "share of images, those whose labels are trusted least, not trained on", ge=0, lt=1)
+    uncertainty_weight: Fraction = key(0.5, "how far a pixel's weight falls where its label is undecided")
 
 
 class RefineConfig(Section):
@@ -52,14 +55,14 @@ class RefineConfig(Section):
 
     radius: PositiveInt = key(8, "radius of the filter's window in pixels of labels.size")
     eps: PositiveFloat = key(1e-3, "regulariser of the filter: higher smooths across weaker edges")
-    cut: Fraction = key(1.0, "weight in a label of the graph cut; the rest is the filtered map")
-    background: Fraction = key(0.2, "where a map is below this, the cut takes the background for certain")
-    foreground: Fraction = key(0.9, "where a map is above this, the cut takes the object for certain")
-    keep: Fraction = key(0.7, "weight of the old label in the moving average after a round")
+    grabcut_weight: Fraction = key(1.0, "weight in a label of the graph cut; the rest is the filtered map")
+    bg_threshold: Fraction = key(0.2, "where a map is below this, the cut takes the background for certain")
+    fg_threshold: Fraction = key(0.9, "where a map is above this, the cut takes the object for certain")
+    label_momentum: Fraction = key(0.7, "weight of the old label in the moving average after a round")
 
 
 class SelfTrainingConfig(Section):
-    count: int = key(0, "rounds of training on labels that a network refined, before the final one", ge=0)
+    rounds: int = key(0, "rounds of training on labels that a network refined, before the final one", ge=0)
     epochs: PositiveInt = key(10, "passes over the images in each round")
 
 
@@ -76,21 +79,21 @@ class MaskOptimConfig(Section):
 class MaskLossConfig(Section):
     bce: float = key(1.0, "weight of the binary cross-entropy", ge=0)
     iou: float = key(1.0, "weight of the soft intersection over union", ge=0)
-    f: float = key(0.0, "weight of the image-level F loss", ge=0)
-    beta2: PositiveFloat = key(1.0, "beta squared of the F loss")
+    fbeta: float = key(0.0, "weight of the image-level F loss", ge=0)
+    fbeta_beta2: PositiveFloat = key(1.0, "beta squared of the F loss")
 
 
 class MaskAugmentConfig(Section):
-    area: Pair = key((0.4, 1.0), "range of a random crop's share of the image's area")
-    aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
-    jitter: Fraction = key(0.8, "probability of colour jitter, its four operations together")
+    scale: Pair = key((0.4, 1.0), "range of a random crop's share of the image's area")
+    ratio: AspectRatio = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
+    color_jitter_prob: Fraction = key(0.8, "probability of colour jitter, its four operations together")
     brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
     contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
     saturation: Fraction = key(0.4, "factor on HSV's saturation, within 1 -+ this")
     hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
-    grayscale: Fraction = key(0.1, "probability of dropping colour")
-    blur: Fraction = key(0.1, "probability of Gaussian blur")
+    grayscale_prob: Fraction = key(0.1, "probability of dropping colour")
+    blur_prob: Fraction = key(0.1, "probability of Gaussian blur")
 
 
 class PredictConfig(Section):
@@ -112,19 +115,29 @@ class MaskDataConfig(Section):
     eval: str | None = key(
         None, "images with true masks to measure on, never to train: images/ and masks/, or shapes (also --eval-data)"
     )
-    masks_for: str | None = key(None, "images that get masks; null = those of the first train (also --masks-for)")
-    images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
-    eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
-    max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
+    mask_data: str | None = key(None, "images that get masks; null = those of the first train (also --masks-for)")
+    max_train_images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
+    max_eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
+    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
 
 
-class BgmaskConfig(Section):
+class BgmaskConfig(CommandConfig):
     """A whole training of masks. Raises UsageError where keys contradict each other."""
+
+    option_keys: ClassVar[dict[str, str]] = {
+        "data": "data.train",
+        "eval-data": "data.eval",
+        "masks-for": "data.mask_data",
+        "init-from": "model.init_encoder",
+        "device": "runtime.device",
+        "workers": "runtime.workers",
+        "seed": "seed",
+    }
 
     model: MaskNetworkConfig = key(MaskNetworkConfig(), "the network")
     labels: PseudoLabelConfig = key(PseudoLabelConfig(), "labels made of hand-made priors")
     refine: RefineConfig = key(RefineConfig(), "refinement of labels and masks")
-    rounds: SelfTrainingConfig = key(SelfTrainingConfig(), "self-training")
+    self_training: SelfTrainingConfig = key(SelfTrainingConfig(), "self-training")
     optim: MaskOptimConfig = key(MaskOptimConfig(), "optimiser and schedule")
     loss: MaskLossConfig = key(MaskLossConfig(), "what is minimised")
     augment: MaskAugmentConfig = key(MaskAugmentConfig(), "crops and colours in training")
@@ -136,14 +149,14 @@ class BgmaskConfig(Section):
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> BgmaskConfig:
-        check_ranges({"augment.area": self.augment.area, "augment.aspect": self.augment.aspect})
-        if self.model.encoder is not None and self.model.arch != "resnet":
+        check_ranges({"augment.scale": self.augment.scale, "augment.ratio": self.augment.ratio})
+        if self.model.init_encoder is not None and self.model.arch != "resnet":
             raise UsageError(
                 f"model.arch is {self.model.arch}, which has no encoder to start from weights.",
                 "Set model.arch to resnet, or leave out --init-from.",
             )
-        if not (self.loss.bce or self.loss.iou or self.loss.f):
-            raise UsageError("loss.bce, loss.iou and loss.f are all 0: nothing is left to minimise.", "Raise one.")
+        if not (self.loss.bce or self.loss.iou or self.loss.fbeta):
+            raise UsageError("loss.bce, loss.iou and loss.fbeta are all 0: nothing is left to minimise.", "Raise one.")
         if self.optim.warmup_epochs > self.optim.epochs:
             raise UsageError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs:g} is longer than optim.epochs {self.optim.epochs}.",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict, model_validator
 
 from relicctl.config.base import (
-    Aspect,
+    AspectRatio,
     CheckpointConfig,
+    CommandConfig,
     DataConfig,
     EncoderConfig,
     Fraction,
@@ -26,16 +27,16 @@ LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20
 
 
 class RandomCropConfig(Section):
-    area: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area")
-    aspect: Aspect = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    scale: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area")
+    ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
 class SweepConfig(Section):
-    rates: LearningRates = key(
+    lrs: LearningRates = key(
         LEARNING_RATES, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
     )
-    holdout: float = key(0.1, "share of the training images on which the rate is chosen", gt=0, lt=1)
+    val_fraction: float = key(0.1, "share of the training images on which the rate is chosen", gt=0, lt=1)
 
 
 class LinearOptimConfig(Section):
@@ -48,11 +49,11 @@ class LinearOptimConfig(Section):
 
 
 class LinearTestConfig(Section):
-    holdout: float = key(
+    val_fraction: float = key(
         0.0, "share of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
     )
     size: int | None = key(None, "side in pixels of the images; null = what the encoder was made for", ge=8)
-    crop_ratio: float | None = key(
+    crop_pct: float | None = key(
         None, "side of the tested centre square / the image's short side; null = the encoder's own", gt=0, le=1
     )
 
@@ -61,8 +62,19 @@ class AnalysisConfig(Section):
     images: int = key(2000, "most test images in --analysis, the first of a seeded shuffle", ge=10)
 
 
-class LinearEvalConfig(Section):
+class LinearEvalConfig(CommandConfig):
     """A whole linear evaluation. Raises UsageError where keys contradict each other."""
+
+    option_keys: ClassVar[dict[str, str]] = {
+        "data": "data.train",
+        "val": "data.val",
+        "device": "runtime.device",
+        "workers": "runtime.workers",
+        "seed": "seed",
+    }
+    unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
+        "protocol": {"fast": ("crop.", "data.cache", "runtime.precision")}
+    }
 
     protocol: Literal["fast", "imagenet"] = key(
         "fast", "fast: standardised features, extracted once; imagenet: features of random crops and flips"
@@ -80,5 +92,5 @@ class LinearEvalConfig(Section):
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> LinearEvalConfig:
-        check_ranges({"crop.area": self.crop.area, "crop.aspect": self.crop.aspect})
+        check_ranges({"crop.scale": self.crop.scale, "crop.ratio": self.crop.ratio})
         return self

@@ -6,13 +6,14 @@ could be read for a default, its meaning says "our choice".
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from relicctl.config.base import (
-    Aspect,
+    AspectRatio,
     CheckpointConfig,
+    CommandConfig,
     DataConfig,
     EncoderConfig,
     Fraction,
@@ -50,25 +51,25 @@ class SmallViewsConfig(Section):
     area: Pair = key((0.05, 0.14), "range of the crop's share of the image's area (our choice)")
 
 
-class PhotometricConfig(Section):
+class AugmentationConfig(Section):
     """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
 
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
-    jitter: Fraction = key(0.8, "probability of colour jitter, its four operations together")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
+    color_jitter_prob: Fraction = key(0.8, "probability of colour jitter, its four operations together")
     brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
     contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
     saturation: Fraction = key(0.2, "factor on HSV's saturation, within 1 -+ this")
     hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
-    grayscale: Fraction = key(0.2, "probability of dropping colour")
-    blur: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
-    solarize: Pair = key((0.0, 0.2), "probabilities of solarizing")
+    grayscale_prob: Fraction = key(0.2, "probability of dropping colour")
+    blur_prob: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
+    solarize_prob: Pair = key((0.0, 0.2), "probabilities of solarizing")
 
 
 class ViewsConfig(Section):
     large: LargeViewsConfig = key(LargeViewsConfig(), "views that both networks see")
     small: SmallViewsConfig = key(SmallViewsConfig(), "views that only the online network sees")
-    aspect: Aspect = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
-    photometric: PhotometricConfig = key(PhotometricConfig(), "flip, colour and blur")
+    ratio: AspectRatio = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    augment: AugmentationConfig = key(AugmentationConfig(), "flip, colour and blur")
 
 
 class LossConfig(Section):
@@ -98,7 +99,7 @@ class BackgroundRemovalConfig(Section):
         "none", "where masks come from: nowhere, a mask bank, the images' alpha channel"
     )
     bank: str | None = key(None, "run of train-bgmask, or its masks.bank, with a mask for every image (also --bgmask)")
-    limits: Pair = key(
+    foreground_range: Pair = key(
         (0.01, 0.99), "shares of the image between which a mask's foreground must lie for it to be used (our choice)"
     )
 
@@ -123,13 +124,13 @@ class EvalConfig(Section):
     """kNN and a linear probe during the run, where there are labels; the networks never feel them."""
 
     every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
-    holdout: float = key(
+    val_fraction: float = key(
         0.0, "share of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
     )
     size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
-    crop_ratio: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
-    train_samples: PositiveInt = key(20000, "most training images that kNN compares with")
-    val_samples: PositiveInt = key(10000, "most images that are classified")
+    crop_pct: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
+    knn_train_images: PositiveInt = key(20000, "most training images that kNN compares with")
+    val_images: PositiveInt = key(10000, "most images that are classified")
     probe: bool = key(True, "train a linear classifier on detached features along the way")
 
 
@@ -143,8 +144,30 @@ class PretrainRuntimeConfig(RuntimeConfig):
     tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
 
 
-class PretrainConfig(Section):
+class PretrainConfig(CommandConfig):
     """A whole pretraining run. Raises UsageError where keys contradict each other."""
+
+    option_keys: ClassVar[dict[str, str]] = {
+        "data": "data.train",
+        "val": "data.val",
+        "bgmask": "bgmask.bank",
+        "device": "runtime.device",
+        "workers": "runtime.workers",
+        "seed": "seed",
+    }
+    implied_by_option: ClassVar[dict[str, dict[str, Any]]] = {"bgmask": {"bgmask.source": "bank"}}
+    implied_values: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "objective": {"relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"}}
+    }
+    unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
+        "objective": {
+            "byol": ("loss.",),
+            "simclr": ("loss.alpha", "loss.beta", "loss.negatives", "loss.invariance", "target.", "model.predictor."),
+            "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
+        },
+        "bgmask.source": {"none": ("bgmask.probability", "bgmask.fill", "bgmask.foreground_range")},
+    }
+    harmless_values: ClassVar[dict[str, Any]] = {"bgmask.probability": 0}  # no masks, of a preset that asks for some
 
     objective: Literal["relicv2", "relic", "simclr", "byol", "supervised"] = key(
         "relicv2", "what is minimised; relic = two large views, no small ones, all negatives"
@@ -178,10 +201,10 @@ class PretrainConfig(Section):
                 f"bgmask.bank is {masks.bank}, but bgmask.source is {masks.source}.",
                 "Set bgmask.source to bank, or leave bgmask.bank out.",
             )
-        low, high = masks.limits
+        low, high = masks.foreground_range
         if low > high:
             raise UsageError(
-                f"bgmask.limits is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
+                f"bgmask.foreground_range is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
             )
 
     def _check_views(self) -> None:
@@ -190,7 +213,7 @@ class PretrainConfig(Section):
             {
                 "views.large.area": views.large.area,
                 "views.small.area": views.small.area,
-                "views.aspect": views.aspect,
+                "views.ratio": views.ratio,
             }
         )
 

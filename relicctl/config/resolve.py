@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from relicctl.config import yaml_io
-from relicctl.config.base import Section
+from relicctl.config.base import CommandConfig, Section
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.config.presets import find_preset
 from relicctl.config.pretrain import PretrainConfig
+from relicctl.config.renamed import RENAMED, rename_key, rename_value
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig, TransferConfig
 from relicctl.errors import UsageError
 
-SCHEMAS: dict[str, type[Section]] = {
+SCHEMAS: dict[str, type[CommandConfig]] = {
     "pretrain": PretrainConfig,
     "train-bgmask": BgmaskConfig,
     "linear-eval": LinearEvalConfig,
@@ -34,37 +35,6 @@ SCHEMAS: dict[str, type[Section]] = {
     "transfer --task segmentation": SegmentationConfig,
     "transfer --task detection": DetectionConfig,
 }
-OPTION_KEYS = {
-    "data": "data.train",
-    "sets": "data.sets",  # the --data NAME=DATA of transfer
-    "val": "data.val",
-    "eval-data": "data.eval",
-    "masks-for": "data.masks_for",
-    "init-from": "model.encoder",
-    "bgmask": "bgmask.bank",
-    "protocol": "protocol",
-    "labels": "labels",
-    "device": "runtime.device",
-    "workers": "runtime.workers",
-    "seed": "seed",
-}
-
-# What an objective is by definition, taken wherever only a default or a preset says otherwise.
-_OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "relic": {"views.large.count": 2, "views.small.count": 0, "loss.negatives": "all"},
-}
-
-# Keys that an objective or a protocol never reads: refused in --set, where they would be ignored in silence.
-_UNUSED_KEYS = {
-    "byol": ("loss.",),
-    "simclr": ("loss.alpha", "loss.beta", "loss.negatives", "loss.invariance", "target.", "model.predictor."),
-    "supervised": ("loss.", "target.", "model.projector.", "model.predictor."),
-    "fast": ("crop.", "data.cache", "runtime.precision"),
-}
-_MASK_KEYS = ("bgmask.probability", "bgmask.fill", "bgmask.limits")
-
-# What an option says beside its own key.
-_IMPLIED_VALUES = {"bgmask": ("bgmask.source", "bank")}
 
 
 @dataclass(frozen=True)
@@ -74,17 +44,22 @@ class ResolvedConfig:
     config: Any
     origin: dict[str, str]
     preset: str | None = None
+    renamed: dict[str, str] = field(default_factory=dict)  # old names that file or --set used -> the present ones
 
 
 class _ConfigLayers:
-    """Values and origins while they pile up; every key is checked as it comes."""
+    """Values and origins while they pile up; every key is checked as it comes. Old names of keys are understood."""
 
-    def __init__(self, schema: type[Section]) -> None:
-        self.schema = schema
+    def __init__(self, schema: type[CommandConfig]) -> None:
+        self.schema, self.command = schema, get_command(schema)
         self.values = flatten(schema().model_dump(), schema=schema)
         self.origin = dict.fromkeys(self.values, "default")
+        self.renamed: dict[str, str] = {}
 
     def set_value(self, name: str, value: Any, where: str) -> None:
+        if (new_name := rename_key(self.command, name)) != name:
+            self.renamed[name] = new_name
+            name, value = new_name, rename_value(self.command, name, value)
         if name not in self.values:
             raise _make_unknown_key_error(name, where, self.schema)
         self.values[name] = value
@@ -95,22 +70,24 @@ class _ConfigLayers:
             self.set_value(name, value, where)
 
     def build_config(self) -> Any:
-        kind = "objective" if "objective" in self.values else "protocol"
-        choice = self.values.get(kind)
-        if isinstance(choice, str):
-            for name, value in _OBJECTIVE_DEFAULTS.get(choice, {}).items():
+        for key, definitions in self.schema.implied_values.items():
+            for name, value in definitions.get(str(self.values[key]), {}).items():
                 if self.values[name] != value and self.origin[name].startswith(("default", "preset")):
-                    self.set_value(name, value, f"{kind} {choice}")
-            for name, where in self.origin.items():
-                if where == "--set" and name.startswith(_UNUSED_KEYS.get(choice, ())):
-                    raise UsageError(f"{name} means nothing to {kind} {choice}.", "Leave it out.")
-                if where == "--set" and name in _MASK_KEYS and self.values["bgmask.source"] == "none":
-                    if name == "bgmask.probability" and self.values[name] == 0:
-                        continue  # no masks are wanted of a preset that asks for some
-                    raise UsageError(
-                        f"{name} means nothing while bgmask.source is none.", "Give --bgmask RUN, or leave it out."
-                    )
+                    self.set_value(name, value, f"{key} {self.values[key]}")
+        for key, unused in self.schema.unused_keys.items():
+            for name in self.values:
+                if self.origin[name] == "--set" and name.startswith(unused.get(str(self.values[key]), ())):
+                    self._refuse_unused(name, key)
         return _validate(self.values, self.origin, self.schema)
+
+    def _refuse_unused(self, name: str, key: str) -> None:
+        if name in self.schema.harmless_values and self.values[name] == self.schema.harmless_values[name]:
+            return
+        option = next((o for o, values in self.schema.implied_by_option.items() if key in values), None)
+        raise UsageError(
+            f"{name} has no effect while {key} is {self.values[key]}.",
+            f"Give --{option}, or leave it out." if option else "Leave it out.",
+        )
 
 
 def resolve_config(
@@ -119,12 +96,12 @@ def resolve_config(
     sets: Iterable[str] = (),
     options: dict[str, Any] | None = None,
     *,
-    schema: type[Section] | None = None,
+    schema: type[CommandConfig] | None = None,
     base: dict[str, Any] | None = None,
 ) -> ResolvedConfig:
     """Defaults < ``base`` < preset < file < --set < options.
 
-    ``options`` goes by OPTION_KEYS' names, None meaning not given. A preset or a file may say
+    ``options`` goes by the names of the schema's option_keys, None meaning not given. A preset or a file may say
     ``extends: PRESET``. ``schema``: the keys of the command that asks; None = of the command that preset or
     file are for. ``base``: dotted keys taken from the run that is worked on. Raises UsageError for whatever is wrong.
     """
@@ -145,11 +122,10 @@ def resolve_config(
         layers.set_value(*_parse_assignment(assignment, layers.schema), "--set")
     for name, value in (options or {}).items():
         if value is not None:
-            where = "--data" if name == "sets" else f"--{name}"
-            layers.set_value(OPTION_KEYS[name], value, where)
-            if name in _IMPLIED_VALUES:
-                layers.set_value(*_IMPLIED_VALUES[name], where)
-    return ResolvedConfig(layers.build_config(), layers.origin, preset)
+            implied = layers.schema.implied_by_option.get(name, {})
+            for key, key_value in {layers.schema.option_keys[name]: value, **implied}.items():
+                layers.set_value(key, key_value, f"--{name}")
+    return ResolvedConfig(layers.build_config(), layers.origin, preset, layers.renamed)
 
 
 def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:
@@ -161,7 +137,7 @@ def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConf
     for name, where in resolved.origin.items():
         if where.startswith(("file", "--")):
             layers.set_value(name, given[name], where)
-    return ResolvedConfig(layers.build_config(), layers.origin, resolved.preset)
+    return ResolvedConfig(layers.build_config(), layers.origin, resolved.preset, resolved.renamed)
 
 
 def load_run_config(path: Path) -> PretrainConfig:
@@ -169,7 +145,7 @@ def load_run_config(path: Path) -> PretrainConfig:
     return resolve_config(config_file=path, schema=PretrainConfig).config
 
 
-def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
+def dump_yaml(config: CommandConfig, origin: dict[str, str] | None = None) -> str:
     """The config as YAML, every key written out; with ``origin``, comments say where each value came from."""
     command = get_command(type(config))
     lines = [] if command == "pretrain" else [(f"command: {command}", "")]
@@ -188,11 +164,12 @@ def dump_yaml(config: Section, origin: dict[str, str] | None = None) -> str:
     return "".join(f"{line:<{column}}  {comment}".rstrip() + "\n" for line, comment in lines)
 
 
-def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = PretrainConfig) -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "", schema: type[CommandConfig] = PretrainConfig) -> dict[str, Any]:
     """Nested sections as one dict of dotted keys."""
     flat: dict[str, Any] = {}
+    leaves = get_config_fields(schema).keys() | RENAMED[get_command(schema)]
     for name, value in content.items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in get_config_fields(schema):
+        if isinstance(value, dict) and f"{prefix}{name}" not in leaves:
             flat |= flatten(value, f"{prefix}{name}.", schema)
         else:
             flat[f"{prefix}{name}"] = value
@@ -200,20 +177,20 @@ def flatten(content: dict[str, Any], prefix: str = "", schema: type[Section] = P
 
 
 @cache
-def get_config_fields(schema: type[Section] = PretrainConfig) -> dict[str, FieldInfo]:
+def get_config_fields(schema: type[CommandConfig] = PretrainConfig) -> dict[str, FieldInfo]:
     """Every dotted key that holds a value, in the schema's order."""
 
     def walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                yield from walk(field.annotation, f"{prefix}{name}.")
+        for name, info in section.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+                yield from walk(info.annotation, f"{prefix}{name}.")
             else:
-                yield prefix + name, field
+                yield prefix + name, info
 
     return dict(walk(schema, ""))
 
 
-def get_command(schema: type[Section]) -> str:
+def get_command(schema: type[CommandConfig]) -> str:
     """The command whose keys these are."""
     return next(name for name, known in SCHEMAS.items() if known is schema)
 
@@ -225,7 +202,7 @@ def _load_preset_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     return [*(_load_preset_layers(str(parent)) if parent is not None else []), (f"preset {name}", content)]
 
 
-def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[Section] | None) -> type[Section]:
+def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[CommandConfig] | None) -> type[CommandConfig]:
     """The one schema that all ``contents`` are for, whose ``command`` is taken out. UsageError if they differ.
 
     Presets and runs without one are pretrain's; a user's file may leave it to the command that reads it.
@@ -249,13 +226,14 @@ def _drop_run_record(content: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != "run"}
 
 
-def _parse_assignment(text: str, schema: type[Section]) -> tuple[str, Any]:
+def _parse_assignment(text: str, schema: type[CommandConfig]) -> tuple[str, Any]:
     """KEY=VALUE, split at the first "="; text keys take VALUE as it stands, others read it as YAML."""
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
         raise UsageError(f"--set {text!r} is no KEY=VALUE.", "Write it like --set optim.batch_size=256.")
-    if name in get_config_fields(schema) and get_config_fields(schema)[name].annotation == str | None:
+    info = get_config_fields(schema).get(rename_key(get_command(schema), name))
+    if info is not None and info.annotation == str | None:
         return name, None if value in ("null", "") else value
     try:
         return name, yaml_io.parse_yaml(value)
@@ -274,7 +252,7 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Section]) -> Section:
+def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[CommandConfig]) -> CommandConfig:
     try:
         return schema.model_validate(_unflatten(values))
     except ValidationError as reason:
@@ -282,14 +260,14 @@ def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Secti
         name = next(
             key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in get_config_fields(schema)
         )
-        field = get_config_fields(schema)[name]
+        info = get_config_fields(schema)[name]
         raise UsageError(
             f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]}).",
-            f"Give {format_allowed_values(name, schema)}: {field.description}.",
+            f"Give {format_allowed_values(name, schema)}: {info.description}.",
         ) from None
 
 
-def _make_unknown_key_error(name: str, where: str, schema: type[Section]) -> UsageError:
+def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) -> UsageError:
     known = get_config_fields(schema)
     inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
@@ -308,7 +286,7 @@ def _make_unknown_key_error(name: str, where: str, schema: type[Section]) -> Usa
     return UsageError(f"There is no key {name!r} (from {where}).", fix)
 
 
-def format_allowed_values(name: str, schema: type[Section] = PretrainConfig) -> str:
+def format_allowed_values(name: str, schema: type[CommandConfig] = PretrainConfig) -> str:
     """In words, the values that a key takes: "a whole number from 1 or null"."""
     json_schema = schema.model_json_schema()
     node = json_schema

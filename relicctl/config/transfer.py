@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict, model_validator
 
 from relicctl.config.base import (
-    Aspect,
+    AspectRatio,
     CheckpointConfig,
+    CommandConfig,
     EncoderConfig,
     Fraction,
     Pair,
@@ -27,20 +28,29 @@ AnchorSizes = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length
 ScaleRange = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 
 
+DENSE_OPTION_KEYS = {
+    "data": "data.datasets",
+    "device": "runtime.device",
+    "workers": "runtime.workers",
+    "seed": "seed",
+}
+
+
 class DenseEncoderConfig(EncoderConfig):
     """``arch`` to ``padding`` describe the network of ``random`` where no encoder has a run."""
 
-    frozen: bool = key(False, "train the new layers alone; the encoder stays as it is")
-    norm: Literal["batch", "frozen"] = key(
-        "batch",
-        "the encoder's BatchNorm while it is fine-tuned: over the batch, or with statistics and factors as they are",
+    freeze_encoder: bool = key(False, "train the new layers alone; the encoder stays as it is")
+    freeze_bn: bool = key(
+        False, "the encoder's BatchNorm keeps its statistics and factors while it is fine-tuned; false = over the batch"
     )
 
 
 class DenseDataConfig(Section):
-    sets: dict[str, str] = key({}, "data by name, each with train and val (also --data NAME=DATA)")
+    datasets: dict[str, str] = key({}, "data by name, each with train and val (also --data NAME=DATA)")
     cache: Literal["auto", "none", "memory"] = key("auto", "keep decoded images in memory; auto = where they fit")
-    max_bad: Fraction = key(0.01, "share of undecodable images or unusable boxes above which the run stops")
+    max_corrupt_fraction: Fraction = key(
+        0.01, "fraction of undecodable images or unusable boxes above which the run stops"
+    )
 
 
 class SegmentationDataConfig(DenseDataConfig):
@@ -58,13 +68,13 @@ class DetectionDataConfig(DenseDataConfig):
 
 
 class DenseOptimConfig(Section):
-    """SGD with momentum; the rate falls to a tenth at each of ``drops``."""
+    """SGD with momentum; the rate falls to a tenth at each of ``milestones``."""
 
     steps: PositiveInt = key(30000, "steps of the training")
     batch_size: PositiveInt = key(16, "images per step; all where there are fewer")
     base_lr: PositiveFloat = key(0.003, "learning rate, not scaled by the batch")
     warmup_steps: int = key(0, "steps over which the rate rises linearly", ge=0)
-    drops: Milestones = key((0.7, 0.9), "shares of the steps after which the rate falls to a tenth")
+    milestones: Milestones = key((0.7, 0.9), "shares of the steps after which the rate falls to a tenth")
     momentum: float = key(0.9, "SGD's momentum", ge=0, lt=1)
     weight_decay: float = key(1e-4, "weight decay, of all parameters", ge=0)
 
@@ -73,13 +83,13 @@ class DetectionOptimConfig(DenseOptimConfig):
     steps: PositiveInt = key(190000, "steps of the training")
     base_lr: PositiveFloat = key(0.02, "learning rate, not scaled by the batch")
     warmup_steps: int = key(1000, "steps over which the rate rises linearly", ge=0)
-    drops: Milestones = key((0.615, 0.846), "shares of the steps after which the rate falls to a tenth")
+    milestones: Milestones = key((0.615, 0.846), "shares of the steps after which the rate falls to a tenth")
 
 
 class SegmentationCropConfig(Section):
     size: int = key(513, "side in pixels of the square images that are trained on", ge=16)
     scale: ScaleRange = key((0.5, 2.0), "range of the factor by which an image is resized before it is cropped")
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
 class SegmentationHeadConfig(Section):
@@ -90,11 +100,11 @@ class SegmentationHeadConfig(Section):
 
 
 class DetectionImageConfig(Section):
-    short: SideLengths = key(
+    min_size: SideLengths = key(
         (800,), "sides in pixels that the shorter side is resized to, drawn in training; tests: last"
     )
-    long: PositiveInt = key(1333, "most pixels of the longer side")
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    max_size: PositiveInt = key(1333, "most pixels of the longer side")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
 class DetectorConfig(Section):
@@ -105,15 +115,17 @@ class DetectorConfig(Section):
     anchors: AnchorSizes = key(
         (32, 64, 128, 256, 512), "sides in pixels of the anchors, one for each of the pyramid's five levels"
     )
-    proposals_train: PositiveInt = key(
+    rpn_post_nms_top_n_train: PositiveInt = key(
         2000, "proposals kept per level before and per image after suppression, in training"
     )
-    proposals_test: PositiveInt = key(1000, "the same in testing")
-    regions: PositiveInt = key(512, "regions per image that the box head is trained on")
+    rpn_post_nms_top_n_test: PositiveInt = key(1000, "the same in testing")
+    box_batch_size_per_image: PositiveInt = key(512, "regions per image that the box head is trained on")
 
 
-class SegmentationConfig(Section):
+class SegmentationConfig(CommandConfig):
     """A whole evaluation by semantic segmentation."""
+
+    option_keys: ClassVar[dict[str, str]] = DENSE_OPTION_KEYS
 
     model: DenseEncoderConfig = key(DenseEncoderConfig(), "the encoder")
     data: SegmentationDataConfig = key(SegmentationDataConfig(), "the data sets")
@@ -136,10 +148,12 @@ class SegmentationConfig(Section):
         return self
 
 
-class DetectionConfig(Section):
+class DetectionConfig(CommandConfig):
     """A whole evaluation by object detection."""
 
-    model: DenseEncoderConfig = key(DenseEncoderConfig(norm="frozen"), "the encoder")
+    option_keys: ClassVar[dict[str, str]] = DENSE_OPTION_KEYS
+
+    model: DenseEncoderConfig = key(DenseEncoderConfig(freeze_bn=True), "the encoder")
     data: DetectionDataConfig = key(DetectionDataConfig(), "the data sets")
     images: DetectionImageConfig = key(DetectionImageConfig(), "how images are shown")
     head: DetectorConfig = key(DetectorConfig(), "new layers on the encoder")
@@ -160,13 +174,13 @@ LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # 
 
 
 class TransferDataConfig(Section):
-    sets: dict[str, str] = key({}, "data by name, each with train, perhaps val, and test (also --data NAME=DATA)")
+    datasets: dict[str, str] = key({}, "data by name, each with train, perhaps val, and test (also --data NAME=DATA)")
     metrics: dict[str, Metric] = key({}, "metric by name of data; where not given, what papers report on it, else top1")
-    holdout: float = key(
+    val_fraction: float = key(
         0.2, "share of each class of train to choose on where there is no val (our choice)", gt=0, lt=1
     )
     test_split: dict[str, str] = key({}, "split to test on by name of data; where not given, test")
-    draw: dict[str, SamplesPerClass] = key(
+    samples_per_class: dict[str, SamplesPerClass] = key(
         {},
         "for data without splits, by name: images of each class to learn from, and, if told, to test on, else all "
         "others; drawn by the seed (our choice)",
@@ -174,42 +188,44 @@ class TransferDataConfig(Section):
     cache: Literal["auto", "none", "memory", "device"] = key(
         "auto", "keep decoded images while fine-tuning, in host memory or on the device; auto = where they fit"
     )
-    max_bad: Fraction = key(0.01, "share of undecodable images above which the run stops")
+    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
 
 
 class EvalCropConfig(Section):
     size: int | None = key(None, "side in pixels of the images; null = what each encoder was made for", ge=8)
-    crop_ratio: float | None = key(
+    crop_pct: float | None = key(
         None, "side of the centre square / the image's short side; null = the encoder's own", gt=0, le=1
     )
 
 
 class LogisticConfig(Section):
-    lambdas: PositiveFloats = key(
+    l2: PositiveFloats = key(
         LAMBDAS, "penalties to choose from: lambda / 2 |W|^2 beside the summed cross-entropy, 1 / C of scikit-learn"
     )
 
 
 class KnnConfig(Section):
-    ks: PositiveInts = key((20, 200), "numbers of neighbours to choose from")
+    k: PositiveInts = key((20, 200), "numbers of neighbours to choose from")
 
 
 class FinetuneConfig(Section):
     """SGD with Nesterov's momentum, cosine to 0; every rate, decay and length together, the best trained anew."""
 
-    rates: PositiveFloats = key((0.01, 0.03, 0.1), "learning rates, not scaled by the batch (our choice)")
-    decays: WeightDecays = key((0.0,), "weight decays, of all parameters (our choice)")
+    lrs: PositiveFloats = key((0.01, 0.03, 0.1), "learning rates, not scaled by the batch (our choice)")
+    weight_decays: WeightDecays = key((0.0,), "weight decays, of all parameters (our choice)")
     steps: PositiveInt = key(1000, "steps of each training (our choice)")
     epochs: PositiveInts | None = key(None, "lengths to choose from in passes over the labelled images; null = steps")
     batch_size: PositiveInt = key(64, "images per step; all where there are fewer (our choice)")
     momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
-    area: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area (our choice)")
-    aspect: Aspect = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
-    flip: Fraction = key(0.5, "probability of a horizontal flip")
+    scale: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area (our choice)")
+    ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
-class TransferConfig(Section):
+class TransferConfig(CommandConfig):
     """A whole transfer evaluation: every protocol with every amount of labels on every data set."""
+
+    option_keys: ClassVar[dict[str, str]] = {**DENSE_OPTION_KEYS, "protocol": "protocol", "labels": "labels"}
 
     protocol: Protocols = key(
         ("logistic",), "logistic and knn on frozen features; finetune trains all (also --protocol)"
@@ -229,5 +245,5 @@ class TransferConfig(Section):
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> TransferConfig:
-        check_ranges({"finetune.area": self.finetune.area, "finetune.aspect": self.finetune.aspect})
+        check_ranges({"finetune.scale": self.finetune.scale, "finetune.ratio": self.finetune.ratio})
         return self

@@ -150,7 +150,7 @@ class BadImages:
             raise DataError(
                 f"{len(self.seen)} of {self.size} images cannot be decoded, more than the {self.limit:.1%} allowed; "
                 f"the latest is {name} ({reason}).",
-                "Repair or remove the files listed in bad_images.txt, or raise data.max_bad.",
+                "Repair or remove the files listed in bad_images.txt, or raise data.max_corrupt_fraction.",
             )
 
 

@@ -22,15 +22,15 @@ EPS = 1e-20  # keeps a division by a grey pixel's chroma finite
 class AugmentConfig:
     """Probabilities and strengths; the pairs are for the sets T and T', which the views take in turn."""
 
-    flip: float = 0.5
-    jitter: float = 0.8
+    hflip_prob: float = 0.5
+    color_jitter_prob: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    grayscale: float = 0.2
-    blur: tuple[float, float] = (1.0, 0.1)
-    solarize: tuple[float, float] = (0.0, 0.2)
+    grayscale_prob: float = 0.2
+    blur_prob: tuple[float, float] = (1.0, 0.1)
+    solarize_prob: tuple[float, float] = (0.0, 0.2)
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ def draw_augment_params(config: AugmentConfig, seed: int, step: int, rows: np.nd
         return low + (high - low) * uniform
 
     return AugmentParams(
-        flip=u[0] < config.flip,
-        jitter=u[1] < config.jitter,
+        flip=u[0] < config.hflip_prob,
+        jitter=u[1] < config.color_jitter_prob,
         order=np.argsort(np.moveaxis(u[2:6], 0, -1), axis=-1),
         brightness=scale_to_range(-config.brightness, config.brightness, u[6]),
         contrast=scale_to_range(1 - config.contrast, 1 + config.contrast, u[7]),
         saturation=scale_to_range(1 - config.saturation, 1 + config.saturation, u[8]),
         hue=scale_to_range(-config.hue, config.hue, u[9]),
-        grayscale=u[10] < config.grayscale,
-        blur=u[11] < np.asarray(config.blur)[view % 2],
+        grayscale=u[10] < config.grayscale_prob,
+        blur=u[11] < np.asarray(config.blur_prob)[view % 2],
         sigma=scale_to_range(*BLUR_SIGMA_RANGE, u[12]),
-        solarize=u[13] < np.asarray(config.solarize)[view % 2],
+        solarize=u[13] < np.asarray(config.solarize_prob)[view % 2],
     )
 
 

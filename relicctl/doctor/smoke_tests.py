@@ -83,7 +83,7 @@ def check_loader(source: ImageDataset, config: PretrainConfig, cores: float) -> 
     found = f"{rate:.4g} images/s of a core ({source.spec}), so about {rate * cores:.4g} with {cores:g} cores"
     if len(decodable) < len(spread_out):
         found = f"{len(spread_out) - len(decodable)} of {len(spread_out)} images cannot be decoded; {found}"
-        return warn(f"{found}.", "Repair or remove them, or raise data.max_bad.")
+        return warn(f"{found}.", "Repair or remove them, or raise data.max_corrupt_fraction.")
     if blocked_seconds > MAX_DISK_WAIT_SECONDS and blocked_seconds > 4 * cpu_seconds:
         return warn(
             f"{found}; but a reader waited {1000 * blocked_seconds:.0f} ms for each: "
@@ -122,7 +122,7 @@ def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT
     )  # fmt: skip
     feed = ViewLoader(
         source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config),
-        LoaderConfig(config.seed, device), BadImages(len(source), config.data.max_bad),
+        LoaderConfig(config.seed, device), BadImages(len(source), config.data.max_corrupt_fraction),
     )  # fmt: skip
     batch = next(iter(feed.iter_from_step(0, 1)))
     losses = []

@@ -129,7 +129,7 @@ def _extract_encoder(tensors: dict[str, Tensor], run: Path, network: str, path: 
         "objective": config.objective,
         "network": network,
         "size": str(config.eval.size or config.views.large.size),
-        "crop_ratio": str(config.eval.crop_ratio),
+        "crop_ratio": str(config.eval.crop_pct),
         "mean": str(list(IMAGENET_MEAN)),
         "std": str(list(IMAGENET_STD)),
     }
@@ -183,7 +183,7 @@ def open_encoder(
     if run is not None:
         config = load_run_config(run / "config.yaml")
         model, seed = config.model, config.seed
-        size, crop_ratio = config.eval.size or config.views.large.size, config.eval.crop_ratio
+        size, crop_ratio = config.eval.size or config.views.large.size, config.eval.crop_pct
     if kind == "pixels":
         return _make_baseline(Pixels(size or MAX_PIXEL_SIDE), source, run, size or MAX_PIXEL_SIDE, crop_ratio)
     with fork_seeded_rng(derive_seed(seed, Stream.INIT)):

@@ -211,9 +211,9 @@ class FeatureExtractor:
     ) -> None:
         self.encoder: nn.Module = encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.size = config.eval.size or int(encoder.metadata["size"])
-        self.crop_ratio = config.eval.crop_ratio or float(encoder.metadata["crop_ratio"])
+        self.crop_ratio = config.eval.crop_pct or float(encoder.metadata["crop_ratio"])
         self.device, self.world = device, world
-        self._console, self._max_bad = console, config.data.max_bad
+        self._console, self._max_bad = console, config.data.max_corrupt_fraction
         self._run, self._recorded = run, run.read_bad_images()
 
     def collect_bad_images(self, images: LabelledDataset) -> BadImages:

@@ -73,7 +73,7 @@ class GridSearch:
         finetune = self.config.finetune
         grid = [
             HyperParams(*chosen)
-            for chosen in itertools.product(finetune.rates, finetune.decays, finetune.epochs or (None,))
+            for chosen in itertools.product(finetune.lrs, finetune.weight_decays, finetune.epochs or (None,))
         ]
         tried, warnings = [], []
         for number, hyper in enumerate(grid, 1):
@@ -85,15 +85,15 @@ class GridSearch:
             else:
                 tried.append(hyper.params | {"value": value})
         if not tried:
-            raise Diverged("Every fine-tuning diverged.", "Go on by --resume with --set finetune.rates=[...] lower.")
+            raise Diverged("Every fine-tuning diverged.", "Go on by --resume with --set finetune.lrs=[...] lower.")
         best_trial = find_best_candidate(tried)
         chosen = next(hyper for hyper in grid if hyper.params | {"value": best_trial["value"]} == best_trial)
         self.console.info(f"fine-tuning the best, {chosen}, on all but the test")
         trainval_rows = np.concatenate([division.train, division.val])
         value = self._evaluate_candidate("final", data, trainval_rows, chosen, metric, None)
         assert value is not None, "without a choice a divergence ends it"
-        if len(finetune.rates) > 2 and chosen.rate in (min(finetune.rates), max(finetune.rates)):
-            warnings.append(f"the best rate, {chosen.rate:g}, is at the end of those tried: add to finetune.rates")
+        if len(finetune.lrs) > 2 and chosen.rate in (min(finetune.lrs), max(finetune.lrs)):
+            warnings.append(f"the best rate, {chosen.rate:g}, is at the end of those tried: add to finetune.lrs")
         return ProtocolResult(value, chosen.params, tried, warnings)
 
     def _evaluate_candidate(
@@ -156,9 +156,15 @@ class GridSearch:
         )  # fmt: skip
         task = FinetuneTask(self.extractor.encoder, len(known.classes), tuning, device, world)
         cache = world.broadcast_from_main(lambda: resolve_cache(self.config.data.cache, source, device))
-        flip = AugmentConfig(flip=finetune.flip, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        flip = AugmentConfig(
+            hflip_prob=finetune.hflip_prob,
+            color_jitter_prob=0,
+            grayscale_prob=0,
+            blur_prob=(0, 0),
+            solarize_prob=(0, 0),
+        )
         feed = ViewLoader(
-            source, sampler, ViewSpec((CropSpec(1, self.extractor.size, finetune.area),), finetune.aspect, flip),
+            source, sampler, ViewSpec((CropSpec(1, self.extractor.size, finetune.scale),), finetune.ratio, flip),
             LoaderConfig(
                 self.config.seed, device, world, cache=cache, workers=resolve_num_workers(runtime, device, cache)
             ),
@@ -168,7 +174,7 @@ class GridSearch:
         plan = LoopConfig(
             total=steps, steps_per_epoch=sampler.steps_per_epoch, batch_size=sampler.batch_size,
             log_every=runtime.log_every, checkpoint_every=saving.every_steps, checkpoint_minutes=saving.every_minutes,
-            resume_command=f"relicctl transfer --resume {self.run}", lr_key="finetune.rates",
+            resume_command=f"relicctl transfer --resume {self.run}", lr_key="finetune.lrs",
         )  # fmt: skip
 
         with closing(open_sub_run(world, path, parent=self.run, keep=saving.keep)) as run:

@@ -136,7 +136,7 @@ def open_train_test(
 
     Raises DataError when labels are missing, classes differ or one has no image; UsageError when nothing is named.
     """
-    data, holdout = config.data, config.eval.holdout
+    data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
         raise UsageError("No data is given, and no run that says which.", "Give --data and --val.")
     train = open_dataset(data.train, split="train", download=download)
@@ -150,13 +150,13 @@ def open_train_test(
                 f"{_format_class_difference(train.classes, test.classes)}.",
                 "Give folders of the same names, or score other images with --test NAME=DATA.",
             )
-    elif holdout:
-        train, test = split_holdout(train, holdout, config.seed)
-        console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.holdout).")
+    elif val_fraction:
+        train, test = split_holdout(train, val_fraction, config.seed)
+        console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.val_fraction).")
     else:
         raise UsageError(
             f"There are no images to test on beside {train.spec}.",
-            "Give --val, or hold out a share of the training images with --set eval.holdout=0.1.",
+            "Give --val, or hold out a share of the training images with --set eval.val_fraction=0.1.",
         )
     if data.subset is not None:
         if data.subset > len(train):

@@ -64,10 +64,10 @@ class LinearTrainer:
         folder = open_or_create_run_folder(world, path, resumed=(path / "config.yaml").is_file(), keep=keep)
         folder.write_text(folder.config_path, self._run.config_path.read_text("utf-8"))
         train_rows, val_rows = split_holdout_rows(
-            len(self._train_features.labels), self._config.sweep.holdout, self._config.seed
+            len(self._train_features.labels), self._config.sweep.val_fraction, self._config.seed
         )
-        self._console.info(f"{len(self._config.sweep.rates)} learning rates, compared on {len(val_rows)} images")
-        classifiers, standard = self.fit(folder, train_rows, self._config.sweep.rates)
+        self._console.info(f"{len(self._config.sweep.lrs)} learning rates, compared on {len(val_rows)} images")
+        classifiers, standard = self.fit(folder, train_rows, self._config.sweep.lrs)
         features, labels = (
             t[torch.from_numpy(val_rows).to(t.device)]
             for t in (self._train_features.features, self._train_features.labels)
@@ -126,12 +126,18 @@ class LinearTrainer:
             features = train_features.features[indices]
             standard = StandardScaler.from_features(features)
             return FeatureLoader(standard(features), train_features.labels[indices], sampler), standard
-        size = CropSpec(1, extractor.size, config.crop.area)
-        flip = AugmentConfig(flip=config.crop.flip, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        size = CropSpec(1, extractor.size, config.crop.scale)
+        flip = AugmentConfig(
+            hflip_prob=config.crop.hflip_prob,
+            color_jitter_prob=0,
+            grayscale_prob=0,
+            blur_prob=(0, 0),
+            solarize_prob=(0, 0),
+        )
         feed = ViewLoader(
             self._images.source.select(train_features.rows[rows]),
             sampler,
-            ViewSpec((size,), config.crop.aspect, flip),
+            ViewSpec((size,), config.crop.ratio, flip),
             LoaderConfig(
                 config.seed,
                 extractor.device,
@@ -302,7 +308,7 @@ class SweepResult:
         if self.best_rate not in (min(self.rates), max(self.rates)) or len(self.rates) < 3:
             return None
         end, verb = ("smallest", "lower") if self.best_rate == min(self.rates) else ("largest", "raise")
-        return f"the best learning rate, {self.best_rate:g}, is the {end} of the sweep: {verb} sweep.rates"
+        return f"the best learning rate, {self.best_rate:g}, is the {end} of the sweep: {verb} sweep.lrs"
 
     def to_dict(self) -> dict[str, Any]:
         return {"rates": list(self.rates), "held_out_top1": list(self.accuracy), "rate": self.best_rate}

@@ -38,13 +38,13 @@ class OnlineEvaluator:
         bad_train: BadImages,
     ) -> None:
         held_out_labels = align_labels(train, held_out)
-        bank_rows = permutation(len(train), seed, Stream.EVAL)[: config.train_samples]
-        query_rows = permutation(len(held_out), seed, Stream.EVAL)[: config.val_samples]
+        bank_rows = permutation(len(train), seed, Stream.EVAL)[: config.knn_train_images]
+        query_rows = permutation(len(held_out), seed, Stream.EVAL)[: config.val_images]
         assert train.labels is not None
         self._config, self._device = config, device
         self.bad_train, self.bad_held_out = bad_train, BadImages(len(held_out), bad_train.limit)
-        self._bank = EvalImages(train.select(bank_rows), size, config.crop_ratio)
-        self._queries = EvalImages(held_out.select(query_rows), size, config.crop_ratio)
+        self._bank = EvalImages(train.select(bank_rows), size, config.crop_pct)
+        self._queries = EvalImages(held_out.select(query_rows), size, config.crop_pct)
         self._bank_labels = torch.from_numpy(train.labels[bank_rows]).to(device)
         self._query_labels = torch.from_numpy(held_out_labels[query_rows]).to(device)
 
@@ -98,10 +98,10 @@ def get_collapse_warning(metrics: dict[str, Any], rows: int, candidates: int | N
     where its entropy is that of a blind guess, target outputs no longer tell images apart.
     """
     end = "the network is collapsing"
-    if metrics["deviation"] < 0.05:
-        return f"outputs have almost no spread left (deviation {metrics['deviation']:.3f} of 1): {end}"
-    if rows >= 16 and metrics["rank_me"] < 2:
-        return f"features span almost one dimension (RankMe {metrics['rank_me']:.2f}): {end}"
+    if metrics["embedding_std"] < 0.05:
+        return f"outputs have almost no spread left (embedding_std {metrics['embedding_std']:.3f} of 1): {end}"
+    if rows >= 16 and metrics["rankme"] < 2:
+        return f"features span almost one dimension (RankMe {metrics['rankme']:.2f}): {end}"
     if candidates and metrics["entropy"] > 0.999 * math.log(candidates):
         return f"the likelihood is a blind guess among {candidates} (entropy {metrics['entropy']:.3f}): {end}"
     return None
@@ -115,7 +115,7 @@ class CollapseMonitor:
         self._was_suspicious = self._warned = False
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
-        if "rank_me" not in metrics or self._warned:
+        if "rankme" not in metrics or self._warned:
             return
         text = get_collapse_warning(metrics, self._rows, self._candidates)
         if text and self._was_suspicious:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from relicctl.config.renamed import restore_old_names
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
@@ -52,11 +53,11 @@ class LabelledFeatures:
 def evaluate_logistic(
     train: LabelledFeatures, val: LabelledFeatures, trainval: LabelledFeatures, test: LabelledFeatures, *,
     metric: str, classes: int,
-    lambdas: tuple[float, ...],
+    l2: tuple[float, ...],
 ) -> ProtocolResult:  # fmt: skip
     """Of equally good lambdas the middle one is taken; with it the classifier is fitted again to all but the test."""
     models = fit_logistic_regression(
-        train.features, train.get_targets(metric, classes), sorted(lambdas, reverse=True), classes
+        train.features, train.get_targets(metric, classes), sorted(l2, reverse=True), classes
     )
     scores = [compute_metric(metric, logits, val.labels) for logits in models.compute_logits(val.features)]
     candidates = [{"lambda": strength, "value": value} for strength, value in zip(models.lambdas, scores, strict=True)]
@@ -70,12 +71,12 @@ def evaluate_logistic(
         trainval.features, trainval.get_targets(metric, classes), (strength,), classes, start
     )
     warnings = []
-    if len(lambdas) > 2 and strength in (min(lambdas), max(lambdas)):
-        end, beyond = ("smallest", "smaller") if strength == min(lambdas) else ("largest", "larger")
-        warnings.append(f"the best lambda, {strength:g}, is the {end} tried: add {beyond} ones to logistic.lambdas")
+    if len(l2) > 2 and strength in (min(l2), max(l2)):
+        end, beyond = ("smallest", "smaller") if strength == min(l2) else ("largest", "larger")
+        warnings.append(f"the best lambda, {strength:g}, is the {end} tried: add {beyond} ones to logistic.l2")
     unconverged = int((~models.converged).sum()) + int((~final.converged).sum())
     if unconverged:
-        warnings.append(f"{unconverged} of {len(lambdas) + 1} fits stopped short of their optimum")
+        warnings.append(f"{unconverged} of {len(l2) + 1} fits stopped short of their optimum")
     return ProtocolResult(
         compute_metric(metric, final.compute_logits(test.features)[0], test.labels),
         {"lambda": strength},
@@ -87,7 +88,7 @@ def evaluate_logistic(
 def evaluate_knn(
     train: LabelledFeatures, val: LabelledFeatures, trainval: LabelledFeatures, test: LabelledFeatures, *,
     metric: str, classes: int,
-    ks: tuple[int, ...],
+    k: tuple[int, ...],
 ) -> ProtocolResult:  # fmt: skip
     """The number of neighbours is chosen on validation; then all but the test are neighbours."""
 
@@ -96,13 +97,13 @@ def evaluate_knn(
     ) -> list[dict[str, float]]:
         chunks = [v for _, v in iter_knn_votes(bank.features, bank.labels, queries.features, classes, ks=numbers)]
         return [
-            {"k": k, "value": compute_metric(metric, torch.cat([v[k] for v in chunks]), queries.labels)}
-            for k in numbers
+            {"k": number, "value": compute_metric(metric, torch.cat([v[number] for v in chunks]), queries.labels)}
+            for number in numbers
         ]
 
-    candidates = evaluate_ks(train, val, ks)
-    k = int(find_best_candidate(candidates)["k"])
-    return ProtocolResult(evaluate_ks(trainval, test, (k,))[0]["value"], {"k": k}, candidates)
+    candidates = evaluate_ks(train, val, k)
+    best_k = int(find_best_candidate(candidates)["k"])
+    return ProtocolResult(evaluate_ks(trainval, test, (best_k,))[0]["value"], {"k": best_k}, candidates)
 
 
 FROZEN_PROTOCOLS: dict[str, Callable[..., ProtocolResult]] = {
@@ -131,9 +132,9 @@ def open_transfer_datasets(
         return [
             open_transfer_dataset(
                 name, spec, download=options.download, warn=console.warn, test=data_config.test_split.get(name, "test"),
-                draw=data_config.draw.get(name, ()), seed=config.seed,
+                draw=data_config.samples_per_class.get(name, ()), seed=config.seed,
             )
-            for name, spec in data_config.sets.items()
+            for name, spec in data_config.datasets.items()
         ]  # fmt: skip
 
     if options.download and world.size > 1:
@@ -146,13 +147,13 @@ def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:
     data_config = resolved.config.data
     for name, keys in (
         ("metrics", data_config.metrics),
-        ("draw", data_config.draw),
+        ("samples_per_class", data_config.samples_per_class),
         ("test_split", data_config.test_split),
     ):
         if resolved.origin[f"data.{name}"] == "--set":
-            for unknown in sorted(keys.keys() - data_config.sets.keys()):
+            for unknown in sorted(keys.keys() - data_config.datasets.keys()):
                 console.warn(
-                    f"data.{name} speaks of {unknown}, which is none of the data ({', '.join(data_config.sets)})"
+                    f"data.{name} speaks of {unknown}, which is none of the data ({', '.join(data_config.datasets)})"
                 )
 
 
@@ -209,15 +210,16 @@ def evaluate_cell(
 ) -> dict[str, Any]:
     """One figure of the table, from its file if it was finished before; the same on every process."""
     world = encoder.extractor.world
-    division = split_trainval(data, labels, config.data.holdout, config.seed)
+    division = split_trainval(data, labels, config.data.val_fraction, config.seed)
     metric = resolve_metric(data, config)
     settings = getattr(config, protocol).model_dump()
+    hashed = restore_old_names("transfer", settings, f"{protocol}.")
     if protocol == "finetune":  # alone in training a network
-        settings["precision"] = pick_precision(config.runtime.precision, encoder.extractor.device)
+        hashed["precision"] = pick_precision(config.runtime.precision, encoder.extractor.device)
     key = compute_digest(
         encoder.hash, data.trainval.source.compute_fingerprint(), data.test.source.compute_fingerprint(),
         data.trainval.source.spec,
-        division.train.tolist(), division.val.tolist(), protocol, settings, metric, config.seed, __version__,
+        division.train.tolist(), division.val.tolist(), protocol, hashed, metric, config.seed, __version__,
     )  # fmt: skip
     path = run.path / "cells" / f"{key}.json"
     title = f"{encoder.name} on {data.name}, {protocol}, {labels} labels"
@@ -307,17 +309,17 @@ def format_sampling_notes(config: TransferConfig) -> list[str]:
     return [
         f"{name}: {train} images of each class to learn from and {test[0] if test else 'all others'} to test on, "
         f"drawn by seed {config.seed}"
-        for name, (train, *test) in config.data.draw.items()
-        if name in config.data.sets
+        for name, (train, *test) in config.data.samples_per_class.items()
+        if name in config.data.datasets
     ]
 
 
 def make_data_record(data: TransferDataset, config: TransferConfig) -> dict[str, Any]:
     val = len(data.trainval.labels) - data.num_train
     return {
-        "source": config.data.sets[data.name], "classes": len(data.trainval.classes),
+        "source": config.data.datasets[data.name], "classes": len(data.trainval.classes),
         "train": data.num_train, "val": val or None, "test": len(data.test.labels),
-        "draw": config.data.draw.get(data.name),
+        "draw": config.data.samples_per_class.get(data.name),
     }  # fmt: skip
 
 

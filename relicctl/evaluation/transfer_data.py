@@ -80,8 +80,8 @@ def open_transfer_dataset(
         raise DataError(
             f"{name} has no {test} split in {spec}.",
             "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
-            f"data.test_split={{{name}: val}} to test on another, or data.draw={{{name}: [30]}} to learn from 30 "
-            "images of each class.",
+            f"data.test_split={{{name}: val}} to test on another, or data.samples_per_class={{{name}: [30]}} to learn "
+            "from 30 images of each class.",
         )
     trainval = _match_split_classes(name, "train", train, train.classes, warn)
     if not isinstance(train, MultiLabelDataset) and len(trainval.labels) < len(trainval.classes):
@@ -112,7 +112,8 @@ def draw_train_test(
     if counts.min() < max(sum(draw), draw[0] + 1):
         few = int(counts.argmin())
         raise DataError(
-            f"{name} has only {counts[few]} images of {source.classes[few]}, too few for data.draw {list(draw)}.",
+            f"{name} has only {counts[few]} images of {source.classes[few]}, too few for data.samples_per_class "
+            f"{list(draw)}.",
             "Draw fewer.",
         )
     train, taken = (sample_per_class(labels, np.full(len(counts), n), seed, Stream.EVAL) for n in (draw[0], sum(draw)))

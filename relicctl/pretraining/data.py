@@ -62,7 +62,7 @@ def open_masking(
     if bgmask.source == "bank":
         assert bgmask.bank is not None, "the schema asks for a bank"
         bank, rows = MaskBank.open_for(Path(bgmask.bank), images)
-        bank_masks = BankMasks(bank, rows, bgmask.limits)
+        bank_masks = BankMasks(bank, rows, bgmask.foreground_range)
         masks, usable, of = bank_masks, bank_masks.is_usable(), f"the masks of {bank.path}"
         if bank.fingerprint != images.compute_fingerprint():
             same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
@@ -72,15 +72,15 @@ def open_masking(
             )
         info |= {"sha256": bank.identity, "made_by": bank.made_by}
     else:
-        masks = AlphaMasks(bgmask.limits)
+        masks = AlphaMasks(bgmask.foreground_range)
         usable = _find_usable_masks(masks, images)
         of = f"the alpha channels of the first {len(usable)} images"
     share = float(usable.mean()) if len(usable) else 0.0
-    low, high = bgmask.limits
+    low, high = bgmask.foreground_range
     if bgmask.probability and not share:
         console.warn(
-            f"none of {of} covers {low:.0%} to {high:.0%} of its image (bgmask.limits): views may all keep their "
-            "backgrounds"
+            f"none of {of} covers {low:.0%} to {high:.0%} of its image (bgmask.foreground_range): views may all keep "
+            "their backgrounds"
         )
     else:
         console.info(f"background masks: {share:.1%} of {of} can be used, on {bgmask.probability:.0%} of large views")
@@ -128,9 +128,9 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     train, val = open_dataset(config.data.train, split="train", download=download), None
     if config.data.val is not None:
         val = open_dataset(config.data.val, split="val", download=download)
-    elif config.eval.every_epochs and config.eval.holdout and len(train.classes) > 1:
-        train, val = split_holdout(train, config.eval.holdout, config.seed)
-        console.info(f"{len(val)} labelled images are held out for evaluation (eval.holdout).")
+    elif config.eval.every_epochs and config.eval.val_fraction and len(train.classes) > 1:
+        train, val = split_holdout(train, config.eval.val_fraction, config.seed)
+        console.info(f"{len(val)} labelled images are held out for evaluation (eval.val_fraction).")
     if config.data.subset is not None:
         if config.data.subset > len(train):
             raise UsageError(
@@ -177,4 +177,4 @@ def build_view_plan(config: PretrainConfig) -> ViewSpec:
     sizes = [CropSpec(views.large.count, views.large.size, views.large.area)]
     if views.small.count:
         sizes.append(CropSpec(views.small.count, views.small.size, views.small.area))
-    return ViewSpec(tuple(sizes), views.aspect, AugmentConfig(**views.photometric.model_dump()))
+    return ViewSpec(tuple(sizes), views.ratio, AugmentConfig(**views.augment.model_dump()))

@@ -130,9 +130,9 @@ class PretrainTask(Task):
         counts = [len(batch[0]) for batch in self._last_outputs[:1]] * self._world.size
         features, outputs = ([self._world.gather_rows(batch[0], counts)] for batch in self._last_outputs)
         metrics = {
-            "rank_me": round(online.compute_rankme(features[0]), 3),
-            "deviation": round(online.compute_normalized_std(outputs[0]), 5),
-            "feature_deviation": round(online.compute_normalized_std(features[0]), 5),
+            "rankme": round(online.compute_rankme(features[0]), 3),
+            "embedding_std": round(online.compute_normalized_std(outputs[0]), 5),
+            "feature_std": round(online.compute_normalized_std(features[0]), 5),
         }
         if self.model.target is not None:
             metrics["ema"] = round(self._schedule.compute_ema(step), 8)

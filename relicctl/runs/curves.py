@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from relicctl.config.renamed import rename_metrics
 from relicctl.runs.figures import new_figure, save_figure
 
 # title, figures on the left axis, figures on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("objective", ("loss", "nll", "kl"), ()),
     ("held-out accuracy", ("knn20", "knn200", "probe_top1"), ()),
-    ("collapse monitor", ("rank_me",), ("entropy", "deviation", "feature_deviation")),
+    ("collapse monitor", ("rankme",), ("entropy", "embedding_std", "feature_std")),
     ("schedules", ("lr",), ("ema",)),
 )
 
@@ -19,6 +20,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """One panel per group of figures, written to ``path`` as PNG."""
     figure = new_figure(11, 7)
+    records = [rename_metrics(record) for record in records]
     for axes, (name, left, right) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xlabel("step")

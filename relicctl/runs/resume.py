@@ -13,7 +13,8 @@ from relicctl.errors import UsageError
 # What may differ between a run and its continuation; everything else would make it another run.
 # The learning rate may: it is the way on after a divergence.
 PRETRAIN_MUTABLE_KEYS = (
-    "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val", "data.max_bad",
+    "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val",
+    "data.max_corrupt_fraction",
     "bgmask.bank",  # where it lies: another bank is refused by its content
 )  # fmt: skip
 

@@ -183,7 +183,7 @@ def test_a_map_that_the_image_contradicts_is_trusted_less():
 def test_the_labels_run_from_the_filtered_map_to_the_cut_one():
     image, disc = scene()
     hint = blurred(disc)
-    soft, half, hard = (refine_maps(image, hint, RefineConfig(cut=share)).map for share in (0.0, 0.5, 1.0))
+    soft, half, hard = (refine_maps(image, hint, RefineConfig(grabcut_weight=share)).map for share in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half, (soft + hard) / 2)
     assert set(hard.unique().tolist()) == {0.0, 1.0}
     assert soft.unique().numel() > 50

@@ -73,12 +73,12 @@ def store():
 
 def config_of(encoder, priors=False, **more):
     sections = {
-        "model": MaskNetworkConfig(arch="resnet", size=32, encoder=str(encoder), priors=priors),
-        "labels": PseudoLabelConfig(size=SIDE, drop=0.25),
+        "model": MaskNetworkConfig(arch="resnet", size=32, init_encoder=str(encoder), prior_channels=priors),
+        "labels": PseudoLabelConfig(size=SIDE, drop_fraction=0.25),
         "refine": RefineConfig(radius=2),
-        "rounds": SelfTrainingConfig(count=1, epochs=2),
+        "self_training": SelfTrainingConfig(rounds=1, epochs=2),
         "optim": MaskOptimConfig(batch_size=3, epochs=3),
-        "augment": MaskAugmentConfig(area=(0.5, 1.0)),
+        "augment": MaskAugmentConfig(scale=(0.5, 1.0)),
         "predict": PredictConfig(batch_size=5),
         "checkpoint": CheckpointConfig(every_steps=2),
         "runtime": RuntimeConfig(log_every=1),
@@ -177,7 +177,7 @@ def test_a_finished_stage_is_not_trained_again_but_a_damaged_one_is(encoder, pho
 
 
 def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, tmp_path):
-    net, _ = run_stages(config_of(encoder, rounds=SelfTrainingConfig(count=0)), photos, store, tmp_path / "run")
+    net, _ = run_stages(config_of(encoder, self_training=SelfTrainingConfig(rounds=0)), photos, store, tmp_path / "run")
     again = load_saliency_net(tmp_path / "run")
     assert not net.training
     assert (again.arch, again.size) == ("resnet", 32)
@@ -188,7 +188,7 @@ def test_the_network_in_the_folder_is_the_one_returned(encoder, photos, store, t
 @pytest.mark.parametrize("priors", [False, True])
 def test_maps_of_priors_that_are_not_valid_change_nothing(encoder, photos, store, tmp_path, priors):
     config = config_of(
-        encoder, priors, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1)
+        encoder, priors, self_training=SelfTrainingConfig(rounds=0), optim=MaskOptimConfig(batch_size=3, epochs=1)
     )
     store.valid[2, 1] = store.valid[5] = False
     run_stages(config, photos, store, tmp_path / "zero")
@@ -217,7 +217,9 @@ def test_a_network_sees_the_priors_that_made_its_labels_only_if_it_is_given_them
 
 
 def test_an_image_without_any_prior_is_not_trained_on(encoder, photos, store, tmp_path):
-    config = config_of(encoder, rounds=SelfTrainingConfig(count=0), optim=MaskOptimConfig(batch_size=3, epochs=1))
+    config = config_of(
+        encoder, self_training=SelfTrainingConfig(rounds=0), optim=MaskOptimConfig(batch_size=3, epochs=1)
+    )
     store.valid[[1, 4, 8]] = False  # as many as are dropped
     run_stages(config, photos, store, tmp_path / "one")
     changed = photos.images.clone()

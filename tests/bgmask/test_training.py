@@ -19,12 +19,14 @@ from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.photometric import AugmentConfig
 
 CPU = torch.device("cpu")
-PLAIN = AugmentConfig(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
+PLAIN = AugmentConfig(
+    hflip_prob=0.0, color_jitter_prob=0.0, grayscale_prob=0.0, blur_prob=(0.0, 0.0), solarize_prob=(0.0, 0.0)
+)
 WHOLE = MaskAugmentation(16, (1.0, 1.0), (1.0, 1.0), PLAIN)
-BCE = MaskLossConfig(bce=1, iou=0, f=0)
-IOU = MaskLossConfig(bce=0, iou=1, f=0)
-F = MaskLossConfig(bce=0, iou=0, f=1, beta2=0.3)
-ALL = MaskLossConfig(bce=1, iou=1, f=1)
+BCE = MaskLossConfig(bce=1, iou=0, fbeta=0)
+IOU = MaskLossConfig(bce=0, iou=1, fbeta=0)
+F = MaskLossConfig(bce=0, iou=0, fbeta=1, fbeta_beta2=0.3)
+ALL = MaskLossConfig(bce=1, iou=1, fbeta=1)
 
 
 def labelled(count=12, side=16):
@@ -47,7 +49,10 @@ def planes(batch):
 
 def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image():
     views = MaskAugmentation(
-        24, (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        24,
+        (0.3, 1.0),
+        (0.75, 1.33),
+        AugmentConfig(hflip_prob=0.5, color_jitter_prob=0, grayscale_prob=0, blur_prob=(0, 0), solarize_prob=(0, 0)),
     )
     for batch in batches(views).iter_from_step(0, 6):
         torch.testing.assert_close(planes(batch)[:, :1], batch.labels, atol=1e-5, rtol=0)
@@ -56,7 +61,10 @@ def test_a_label_and_its_weight_go_through_the_same_crop_and_flip_as_the_image()
 
 def test_prior_channels_go_through_the_same_crop_and_flip_as_the_image():
     views = MaskAugmentation(
-        24, (0.3, 1.0), (0.75, 1.33), AugmentConfig(flip=0.5, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+        24,
+        (0.3, 1.0),
+        (0.75, 1.33),
+        AugmentConfig(hflip_prob=0.5, color_jitter_prob=0, grayscale_prob=0, blur_prob=(0, 0), solarize_prob=(0, 0)),
     )
     plain = labelled()
     hinted = replace(plain, prior_channels=torch.cat([plain.images, plain.images[:, :1]], 1))
@@ -76,7 +84,9 @@ def test_prior_channels_go_through_the_same_crop_and_flip_as_the_image():
 def test_colours_change_the_image_and_leave_the_label():
     plain = next(batches(WHOLE).iter_from_step(0, 1))
     coloured = next(
-        batches(MaskAugmentation(16, (1.0, 1.0), (1.0, 1.0), AugmentConfig(flip=0.0, jitter=1.0))).iter_from_step(0, 1)
+        batches(
+            MaskAugmentation(16, (1.0, 1.0), (1.0, 1.0), AugmentConfig(hflip_prob=0.0, color_jitter_prob=1.0))
+        ).iter_from_step(0, 1)
     )
     assert not torch.allclose(plain.images, coloured.images)
     assert torch.equal(plain.labels, coloured.labels)
@@ -111,12 +121,14 @@ def literal(logits, labels, weights, terms):
         both, predicted, wanted = ((w * x)[one].sum() for x in (p * y, p, y))
         precision, recall = both / predicted, both / wanted
         ious.append(both / (predicted + wanted - both))
-        fs.append((1 + terms.beta2) * precision * recall / (terms.beta2 * precision + recall))
-    return terms.bce * cross + terms.iou * (1 - np.mean(ious)) + terms.f * (1 - np.mean(fs))
+        fs.append((1 + terms.fbeta_beta2) * precision * recall / (terms.fbeta_beta2 * precision + recall))
+    return terms.bce * cross + terms.iou * (1 - np.mean(ious)) + terms.fbeta * (1 - np.mean(fs))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, MaskLossConfig(bce=0.7, iou=1.3, f=0.5, beta2=4.0)]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([BCE, IOU, F, MaskLossConfig(bce=0.7, iou=1.3, fbeta=0.5, fbeta_beta2=4.0)])
+)
 def test_loss_equals_the_literal_loop(seed, terms):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(3, 1, 5, 7, generator=generator)

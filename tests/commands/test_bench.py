@@ -19,9 +19,9 @@ TINY = [
 SETS = [word for key in TINY for word in ("--set", key)]
 PROMISED = {
     "host_images_per_s_per_core", "step_images_per_s", "images_per_s", "outside_networks", "data_wait",
-    "peak_memory_bytes", "hours", "flop_per_image", "matrix_peak_flop_per_s", "share_of_matrix_peak",
+    "peak_memory_bytes", "hours", "flops_per_image", "peak_flops", "mfu",
     "largest_batch",
-    "largest_batch_tried",
+    "largest_batch_measured",
 }  # fmt: skip
 
 

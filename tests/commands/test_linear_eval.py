@@ -36,7 +36,7 @@ runtime: {device: cpu, threads: 1}
 """
 IMAGENET = """
 protocol: imagenet
-sweep: {rates: [0.3, 3.0]}
+sweep: {lrs: [0.3, 3.0]}
 optim: {batch_size: 16, epochs: 2}
 checkpoint: {every_steps: 3, every_minutes: null}
 runtime: {device: cpu, threads: 1, precision: fp32, log_every: 2}
@@ -151,7 +151,7 @@ def test_the_classifier_owes_nothing_to_the_test_set(run, evaluate, tmp_path, fo
 
 def test_any_number_of_workers_gives_the_same(run, evaluate, tmp_path):
     for workers in ("0", "2"):
-        told = ["--workers", workers, "--set", "data.cache=none", "--set", "sweep.rates=[0.3]"]
+        told = ["--workers", workers, "--set", "data.cache=none", "--set", "sweep.lrs=[0.3]"]
         assert evaluate(run, workers, *told, form="imagenet") == 0
     assert_same_classifier(tmp_path / "0", tmp_path / "2")
     assert results(tmp_path / "0") == results(tmp_path / "2")
@@ -202,7 +202,7 @@ def test_torchvision_weights_are_taken_from_the_cache_and_never_fetched(evaluate
     import torchvision
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    told = ["--data", DATA, "--val", DATA, "--set", "eval.size=32", "--set", "sweep.rates=[0.1]"]
+    told = ["--data", DATA, "--val", DATA, "--set", "eval.size=32", "--set", "sweep.lrs=[0.1]"]
     assert evaluate("torchvision:resnet18", "out", *told) == 3
     assert "not in its cache" in capsys.readouterr().err
     (tmp_path / "checkpoints").mkdir()
@@ -262,7 +262,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, phot
     (photos / "val" / "a" / "00.png").write_bytes(b"no picture")
     told = ["--data", str(photos / "train"), "--val", str(photos / "val")]
     assert evaluate(run, "strict", *told) == 3
-    assert evaluate(run, "out", *told, "--set", "data.max_bad=0.2") == 0
+    assert evaluate(run, "out", *told, "--set", "data.max_corrupt_fraction=0.2") == 0
     assert results(photos / "out")["protocol"]["test_images"] == 11
     assert (photos / "out" / "bad_images.txt").read_text().startswith("a/00.png\t")
 
@@ -280,8 +280,8 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, phot
         (["--out", "train"], 2, "not empty"),
         (["--resume", "nowhere"], 2, "no run folder"),
         (["--resume", "RUN"], 2, "pretrain"),
-        (["--set", "sweep.rates=[]"], 2, "sweep.rates"),
-        (["--set", "crop.flip=0"], 2, "fast"),
+        (["--set", "sweep.lrs=[]"], 2, "sweep.lrs"),
+        (["--set", "crop.hflip_prob=0"], 2, "fast"),
         (["--set", "loss.beta=1"], 2, "loss.beta"),
         (["--preset", "demo"], 2, "pretrain"),
         (["--network", "third"], 2, "online or target"),

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_docs_promise(tiny, tmp_path, capsys):
     trained = [record for record in steps if "loss" in record]
     assert [record["step"] for record in trained] == list(range(2, STEPS + 1, 2))
     assert trained[-1].keys() >= {
-        "step", "epoch", "loss", "nll", "kl", "entropy", "lr", "ema", "images_per_s", "data_wait", "rank_me",
+        "step", "epoch", "loss", "nll", "kl", "entropy", "lr", "ema", "images_per_s", "data_wait", "rankme",
     }  # fmt: skip
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -316,7 +316,7 @@ def test_a_corrupt_image_is_replaced_listed_and_the_run_goes_on(tiny, tmp_path, 
     (photos / "left" / "04.png").write_bytes(b"not a picture")
     arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", f"data.cache={cache}"]
     run = tmp_path / "run"
-    assert pretrain(tiny, run, *arguments, "--set", "data.max_bad=0.05") == 0
+    assert pretrain(tiny, run, *arguments, "--set", "data.max_corrupt_fraction=0.05") == 0
     listed = (run / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["left/04.png"]
     assert json.loads((run / "results.json").read_text())["bad_images"] == 1
@@ -339,7 +339,7 @@ def test_held_out_images_that_are_corrupt_are_left_out_and_listed(tiny, tmp_path
     shutil.copytree(photos, held_out)
     (held_out / "left" / "04.png").write_bytes(b"")
     run = tmp_path / "run"
-    arguments = ["--data", str(photos), "--val", str(held_out), "--set", "data.max_bad=0.05"]
+    arguments = ["--data", str(photos), "--val", str(held_out), "--set", "data.max_corrupt_fraction=0.05"]
     assert pretrain(tiny, run, *arguments) == 0
     results = json.loads((run / "results.json").read_text())
     assert (results["protocol"]["val_images"], results["bad_val_images"], results["bad_images"]) == (39, 1, 0)

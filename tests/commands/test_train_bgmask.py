@@ -34,8 +34,8 @@ from tests.helpers.runs import lively_encoder
 
 TINY = """
 model: {{arch: resnet, size: 32, encoder: {encoder}}}
-labels: {{size: 32, drop: 0.0}}
-rounds: {{count: 1, epochs: 1}}
+labels: {{size: 32, drop_fraction: 0.0}}
+self_training: {{rounds: 1, epochs: 1}}
 optim: {{batch_size: 4, epochs: 2, warmup_epochs: 0.5}}
 data: {{train: "shapes:size=32,train=12,val=4"}}
 predict: {{batch_size: 4}}
@@ -44,7 +44,7 @@ runtime: {{device: cpu, log_every: 1, precision: fp32, threads: 1, workers: 0}}
 """
 STEPS = 3 * 3
 EVAL = "shapes:size=32,train=12,val=4"
-HINTS = ("--set", "model.priors=true")
+HINTS = ("--set", "model.prior_channels=true")
 TIMINGS = {"images_per_s", "data_wait", "eta_s"}
 
 
@@ -197,7 +197,7 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
 
     monkeypatch.setattr(SyntheticGroundTruth, "load_mask", mask)
     monkeypatch.setattr(StageTable, "add_stage", add)
-    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL, "--set", f"model.priors={priors}") == 0
+    assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL, "--set", f"model.prior_channels={priors}") == 0
     assert len(asked) == 9 * 4
     assert all(asked)
 
@@ -403,7 +403,7 @@ def test_extreme_images_get_masks_and_nothing_is_nan(tiny, tmp_path, priors):
     Image.new("RGB", (1, 40), (200, 0, 0)).save(folder / "narrow.png")
     Image.new("RGB", (20_000, 8), (0, 0, 200)).save(folder / "wide.png")
     Image.new("RGB", (1, 1)).save(folder / "point.png")
-    assert train_bgmask(tiny, run, "--data", str(folder), "--set", f"model.priors={priors}") == 0
+    assert train_bgmask(tiny, run, "--data", str(folder), "--set", f"model.prior_channels={priors}") == 0
     assert all(np.isfinite(tensor.float()).all() for tensor in load_saliency_net(run).state_dict().values())
     results = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)  # a NaN would be one
     assert results["images"] == results["masks"]["count"] == 10
@@ -419,7 +419,7 @@ def test_images_of_one_colour_give_finite_results(tiny, tmp_path, priors):
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), (number * 40, 10, 10)).save(path)
     run = tmp_path / "run"
-    assert train_bgmask(tiny, run, "--data", str(tmp_path / "even"), "--set", f"model.priors={priors}") == 0
+    assert train_bgmask(tiny, run, "--data", str(tmp_path / "even"), "--set", f"model.prior_channels={priors}") == 0
     results = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
     assert set(results["invalid_priors"].values()) == {4}
     assert results["prior_agreement"]["mean"] is None
@@ -429,7 +429,7 @@ def test_corrupt_images_are_listed_and_too_many_end_the_run(tiny, tmp_path, caps
     folder, run = tmp_path / "photos", tmp_path / "run"
     photos(folder, 9)
     (folder / "4.png").write_bytes(b"no picture")
-    assert train_bgmask(tiny, run, "--data", str(folder), "--set", "data.max_bad=0.2") == 0
+    assert train_bgmask(tiny, run, "--data", str(folder), "--set", "data.max_corrupt_fraction=0.2") == 0
     assert (run / "bad_images.txt").read_text().splitlines()[0].startswith("4.png\t")
     assert len((run / "bad_images.txt").read_text().splitlines()) == 1
     results = results_of(run)
@@ -472,7 +472,7 @@ def test_files_with_true_masks_are_measured_on(tiny, tmp_path, pairs):
         (["--set", "model.arch=u2netp"], 2, "no encoder to start from"),
         (["--set", "model.archh=u2netp"], 2, "model.arch"),
         (["--set", "loss.bce=0", "--set", "loss.iou=0"], 2, "nothing is left to minimise"),
-        (["--set", "data.eval_images=0"], 2, "data.eval_images"),
+        (["--set", "data.max_eval_images=0"], 2, "data.max_eval_images"),
         (["--preset", "demo"], 2, "train-bgmask"),
         (["--device", "tpu"], 2, "runtime.device"),
     ],
@@ -504,7 +504,7 @@ def test_a_run_does_not_write_into_its_own_images(tiny, tmp_path, capsys):
         ["--init-from", "weights"],
         ["--out", "elsewhere"],
         ["--preset", "demo-bgmask"],
-        ["--set", "rounds.count=2"],
+        ["--set", "self_training.rounds=2"],
         ["--set", "predict.threshold=0.4"],
         ["--seed", "3"],
     ],
@@ -559,5 +559,5 @@ def test_a_finished_run_does_not_need_its_encoder_and_restores_masks_set_aside(t
     photos(tmp_path / "more", 6)
     assert resume(run, "--masks-for", str(tmp_path / "more")) == 0
     assert MaskBank.open(run).count == 6
-    assert resume(run, "--set", "data.masks_for=null") == 0
+    assert resume(run, "--set", "data.mask_data=null") == 0
     assert (run / "masks.bank").stat().st_ino == before

@@ -25,9 +25,9 @@ from tests.helpers.voc import write_voc
 DATA = "shapes:size=16,train=120,val=60"
 FAST = """
 command: transfer
-logistic: {lambdas: [0.01, 0.1, 1, 10, 100]}
-knn: {ks: [1, 5]}
-finetune: {rates: [0.01, 0.1], steps: 6, batch_size: 16}
+logistic: {l2: [0.01, 0.1, 1, 10, 100]}
+knn: {k: [1, 5]}
+finetune: {lrs: [0.01, 0.1], steps: 6, batch_size: 16}
 checkpoint: {every_steps: 2, every_minutes: null}
 runtime: {device: cpu, threads: 1, precision: fp32, workers: 0}
 """
@@ -223,7 +223,7 @@ def photos(tmp_path):
 
 def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, photos):
     (photos / "full/test/a/00.png").write_bytes(b"no picture")
-    assert compare("out", encoders[0], "--data", f"x={photos / 'full'}", "--set", "data.max_bad=0.1") == 0
+    assert compare("out", encoders[0], "--data", f"x={photos / 'full'}", "--set", "data.max_corrupt_fraction=0.1") == 0
     assert (photos / "out" / "bad_images.txt").read_text().startswith("a/00.png\t")
 
 
@@ -245,8 +245,8 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, p
         (["A", "--data", "x=full", "--labels", "9-per-class"], 3, "only 4 images"),
         (["A", "--data", "x=full", "--protocol", "svm"], 2, "protocol"),
         (["A", "--data", "x=full", "--set", "data.metrics={x: f1}"], 2, "data.metrics"),
-        (["A", "--data", "x=full", "--set", "data.draw={x: [1, 2, 3]}"], 2, "data.draw"),
-        (["A", "--data", "x=full/train", "--set", "data.draw={x: [9]}"], 3, "only 4 images"),
+        (["A", "--data", "x=full", "--set", "data.samples_per_class={x: [1, 2, 3]}"], 2, "data.samples_per_class"),
+        (["A", "--data", "x=full/train", "--set", "data.samples_per_class={x: [9]}"], 3, "only 4 images"),
         (["A", "--data", "x=full", "--set", "finetune.epochs=[]"], 2, "finetune.epochs"),
         (["A", "--data", "x=voc", "--set", "data.metrics={x: top1}"], 2, "any number of classes"),
         (["A", "--data", "x=voc", "--labels", "1-per-class"], 2, "any number of classes"),
@@ -269,13 +269,13 @@ def test_bad_input_gets_two_sentences_and_its_code(encoders, photos, monkeypatch
 
 def test_byols_suite_has_its_metrics_and_draws():
     data = resolve_config("byol-suite").config.data
-    assert DATASET_METRICS.keys() <= data.sets.keys()
+    assert DATASET_METRICS.keys() <= data.datasets.keys()
     assert data.metrics == {}
-    assert data.draw == {"sun397": (50, 50), "caltech101": (30,)}
+    assert data.samples_per_class == {"sun397": (50, 50), "caltech101": (30,)}
 
 
 def test_a_draw_is_named_in_the_table(encoders, compare, photos):
-    told = ["--data", f"x={photos / 'full/train'}", "--set", "data.draw={x: [2, 1], y: [1]}"]
+    told = ["--data", f"x={photos / 'full/train'}", "--set", "data.samples_per_class={x: [2, 1], y: [1]}"]
     assert compare("out", encoders[0], *told) == 0
     found = results(photos / "out")
     assert found["data"]["x"] | {"source": ""} == {
@@ -298,13 +298,13 @@ def test_a_dry_run_prints_the_config_and_makes_nothing(encoders, photos, monkeyp
 
 def test_a_rate_that_diverges_loses_and_ends_nothing(encoders, compare, tmp_path, capsys):
     told = [encoders[0], "--data", f"one={DATA}", "--protocol=finetune"]
-    assert compare("out", *told, "--set", "finetune.rates=[0.01, 1e30]") == 0
+    assert compare("out", *told, "--set", "finetune.lrs=[0.01, 1e30]") == 0
     (cell,) = results(tmp_path / "out")["cells"]
     assert [candidate["rate"] for candidate in cell["tried"]] == [0.01]
     assert cell["chosen"]["rate"] == 0.01
     assert any("rate 1e+30" in text and "diverged" in text for text in cell["warnings"])
-    assert compare("none", *told, "--set", "finetune.rates=[1e29, 1e30]") == 4
-    assert "finetune.rates" in capsys.readouterr().err
+    assert compare("none", *told, "--set", "finetune.lrs=[1e29, 1e30]") == 4
+    assert "finetune.lrs" in capsys.readouterr().err
 
 
 def test_random_is_like_the_first_encoder(encoders, compare, tmp_path):

@@ -24,9 +24,9 @@ optim: {steps: 5, batch_size: 4, base_lr: 0.01, warmup_steps: 0}
 """
 FAST = {
     "segmentation": "crop: {size: 32}\nhead: {channels: 8, dilation: 1}\n" + COMMON,
-    "detection": "model: {norm: batch}\nimages: {short: [32], long: 48}\n"
-    "head: {channels: 8, hidden: 16, regions: 8, proposals_train: 20, proposals_test: 20, anchors: [4, 8, 12, 16, 24]}"
-    + COMMON,
+    "detection": "model: {freeze_bn: false}\nimages: {min_size: [32], max_size: 48}\n"
+    "head: {channels: 8, hidden: 16, box_batch_size_per_image: 8, rpn_post_nms_top_n_train: 20,\n"
+    "  rpn_post_nms_top_n_test: 20, anchors: [4, 8, 12, 16, 24]}" + COMMON,
 }
 TASKS = {"segmentation": SegmentationTask, "detection": DetectionTask}
 METRICS = {"segmentation": "miou", "detection": "ap"}
@@ -100,7 +100,7 @@ def test_another_setting_is_another_cell(task, encoders, compare, tmp_path):
     assert compare(task, "out", encoders[0], "--data", f"x={DATA}", "--set", "optim.steps=1") == 0
     before = results(tmp_path / "out")["cells"]
     told = ["transfer", "--task", task, "--resume", str(tmp_path / "out"), "--quiet"]
-    assert relicctl([*told, "--set", "model.frozen=true"]) == 0
+    assert relicctl([*told, "--set", "model.freeze_encoder=true"]) == 0
     after = results(tmp_path / "out")["cells"]
     assert (before[0]["frozen"], after[0]["frozen"]) == (False, True)
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
@@ -117,7 +117,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, t
             Image.fromarray(pixels[..., 0] // 100).save(tmp_path / "d" / part / "masks" / f"{row}.png")
     (tmp_path / "d/val/images/1.png").write_bytes(b"no picture")
     told = [encoders[0], "--data", f"x={tmp_path / 'd'}"]
-    assert compare("segmentation", "out", *told, "--set", "data.max_bad=0.3") == 0
+    assert compare("segmentation", "out", *told, "--set", "data.max_corrupt_fraction=0.3") == 0
     assert results(tmp_path / "out")["cells"][0]["images"] == {"fit": 8, "test": 3}
     assert (tmp_path / "out" / "bad_images.txt").read_text().startswith("1.png\t")
     assert compare("segmentation", "strict", *told) == 3

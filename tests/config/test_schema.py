@@ -96,7 +96,7 @@ def test_wrong_types_ranges_and_names_are_refused(content: dict[str, Any]) -> No
         ({"optim": {"batch_size": 10}}, "loss.negatives"),
         ({"views": {"large": {"area": [0.5, 0.4]}}}, "views.large.area"),
         ({"views": {"small": {"area": [0.0, 0.4]}}}, "views.small.area"),
-        ({"views": {"aspect": [2, 1]}}, "views.aspect"),
+        ({"views": {"ratio": [2, 1]}}, "views.ratio"),
         ({"objective": "relic"}, "relic"),
         ({"objective": "byol", "views": {"large": {"count": 1}, "small": {"count": 0}}}, "byol"),
         ({"objective": "simclr", "views": {"large": {"count": 1}, "small": {"count": 0}}}, "simclr"),

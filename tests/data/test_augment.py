@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.config.pretrain import PhotometricConfig
+from relicctl.config.pretrain import AugmentationConfig
 from relicctl.data.augment import JITTER_OPS, apply_augmentations
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import make_gaussian_matrices
@@ -122,7 +122,9 @@ def nothing(drawn, **but):
 
 
 def test_the_whole_chain_is_the_plain_one_for_every_order_of_the_jitter():
-    drawn = draw(views=4, batch=24, spec=AugmentConfig(jitter=0.9, blur=(0.7, 0.5), solarize=(0.2, 0.5)))
+    drawn = draw(
+        views=4, batch=24, spec=AugmentConfig(color_jitter_prob=0.9, blur_prob=(0.7, 0.5), solarize_prob=(0.2, 0.5))
+    )
     drawn = replace(drawn, order=np.stack([np.roll(ORDERS, 6 * view, axis=0) for view in range(4)]))
     images = pictures(96, 24).reshape(4, 24, 24, 24, 3)
     ours = pixels(apply_augmentations(torch.from_numpy(images), drawn))
@@ -295,7 +297,7 @@ def test_the_draws_of_one_image_are_independent():
 
 
 def test_the_defaults_are_the_configs():
-    assert asdict(AugmentConfig()) == PhotometricConfig().model_dump()
+    assert asdict(AugmentConfig()) == AugmentationConfig().model_dump()
 
 
 # -- CUDA --

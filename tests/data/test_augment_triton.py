@@ -31,7 +31,7 @@ def pictures(views: int, batch: int, *side: int) -> torch.Tensor:
 
 def draws(views: int, batch: int) -> AugmentParams:
     """Strong ones, and every order of the jitter."""
-    spec = AugmentConfig(jitter=0.9, saturation=0.6, hue=0.4, blur=(0.7, 0.3), solarize=(0.2, 0.5))
+    spec = AugmentConfig(color_jitter_prob=0.9, saturation=0.6, hue=0.4, blur_prob=(0.7, 0.3), solarize_prob=(0.2, 0.5))
     drawn = draw_augment_params(spec, 0, 1, np.arange(batch), views)
     orders = np.resize(np.array(list(itertools.permutations(range(4)))), (views, batch, 4))
     return replace(drawn, order=orders)

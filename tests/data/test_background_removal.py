@@ -36,7 +36,7 @@ from relicctl.data.views import CropSpec, ViewSpec, draw_view_boxes
 
 LIMITS = (0.01, 0.99)
 COUNT, BATCH = 24, 8
-STILL = AugmentConfig(flip=0, jitter=0, grayscale=0, blur=(0, 0), solarize=(0, 0))
+STILL = AugmentConfig(hflip_prob=0, color_jitter_prob=0, grayscale_prob=0, blur_prob=(0, 0), solarize_prob=(0, 0))
 PLAN = ViewSpec((CropSpec(3, 24, (0.3, 1.0)), CropSpec(2, 16, (0.05, 0.3))), (3 / 4, 4 / 3), STILL)
 
 

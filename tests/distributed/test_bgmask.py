@@ -44,8 +44,8 @@ IMAGES = 12
 CONFIG = """
 command: train-bgmask
 model: {arch: resnet, size: 32}
-labels: {size: 32, drop: 0.0}
-rounds: {count: 1, epochs: 1}
+labels: {size: 32, drop_fraction: 0.0}
+self_training: {rounds: 1, epochs: 1}
 optim: {batch_size: 4, epochs: 2, warmup_epochs: 0.5}
 data: {train: "shapes:size=32,train=12,val=6", eval: "shapes:size=32,train=12,val=6"}
 predict: {batch_size: 2, refine: none}
@@ -79,7 +79,7 @@ def trained(world: World) -> dict[str, Tensor]:
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1
-    loss = MaskLossConfig(bce=1.0, iou=0.7, f=0.5, beta2=0.3)
+    loss = MaskLossConfig(bce=1.0, iou=0.7, fbeta=0.5, fbeta_beta2=0.3)
     optim = MaskOptimConfig(base_lr=1e-3, weight_decay=0.01, warmup_epochs=0)
     stage = Stage(0, "final", epochs=5, first=0, last=5)
     task = MaskTask(net, loss, optim, stage, torch.autocast("cpu", torch.bfloat16, enabled=False), world)
@@ -176,7 +176,7 @@ def work(rank: int, ports: list[int], folder: Path) -> None:
         (folder / "stopped.priors").write_bytes((folder / "two" / "priors").read_bytes())
     call("two", ["train-bgmask", "--resume", str(folder / "two"), "--quiet"])
     call("uneven", command("uneven", folder, "--set", "optim.batch_size=3"))
-    call("hinted", command("hinted", folder, "--set", "model.priors=true", "--masks-for", OTHERS))
+    call("hinted", command("hinted", folder, "--set", "model.prior_channels=true", "--masks-for", OTHERS))
 
     loss = MaskTask.compute_loss
 

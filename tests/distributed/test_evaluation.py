@@ -36,9 +36,9 @@ runtime: {device: cpu, threads: 1, precision: fp32, workers: 0}
 checkpoint: {every_steps: 3, every_minutes: null}
 """
 LINEAR = ["linear-eval", "ENCODER", "--data", DATA, "--val", DATA, "--set", "optim.epochs=2"]
-IMAGENET = [*LINEAR, "--set", "protocol=imagenet", "--set", "optim.batch_size=32", "--set", "sweep.rates=[0.3,30]"]
-TRANSFER = ["transfer", "ENCODER", "--data", f"x={DATA}", "--set", "logistic.lambdas=[0.1,1,10]"]
-FINETUNE = ["--protocol=finetune", "--set", "finetune.rates=[0.001,0.1]", "--set", "finetune.steps=5"]
+IMAGENET = [*LINEAR, "--set", "protocol=imagenet", "--set", "optim.batch_size=32", "--set", "sweep.lrs=[0.3,30]"]
+TRANSFER = ["transfer", "ENCODER", "--data", f"x={DATA}", "--set", "logistic.l2=[0.1,1,10]"]
+FINETUNE = ["--protocol=finetune", "--set", "finetune.lrs=[0.001,0.1]", "--set", "finetune.steps=5"]
 WHOLE = {
     "fast": [*LINEAR, "--test", f"swapped={DATA},backgrounds=swapped"],
     "imagenet": IMAGENET,

@@ -201,7 +201,7 @@ def test_the_log_is_of_the_whole_batch(start, tiny, tmp_path):
         for run in (group.run, tmp_path / "one")
     )
     assert len(of_two) == len(of_one) == 2
-    for name in ("loss", "nll", "kl", "rank_me", "deviation", "feature_deviation"):
+    for name in ("loss", "nll", "kl", "rankme", "embedding_std", "feature_std"):
         assert of_two[0][name] == pytest.approx(of_one[0][name], rel=1e-3), name
 
 
@@ -212,7 +212,7 @@ def test_bad_images_that_any_process_meets_are_listed(start, tmp_path):
         Image.new("RGB", (24, 24), (number, 9, 9)).save(photos / f"{number:02d}.png")
     for number in (2, 7, 11):
         (photos / f"{number:02d}.png").write_bytes(b"no picture")
-    group = start("--data", str(photos), "--set", "data.max_bad=0.5", "--set", "data.cache=none")
+    group = start("--data", str(photos), "--set", "data.max_corrupt_fraction=0.5", "--set", "data.cache=none")
     assert group.wait() == 0, group.log.read_text()
     listed = [line.split("\t")[0] for line in (group.run / "bad_images.txt").read_text().splitlines()]
     assert sorted(listed) == ["02.png", "07.png", "11.png"]

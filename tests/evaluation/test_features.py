@@ -128,7 +128,7 @@ def test_k_processes_see_what_one_sees_to_the_bit(size):
 def test_the_evaluation_of_a_run_gives_the_figures_of_one_process():
     def evaluate(world: World):
         bad = BadImages(40, 0.5)
-        told = EvalConfig(crop_ratio=1.0, probe=True)
+        told = EvalConfig(crop_pct=1.0, probe=True)
         evaluator = OnlineEvaluator(Noise(40, BAD), Noise(30, {7}), told, 16, 0, CPU, bad)
         figures = evaluator(encoders[world.rank], world)
         return figures, evaluator.protocol, sorted(bad.seen), sorted(evaluator.bad_held_out.seen)

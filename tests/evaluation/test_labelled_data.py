@@ -53,7 +53,7 @@ def test_unlabelled_and_single_class_data_are_refused():
         ({}, "No data is given"),
         ({"data.train": "shapes"}, "no images to test on"),
         ({"data.train": "shapes:train=5", "data.val": "shapes"}, "no image to train on"),
-        ({"data.train": "shapes:train=20", "eval.holdout": 0.1}, "no image to test on"),
+        ({"data.train": "shapes:train=20", "eval.val_fraction": 0.1}, "no image to test on"),
         ({"data.train": "shapes:train=20", "data.val": "shapes", "data.subset": 21}, "only 20 images"),
     ],
 )

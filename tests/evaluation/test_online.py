@@ -22,14 +22,14 @@ def test_spread_is_one_on_the_sphere_and_zero_in_a_point():
     assert online.compute_normalized_std(torch.ones(10, 64) * 5) == pytest.approx(0, abs=1e-6)
 
 
-HEALTHY = {"rank_me": 40.0, "deviation": 0.9, "entropy": 1.5}
+HEALTHY = {"rankme": 40.0, "embedding_std": 0.9, "entropy": 1.5}
 
 
 def test_warnings_come_with_collapse_only():
     assert online.get_collapse_warning(HEALTHY, rows=64, candidates=11) is None
-    assert "spread" in str(online.get_collapse_warning(HEALTHY | {"deviation": 0.01}, rows=64))
-    assert "dimension" in str(online.get_collapse_warning(HEALTHY | {"rank_me": 1.2}, rows=64))
-    assert online.get_collapse_warning(HEALTHY | {"rank_me": 1.2}, rows=2) is None  # two images cannot span more
+    assert "spread" in str(online.get_collapse_warning(HEALTHY | {"embedding_std": 0.01}, rows=64))
+    assert "dimension" in str(online.get_collapse_warning(HEALTHY | {"rankme": 1.2}, rows=64))
+    assert online.get_collapse_warning(HEALTHY | {"rankme": 1.2}, rows=2) is None  # two images cannot span more
     blind = HEALTHY | {"entropy": math.log(11)}
     assert "blind guess among 11" in str(online.get_collapse_warning(blind, rows=64, candidates=11))
     assert online.get_collapse_warning(blind, rows=64) is None  # an objective without a likelihood
@@ -38,7 +38,7 @@ def test_warnings_come_with_collapse_only():
 def test_the_watch_warns_once_after_two_lines_in_a_row():
     said: list[str] = []
     watch = online.CollapseMonitor(said.append, rows=64)
-    sick = HEALTHY | {"deviation": 0.0}
+    sick = HEALTHY | {"embedding_std": 0.0}
     for step, figures in enumerate([sick, HEALTHY, sick, {"knn20": 0.1}, sick, sick, sick]):
         watch(step, figures)
     assert len(said) == 1

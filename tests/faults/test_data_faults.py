@@ -126,12 +126,12 @@ def test_a_run_over_all_of_them_lists_the_bad_ones_and_goes_on(tiny, photos, tmp
     (photos / "nowhere.jpg").symlink_to("gone.jpg")
     (photos / "circle.jpg").symlink_to("circle.jpg")
     run, log = tmp_path / "run", tmp_path / "log"
-    sets = ("--data", str(photos), "--workers", "1", "--set", "data.cache=none", "--set", "data.max_bad=1")
+    sets = ("--data", str(photos), "--workers", "1", "--set", "data.cache=none", "--set", "data.max_corrupt_fraction=1")
     ended = in_a_process(command(tiny, run, *sets, "--set", "optim.epochs=2"), log=log)
     assert ended.code == 0, ended.err
     listed = {line.split("\t")[0] for line in (run / "bad_images.txt").read_text().splitlines()}
     assert listed - {"nowhere.jpg", "circle.jpg"} == set(REPORTED)
-    strict = in_a_process(command(tiny, tmp_path / "strict", *sets, "--set", "data.max_bad=0.01"), log=log)
+    strict = in_a_process(command(tiny, tmp_path / "strict", *sets, "--set", "data.max_corrupt_fraction=0.01"), log=log)
     assert strict.code == 3
     assert two_sentences(strict.err)
 

@@ -251,9 +251,9 @@ def test_the_presets_that_ask_for_masks():
     [
         (sets("bgmask.source=bank"), "no bank is given"),
         (sets("bgmask.bank=x"), "bgmask.source is none"),
-        (sets("bgmask.fill=gray"), "means nothing while"),
-        (sets("bgmask.limits=[0.1,0.9]"), "means nothing while"),
-        ([*sets("bgmask.limits=[0.9,0.1]"), "--bgmask", "x"], "no range"),
+        (sets("bgmask.fill=gray"), "has no effect while"),
+        (sets("bgmask.foreground_range=[0.1,0.9]"), "has no effect while"),
+        ([*sets("bgmask.foreground_range=[0.9,0.1]"), "--bgmask", "x"], "no range"),
         ([*sets("bgmask.fill=black"), "--bgmask", "x"], "bgmask.fill cannot be"),
     ],
 )

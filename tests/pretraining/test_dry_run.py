@@ -60,7 +60,7 @@ def test_a_run_cut_short_keeps_its_schedule() -> None:
 
 
 def test_held_out_and_left_out_images_are_not_counted() -> None:
-    sets = ["data.val=null", "eval.holdout=0.2"]
+    sets = ["data.val=null", "eval.val_fraction=0.2"]
     assert estimate_pretrain(resolve_config("demo", sets=sets, options={"data": DATA}).config)["images"] == 800
     sets.append("data.subset=300")
     assert estimate_pretrain(resolve_config("demo", sets=sets, options={"data": DATA}).config)["images"] == 300

@@ -131,7 +131,7 @@ def _list_split_kwargs(
             f"torchvision's {name} does not have the split {named_split or split}.",
             f"Leave out #{named_split}."
             if named_split
-            else "Use it as training data, and hold out a part of it with eval.holdout.",
+            else "Use it as training data, and hold out a part of it with eval.val_fraction.",
         )
     return [{}]
 

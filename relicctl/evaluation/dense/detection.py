@@ -55,18 +55,18 @@ def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> Fa
     mean, std = (t.flatten().tolist() for t in get_normalization(encoder, torch.device("cpu")))
     return FasterRCNN(
         backbone,
-        min_size=images.short,
-        max_size=images.long,
+        min_size=images.min_size,
+        max_size=images.max_size,
         image_mean=mean,
         image_std=std,
         rpn_anchor_generator=AnchorGenerator(
             tuple((side,) for side in head.anchors), (ANCHOR_RATIOS,) * len(head.anchors)
         ),
-        rpn_pre_nms_top_n_train=head.proposals_train,
-        rpn_post_nms_top_n_train=head.proposals_train,
-        rpn_pre_nms_top_n_test=head.proposals_test,
-        rpn_post_nms_top_n_test=head.proposals_test,
-        box_batch_size_per_image=head.regions,
+        rpn_pre_nms_top_n_train=head.rpn_post_nms_top_n_train,
+        rpn_post_nms_top_n_train=head.rpn_post_nms_top_n_train,
+        rpn_pre_nms_top_n_test=head.rpn_post_nms_top_n_test,
+        rpn_post_nms_top_n_test=head.rpn_post_nms_top_n_test,
+        box_batch_size_per_image=head.box_batch_size_per_image,
         box_head=TwoMLPHead(head.channels * 7**2, head.hidden),
         box_predictor=FastRCNNPredictor(head.hidden, classes + 1),
     )

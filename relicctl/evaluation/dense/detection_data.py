@@ -84,7 +84,7 @@ def read_annotations(
         annotations.sizes,
         annotations.image_indices,
         boxes,
-        config.max_bad,
+        config.max_corrupt_fraction,
         warn,
     )
 
@@ -206,7 +206,9 @@ def build_detection_dataset(
             f"{boxes.corners[first].round(1).tolist()} of {source.get_name(int(image_indices[first]))} among them"
         )
         if (~usable).mean() > max_bad:
-            raise DataError(f"{what}.", "Mend the boxes ([left, top, width, height] in pixels), or raise data.max_bad.")
+            raise DataError(
+                f"{what}.", "Mend the boxes ([left, top, width, height] in pixels), or raise data.max_corrupt_fraction."
+            )
         warn(f"{what}; they are left out")
     order = np.flatnonzero(usable)[np.argsort(image_indices[usable], kind="stable")]
     starts = np.searchsorted(image_indices[order], np.arange(len(source) + 1))

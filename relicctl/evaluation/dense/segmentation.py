@@ -161,7 +161,7 @@ class SegmentationTransform:
             for first, count, old, new in zip(cut, (rows, columns), mask.shape, (height, width), strict=True)
         )
         labels[there] = mask[down[:, None], across]
-        if uniform[3] < self.config.flip:
+        if uniform[3] < self.config.hflip_prob:
             square, labels = square[:, ::-1].copy(), labels[:, ::-1].copy()
         return torch.from_numpy(square), torch.from_numpy(labels)
 

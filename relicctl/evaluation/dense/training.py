@@ -18,7 +18,7 @@ from relicctl.models.layers import convert_sync_batchnorm
 
 def compute_multistep_lr(step: int, schedule: DenseOptimConfig) -> float:
     """Linear up to ``base_lr`` over the warm-up, then a tenth of it after each drop that is passed."""
-    drops = sum(step >= share * schedule.steps for share in schedule.drops)
+    drops = sum(step >= share * schedule.steps for share in schedule.milestones)
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     return schedule.base_lr * warmup / 10**drops
 
@@ -33,8 +33,8 @@ def build_sgd(network: nn.Module, schedule: DenseOptimConfig) -> torch.optim.Opt
 
 def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.device, world: World) -> Any:
     """A copy of ``encoder`` to be trained as ``told``; norms that are frozen never leave eval mode."""
-    encoder = copy.deepcopy(encoder).train().requires_grad_(not config.frozen)
-    if not (config.frozen or config.norm == "frozen"):
+    encoder = copy.deepcopy(encoder).train().requires_grad_(not config.freeze_encoder)
+    if not (config.freeze_encoder or config.freeze_bn):
         return convert_sync_batchnorm(encoder, device) if world.size > 1 else encoder
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from relicctl.config.base import Section
+from relicctl.config.renamed import restore_old_names
+from relicctl.config.resolve import get_command
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
@@ -60,7 +62,7 @@ DENSE_TASKS: dict[type[Section], DenseTaskSpec] = {
         "ap",
         lambda name, spec, config, console: open_detection_data(name, spec, config.data, console.warn),
         detection.DetectionTask,
-        lambda config: detection.DetectionTransform(config.images.flip),
+        lambda config: detection.DetectionTransform(config.images.hflip_prob),
         detection.collate_detection,
     ),
 }
@@ -114,7 +116,9 @@ class DenseTrainer:
 
     def evaluate_cell(self, encoder: DenseEncoder, name: str, fit: DenseDataset, val: DenseDataset) -> dict[str, Any]:
         """One figure of the table, from its file if it was finished before; the same on every process."""
-        settings = self.config.model_dump(exclude={"runtime", "checkpoint", "data"})
+        settings = restore_old_names(
+            get_command(type(self.config)), self.config.model_dump(exclude={"runtime", "checkpoint", "data"})
+        )
         precision = pick_precision(self.config.runtime.precision, self.device)
         key = compute_digest(
             encoder.hash, fit.compute_fingerprint(), val.compute_fingerprint(), fit.classes, self.task_spec.name,
@@ -138,7 +142,7 @@ class DenseTrainer:
         content = {
             "encoder": encoder.name, "data": name, "protocol": self.task_spec.name, "labels": "all",
             "metric": self.task_spec.metric, "value": figures[self.task_spec.metric], "figures": figures,
-            "frozen": self.config.model.frozen, "images": {"fit": len(fit), "test": len(val) - num_bad},
+            "frozen": self.config.model.freeze_encoder, "images": {"fit": len(fit), "test": len(val) - num_bad},
             "loss": losses, "warnings": [],
         }  # fmt: skip
         self.run.write_json(path, content)
@@ -200,4 +204,4 @@ class DenseTrainer:
             if name not in listed:
                 self.run.add_bad_image(name, reason)
 
-        return BadImages(len(samples), self.config.data.max_bad, record_bad)
+        return BadImages(len(samples), self.config.data.max_corrupt_fraction, record_bad)

@@ -136,7 +136,7 @@ def test_data_without_splits_are_not_used_twice(tmp_path):
         save(tmp_path / f"eurosat/2750/{kind}/1.jpg", 1)
     assert open_dataset(f"torchvision:EuroSAT:{tmp_path}").classes == ("Forest", "River")
     error = refused(f"torchvision:EuroSAT:{tmp_path}", split="val")
-    assert "eval.holdout" in error.fix
+    assert "eval.val_fraction" in error.fix
 
 
 def test_caltech101s_files_are_numbered_by_class_and_its_background_is_none(tmp_path):

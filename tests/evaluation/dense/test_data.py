@@ -69,5 +69,5 @@ def test_what_cannot_be_decoded_is_replaced_and_told(workers):
 def test_the_rate_rises_and_falls_in_steps():
     flat = DenseOptimConfig(steps=100, base_lr=1.0)
     assert [compute_multistep_lr(k, flat) for k in (0, 69, 70, 89, 90, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
-    warm = DetectionOptimConfig(steps=100, base_lr=1.0, warmup_steps=10, drops=())
+    warm = DetectionOptimConfig(steps=100, base_lr=1.0, warmup_steps=10, milestones=())
     assert [compute_multistep_lr(k, warm) for k in (0, 4, 9, 10, 99)] == [0.1, 0.5, 1, 1, 1]

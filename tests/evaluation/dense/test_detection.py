@@ -25,8 +25,9 @@ from relicctl.evaluation.dense.detection import (
 from relicctl.evaluation.dense.detection_data import build_shapes_detection
 from tests.helpers.runs import lively_encoder
 
-QUICK = ["head.channels=8", "head.hidden=16", "images.short=[32, 40]", "images.long=48", "head.regions=8",
-         "head.proposals_train=20", "head.proposals_test=20", "head.anchors=[4, 8, 12, 16, 24]"]  # fmt: skip
+QUICK = ["head.channels=8", "head.hidden=16", "images.min_size=[32, 40]", "images.max_size=48",
+         "head.box_batch_size_per_image=8", "head.rpn_post_nms_top_n_train=20", "head.rpn_post_nms_top_n_test=20",
+         "head.anchors=[4, 8, 12, 16, 24]"]  # fmt: skip
 
 
 def describe(encoder):
@@ -89,7 +90,9 @@ def test_a_steps_loss_is_a_function_of_the_step_alone(encoder, shapes):
     torch.testing.assert_close(torch.stack(parts).sum(), first["loss"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("sets", "moves"), [(["model.norm=batch"], True), ([], False), (["model.frozen=true"], False)])
+@pytest.mark.parametrize(
+    ("sets", "moves"), [(["model.freeze_bn=false"], True), ([], False), (["model.freeze_encoder=true"], False)]
+)
 def test_frozen_norms_stay(encoder, shapes, sets, moves):
     learner = task(encoder, *sets, "optim.warmup_steps=0")
     learner.model.train()
@@ -98,7 +101,7 @@ def test_frozen_norms_stay(encoder, shapes, sets, moves):
     learner.optimizer.step()
     moved = {name for name, t in learner.model.state_dict().items() if not torch.equal(t, before[name])}
     assert ("backbone.body.layer1.0.bn1.running_mean" in moved) == moves
-    assert ("backbone.body.layer1.0.conv1.weight" in moved) == ("model.frozen=true" not in sets)
+    assert ("backbone.body.layer1.0.conv1.weight" in moved) == ("model.freeze_encoder=true" not in sets)
     assert "backbone.fpn.inner_blocks.0.0.weight" in moved
 
 

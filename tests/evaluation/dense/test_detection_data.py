@@ -130,7 +130,7 @@ def test_boxes_that_are_none_are_left_out_or_too_many(coco):
     content["annotations"] += [annotation(10, 3, [4, 4, 0, 3]), annotation(10, 3, [40, 4, 3, 3])]
     write(coco, "train", content)
     told: list[str] = []
-    train, _ = opened(coco, told.append, max_bad=0.5)
+    train, _ = opened(coco, told.append, max_corrupt_fraction=0.5)
     assert len(train.boxes.labels) == 4
     assert "2 of 6 boxes" in told[0]
     with pytest.raises(DataError, match="2 of 6 boxes"):

@@ -77,7 +77,7 @@ def test_a_batch_in_which_nothing_counts_is_no_division_by_zero(encoder):
 
 @pytest.mark.parametrize(
     ("sets", "weights_move", "statistics_move"),
-    [([], True, True), (["model.norm=frozen"], True, False), (["model.frozen=true"], False, False)],
+    [([], True, True), (["model.freeze_bn=true"], True, False), (["model.freeze_encoder=true"], False, False)],
 )
 def test_what_is_frozen_stays_as_it_is(encoder, sets, weights_move, statistics_move):
     learner = task(encoder, *sets, "optim.base_lr=0.1")
