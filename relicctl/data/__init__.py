@@ -1,1 +1,1 @@
-"""From files to batches of views."""
+"""Data: from files to batches of views."""

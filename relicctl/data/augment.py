@@ -1,8 +1,8 @@
-"""The photometric half of a view, batched on whatever device the networks are on.
+"""The photometric half of a view, batched on the device of the networks.
 
 The operations, their order and ranges are BYOL's (arXiv 2006.07733, appendix B), as in ReLICv2's public code.
-What each image gets is drawn on the host, so the device is never asked: an operation runs on the images that
-drew it, through index lists that are sent ahead in one piece.
+Parameters are drawn on the host, so it never waits for the device: an operation runs on the images that drew it,
+through index lists that are copied ahead in one piece.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def apply_augmentations(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Tensor:
-    """float32 ``[V, B, 3, H, W]``, normalised: the images as drawn, on the images' device.
+    """Augment and normalise ``images`` on their device: float32 ``[V, B, 3, H, W]``.
 
-    ``images`` are uint8, or float in [0, 1], as ``[V, B, 3, H, W]`` or ``[V, B, H, W, 3]``; ``draw`` is for
+    ``images`` are uint8, or float in [0, 1], as ``[V, B, 3, H, W]`` or ``[V, B, H, W, 3]``; ``params`` are for
     the same V views and B rows. A contiguous float32 ``[V, B, 3, H, W]`` may be overwritten.
     """
     if images.shape[2] != 3:
@@ -46,16 +46,16 @@ def apply_augmentations(
 
 
 def _get_kernels(images: Tensor) -> ModuleType | None:
-    """The same as kernels of their own, where there are such for the images' device."""
+    """Return the Triton kernels where they work on the images' device and can read them, else None."""
     kernels = load_triton_kernels(images.device)
     return kernels if kernels is not None and kernels.is_supported(images) else None
 
 
 @cache
 def load_triton_kernels(device: torch.device) -> ModuleType | None:
-    """The module ``augment_kernels`` on a CUDA device where Triton works: it may be missing, or want a C compiler.
+    """Return the module ``augment_triton`` on a CUDA device where Triton works; it may lack a C compiler.
 
-    Tried once: what does not work here for whatever reason is left to the plain operations.
+    Tried once per device; where it fails for any reason, the plain torch operations are used.
     """
     if device.type != "cuda":
         return None
@@ -97,14 +97,14 @@ def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...],
 
 
 def _to_planes(images: Tensor) -> Tensor:
-    """float32 ``[V, B, 3, H, W]`` in [0, 1], contiguous; the images themselves if they are that already."""
+    """Convert to float32 ``[V, B, 3, H, W]`` in [0, 1], contiguous; the images themselves if they are that already."""
     if images.dtype == torch.uint8:
         return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
     return images.to(torch.float32).contiguous()
 
 
 def _group_jitter(params: AugmentParams) -> list[tuple[list[int], np.ndarray]]:
-    """The images that jitter, grouped by the order of their operations: pairs (order, flat indices)."""
+    """Group the jittered images by the order of their operations: pairs (order, flat indices)."""
     rows = np.flatnonzero(params.jitter)
     orders, group = np.unique(params.order.reshape(-1, 4)[rows], axis=0, return_inverse=True)
     return [(order.tolist(), rows[group.ravel() == k]) for k, order in enumerate(orders)]
@@ -126,17 +126,17 @@ def _adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """HSV's S times the factor, at most 1: with V and hue fixed every channel moves to V - (V - x) S'/S."""
+    """Multiply HSV's S by the factor, at most 1: with V and hue fixed every channel moves to V - (V - x) S'/S."""
     value, least = _compute_max_min(x)
     largest = value / value.sub(least).clamp_min_(EPS)  # 1/S; a grey pixel keeps its colour whatever stands here
     return torch.lerp(value, x, largest.minimum(factor))
 
 
 def _adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """HSV's H turned, S and V kept: exact, without a round trip.
+    """Rotate HSV's H and leave S and V: exact, without conversion to HSV and back.
 
     H runs round a hexagon of perimeter 6, on which every channel is a clipped triangle wave between least and
-    value. Measured from cyan, the way is 2 + (r + least - g - b) / chroma, to the side that b - g tells.
+    value. Measured from cyan, the way is 2 + (r + least - g - b) / chroma, with the sign of b - g.
     """
     red, green, blue = x.split(1, dim=1)
     value, least = _compute_max_min(x)
@@ -152,7 +152,7 @@ def _adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _compute_max_min(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and least channel of every pixel, ``[n, 1, H, W]`` each."""
+    """Return the largest and least channel of every pixel, ``[n, 1, H, W]`` each."""
     red, green, blue = x.split(1, dim=1)
     return red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
 

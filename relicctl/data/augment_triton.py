@@ -1,8 +1,8 @@
-"""The photometric half of a view as Triton kernels: what ``augment`` does by dozens of launches, in three.
+"""The photometric half of a view as three Triton kernels, in place of the dozens of launches of ``augment``.
 
-Every image's draws travel with it, one row of a table, so that images with different operations share a launch:
-the means that contrast turns on; flip, jitter and greys, read from uint8 and written once; solarize and the
-normalisation, after the blur. The arithmetic is that of ``augment``, operation by operation.
+Every image's parameters are a row of a table, so that images with different operations share a launch. The kernels
+compute the channel means that contrast needs; flip, jitter and grayscale, read from uint8 and written once; solarize
+and the normalisation, after the blur. The arithmetic is that of ``augment``, operation by operation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ KERNEL_EPS = tl.constexpr(EPS)
 
 
 def is_supported(images: Tensor) -> bool:
-    """Whether the kernels can read ``[V, B, 3, H, W]``: the pixels of an image, and the images, evenly spaced."""
+    """Return whether the kernels can read ``[V, B, 3, H, W]``: images and their pixels must be evenly spaced."""
     view, image, _, row, pixel = images.stride()
     return view == images.shape[1] * image and row == images.shape[-1] * pixel
 
 
 def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """float32 ``[V, B, 3, H, W]``: ``augment.apply_augmentations`` of ``images``, uint8 or float, of that shape."""
+    """Do what ``augment.apply_augmentations`` does: ``images`` are uint8 or float, ``[V, B, 3, H, W]``."""
     (height, width), count = images.shape[-2:], images.shape[0] * images.shape[1]
     pixels, blurred = height * width, np.flatnonzero(params.blur)
     draws, sigmas = _copy_to_device(
@@ -52,7 +52,7 @@ def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: t
 
 
 def _build_param_table(params: AugmentParams) -> np.ndarray:
-    """float32 ``[V, B, COLUMNS]``."""
+    """Return one row of the table per image: float32 ``[V, B, COLUMNS]``."""
     columns = [
         params.flip, params.jitter, params.grayscale, params.solarize, (params.order == 1).argmax(-1),
         params.brightness, params.contrast, params.saturation, params.hue, *np.moveaxis(params.order, -1, 0),
@@ -62,7 +62,7 @@ def _build_param_table(params: AugmentParams) -> np.ndarray:
 
 @triton.jit
 def _compute_means_kernel(images, image, channel, pixel, scale, draws, means, pixels, block: tl.constexpr):
-    """The mean of each channel just before contrast, of one image a program."""
+    """Compute the mean of each channel just before contrast; one image per program."""
     n = tl.program_id(0)
     row = draws + n * COLUMNS
     if tl.load(row + JITTER) > 0:
@@ -137,7 +137,7 @@ def _load_rgb(at, channel, scale, there):
 
 @triton.jit
 def _apply_operation(r, g, b, row, turn, mean_r, mean_g, mean_b):
-    """The jitter's operation whose turn it is."""
+    """Apply the jitter's operation number ``turn``."""
     operation = tl.load(row + ORDER + turn).to(tl.int32)
     strength = tl.load(row + STRENGTH + operation)
     if operation == 0:

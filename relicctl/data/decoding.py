@@ -1,11 +1,11 @@
-"""From a file's bytes to the pixels every network here sees: RGB, uint8, upright."""
+"""Decoding of image files into pixels (RGB, uint8, upright), and the handling of those that cannot be decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from relicctl.errors import DataError
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
-MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is taken for a decompression bomb
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is treated as a decompression bomb
 SkippedImages = list[tuple[int, str]]  # (index, reason) of images that cannot be decoded
 _EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
 _ORIENTATION_TAG = 0x0112
@@ -42,7 +42,7 @@ _ORIENTATION_TRANSPOSES = {
 
 
 class BadImageError(Exception):
-    """One sample cannot be read or decoded, for ``reason``; the run can go on without it."""
+    """One sample cannot be read or decoded, for ``reason``; the run continues without it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -52,15 +52,15 @@ class BadImageError(Exception):
 def decode_rgb(data: bytes) -> np.ndarray:
     """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable.
 
-    The EXIF orientation is applied. Transparent pixels are laid over white, as a page would show them. Grey
+    The EXIF orientation is applied. Transparent pixels are composited on white. Grey
     values of 16 bits and more are scaled to 8, palettes resolved, CMYK converted without its colour profile.
-    Raises BadImage for anything that is no complete image of one of FORMATS, or has more than MAX_PIXELS.
+    Raises BadImageError for anything but a complete image of IMAGE_FORMATS with at most MAX_PIXELS.
     """
     return _decode(data, _to_rgb)
 
 
 def decode_rgba(data: bytes) -> np.ndarray:
-    """Like ``decode_rgb``; where the image has transparency uint8 ``[H, W, 4]``, its alpha beside the same RGB."""
+    """Decode like ``decode_rgb``; an image with transparency becomes uint8 ``[H, W, 4]``, its alpha last."""
     return _decode(data, _to_rgba)
 
 
@@ -105,9 +105,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_rgba(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return _to_rgb(image)
-    shown = _to_rgb(image)
-    shown.putalpha(image.convert("RGBA").getchannel("A"))
-    return shown
+    rgb = _to_rgb(image)
+    rgb.putalpha(image.convert("RGBA").getchannel("A"))
+    return rgb
 
 
 def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
@@ -124,7 +124,7 @@ def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
 
 
 class ImageSource(Protocol):
-    """What images are loaded from: a Source, or images that were decoded before."""
+    """What images are loaded from: a data set, or images in memory."""
 
     def __len__(self) -> int: ...
 
@@ -163,7 +163,7 @@ def is_decodable(source: ImageSource, index: int) -> bool:
 
 
 def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, SkippedImages]:
-    """Image ``index``, or the first one after it that can be decoded; its index; and what was passed over."""
+    """Load image ``index``, or the next that can be decoded; return it, its index, and what was skipped."""
     skipped: SkippedImages = []
     for candidate in range(index, index + min(len(source), MAX_SKIPPED)):
         candidate %= len(source)
@@ -175,7 +175,7 @@ def load_or_next(source: ImageSource, index: int) -> tuple[np.ndarray, int, Skip
 
 
 class UndecodableError(DataError):
-    """Not one of many samples in a row can be decoded; ``passed`` are their indices and reasons."""
+    """Not one of many samples in a row can be decoded; ``skipped`` are their indices and reasons."""
 
     def __init__(self, skipped: SkippedImages) -> None:
         super().__init__(
@@ -184,5 +184,5 @@ class UndecodableError(DataError):
         )
         self.skipped = skipped
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return type(self), (self.skipped,)

@@ -20,7 +20,7 @@ EPS = 1e-20  # keeps a division by a grey pixel's chroma finite
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities and strengths; the pairs are for the sets T and T', which the views take in turn."""
+    """Probabilities and strengths; the pairs are for the sets T and T', which views use alternately."""
 
     hflip_prob: float = 0.5
     color_jitter_prob: float = 0.8
@@ -35,9 +35,9 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """What was drawn for every image: arrays ``[V, B]``; ``draw[:2]`` is what views 0 and 1 got.
+    """What was drawn for every image: arrays ``[V, B]``; ``params[:2]`` are those of views 0 and 1.
 
-    ``order``, ``[V, B, 4]``, holds the jitter's operations in turn, numbered as in ``JITTER_OPS``.
+    ``order``, ``[V, B, 4]``, holds the order of the jitter's operations, numbered as in ``JITTER_OPS``.
     """
 
     flip: np.ndarray  # bool
@@ -57,7 +57,7 @@ class AugmentParams:
 
 
 def draw_augment_params(config: AugmentConfig, seed: int, step: int, rows: np.ndarray, views: int) -> AugmentParams:
-    """The draws of a step for ``rows`` (``[B]``, positions in the global batch) and views 0 .. ``views - 1``.
+    """Draw the parameters of a step for ``rows`` (``[B]``, positions in the global batch) and views 0 .. ``views - 1``.
 
     A draw depends on (seed, step, row, view) alone. Even views use set T, odd ones T'.
     """
@@ -83,7 +83,7 @@ def draw_augment_params(config: AugmentConfig, seed: int, step: int, rows: np.nd
 
 
 def _copy_to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on the device, in one copy that the host does not wait for."""
+    """Copy the arrays to the device, in one copy that the host does not wait for."""
     joined = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         joined = joined.pin_memory()
@@ -91,7 +91,7 @@ def _copy_to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tens
 
 
 def _apply_to_rows(flat: Tensor, rows: Tensor, operation: Callable[..., Tensor], *arguments: Any) -> None:
-    """Replaces the images at ``rows`` by what the operation makes of them."""
+    """Replace the images at ``rows`` by the results of the operation."""
     if len(rows):
         flat.index_copy_(0, rows, operation(flat.index_select(0, rows), *arguments))
 
@@ -105,5 +105,5 @@ def _apply_blur(x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def compute_blur_radius(pixels: int) -> int:
-    """Taps on either side of the middle one: 23 taps in all at 224 px, 9 at 96, 3 at 32."""
+    """Return the number of taps on either side of the middle one: 23 taps in all at 224 px, 9 at 96, 3 at 32."""
     return int(pixels / 10 / 2)

@@ -1,8 +1,8 @@
-"""Where the bytes of a sample lie: in a folder, a .zip or a .tar. Nothing is ever unpacked to disk.
+"""Containers of image files: a folder, a .zip or a .tar. Nothing is ever unpacked to disk.
 
-An index is made once; after that a sample is read by ``pread``, which needs no file position and so is right
+Files are indexed once; after that a sample is read by ``pread``, which needs no file position and so is safe
 for any number of threads and processes. Nothing in an archive is trusted: names are checked, links and
-devices passed over, sizes limited before anything is read.
+devices skipped, sizes limited before anything is read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from relicctl.data.decoding import IMAGE_EXTENSIONS, BadImageError
 from relicctl.errors import DataError
 
 MAX_FILE_BYTES = 256 << 20  # no photo's file is larger; a member that claims more is never read
+MAX_TEXT_BYTES = 2 << 30  # of annotations; COCO's largest list has half a billion
 NO_CRC = -1
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
@@ -46,10 +47,10 @@ class Container(Protocol):
     """A place that holds image files."""
 
     def iter_images(self) -> Iterator[tuple[str, Member]]:
-        """Every image by its safe name, relative and with ``/``. Raises DataError."""
+        """Yield every image by its safe name, relative and with ``/``. Raises DataError."""
 
     def read(self, name: bytes, member: Member) -> bytes:
-        """The file's bytes. Raises BadImage, and DataError if the container itself is gone."""
+        """Return the file's bytes. Raises BadImageError, and DataError if the container itself is gone."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Folder:
                 yield from self._iter_file(usable, entry)
 
     @staticmethod
-    def _iter_file(name: str, entry: os.DirEntry) -> Iterator[tuple[str, Member]]:
+    def _iter_file(name: str, entry: os.DirEntry[str]) -> Iterator[tuple[str, Member]]:
         try:
             found = entry.stat()
         except OSError:  # a link to nowhere: reading it says so
@@ -99,7 +100,7 @@ class Folder:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
     def _check_exists(self) -> None:
-        """A disk that was unplugged or unmounted is no heap of bad images."""
+        """Raise DataError if the disk was unplugged or unmounted: that is no bad image."""
         with convert_os_errors(self.path):
             if not any(os.scandir(self.path)):
                 raise DataError(f"{self.path} has become empty.", "Check the path and the disk.")
@@ -126,7 +127,7 @@ class Archive:
         return data
 
     def _find_start(self, member: Member) -> int:
-        """Where the member's data begin."""
+        """Return where the member's data begin."""
         return member.offset
 
     def _read_bytes(self, offset: int, length: int) -> bytes:
@@ -155,7 +156,7 @@ class Tar(Archive):
             raise _make_damaged_error(self.path) from error
 
     def _check_end(self, offset: int) -> None:
-        """tarfile takes a damaged header for the end; the true end is a block of zeros or the file's."""
+        """Raise DataError unless the file or a block of zeros ends here: tarfile takes a damaged header for the end."""
         if offset < 0 or offset > self.version[0] or any(self._read_bytes(offset, tarfile.BLOCKSIZE)):
             raise _make_damaged_error(self.path)
 
@@ -184,7 +185,7 @@ class Zip(Archive):
 
 
 def open_container(path: str) -> Container:
-    """The folder or archive at ``path``, told by content. Raises DataError for anything else."""
+    """Open the folder or archive at ``path``, recognised by content. Raises DataError for anything else."""
     if os.path.isdir(path):
         return Folder(path)
     with convert_os_errors(path):
@@ -197,7 +198,7 @@ def open_container(path: str) -> Container:
         if head.startswith(magic):
             raise DataError(
                 f"{path} is compressed with {name}, so the images in it cannot be read in place.",
-                "Undo the compression once and give the plain .tar; JPEG gains nothing from it.",
+                "Decompress it and give the plain .tar; compression does not make JPEG smaller.",
             )
     is_tar = head[257:262] == b"ustar" or path.lower().endswith(".tar")
     return (Tar if is_tar else Zip)(path, (found.st_size, found.st_mtime_ns))
@@ -205,12 +206,12 @@ def open_container(path: str) -> Container:
 
 @contextmanager
 def convert_os_errors(path: str) -> Iterator[None]:
-    """Turn the system's refusal to read ``path`` into a DataError."""
+    """Convert an OSError from reading ``path`` into a DataError."""
     try:
         yield
     except PermissionError as error:
         raise DataError(
-            f"{path} must not be read by this user.", "Change its permissions, for example chmod -R u+rX."
+            f"{path} cannot be read: permission denied.", "Change its permissions, for example chmod -R u+rX."
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
@@ -237,7 +238,7 @@ def _get_file_handle(path: str, version: tuple[int, int], process: int) -> _File
     return file
 
 
-def _is_directory(entry: os.DirEntry) -> bool:
+def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # links in a circle
@@ -245,7 +246,7 @@ def _is_directory(entry: os.DirEntry) -> bool:
 
 
 def _make_member(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
-    """A Member whose numbers fit 64 bits whatever the archive claims; reading refuses what is too large."""
+    """Make a Member whose numbers fit 64 bits whatever the archive claims; reading rejects what is too large."""
     offset, stored, size = (min(max(value, -1), 1 << 62) for value in (offset, stored, size))
     return Member(offset, stored, size, method, crc)
 
@@ -258,7 +259,7 @@ def _check_size(member: Member) -> None:
 
 
 def _inflate(data: bytes, size: int) -> bytes:
-    """Raises BadImage unless ``data`` unpack to ``size`` bytes; never unpacks more than one byte beyond."""
+    """Decompress ``data`` to ``size`` bytes, at most one more. Raises BadImageError if they are not so many."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         unpacked = stream.decompress(data, size + 1)
@@ -276,9 +277,6 @@ def _make_damaged_error(path: str) -> DataError:
     )
 
 
-MAX_TEXT_BYTES = 2 << 30  # bytes; COCO's largest list has half a billion
-
-
 class FileReader:
     """Files of any kind in the folder or archive that ``spec`` names, as in data sources: PATH or PATH#FOLDER."""
 
@@ -292,7 +290,7 @@ class FileReader:
         self._container = open_container(self._path)
 
     def read(self, name: str) -> bytes | None:
-        """The content of the file; None if there is none. Raises DataError for what cannot be read."""
+        """Return the content of the file; None if there is none. Raises DataError for what cannot be read."""
         whole = posixpath.join(self._folder, name)
         with convert_os_errors(self._path):
             if isinstance(self._container, Folder):
@@ -329,7 +327,7 @@ class FileReader:
 
 
 def normalize_image_name(name: str) -> str | None:
-    """The normalised relative name of an image in an archive or folder; None for what is not to be used.
+    """Return the normalised relative name of an image in an archive or folder; None for what is not used.
 
     Names that lead out of their root (absolute, drive letter, ``..``), hidden files, and other kinds of files
     are not used.

@@ -1,4 +1,11 @@
-"""Names of samples: which are safe, what folder says the class, and how a million of them stay small."""
+"""``open_dataset``: from the data set specs that users write to data sets.
+
+photos/                         a folder tree; a .zip or a plain .tar
+shards/{000..012}.tar           several of them as one: a range or a comma list in braces
+photos.zip#train                only what lies in a folder of it
+torchvision:DTD[:ROOT][#SPLIT]  a data set of torchvision by its class's name
+shapes[:key=value,...]          the embedded demo data
+"""
 
 from __future__ import annotations
 
@@ -35,9 +42,9 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """The sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
+    """Return the sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
 
-    The class is the first folder level. Folders that enclose everything come off before: ``photos/cat/1.jpg``
+    The class is the first folder level. Folders that enclose everything are removed first: ``photos/cat/1.jpg``
     and ``photos/dog/2.jpg`` are a cat and a dog, and a single folder of images is no class. As soon as one
     image lies beside the class folders, the data count as unlabelled.
     Raises DataError if the folders are splits such as train and test: together they would leak.
@@ -60,7 +67,7 @@ def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.
 
 
 def expand_braces(text: str) -> list[str]:
-    """``a{0..2}`` -> a0 a1 a2, ``{08..10}`` -> 08 09 10, ``{x,y}`` -> x y: every combination, as in a shell.
+    """Expand ``a{0..2}`` -> a0 a1 a2, ``{08..10}`` -> 08 09 10, ``{x,y}`` -> x y: every combination, as in a shell.
 
     Braces without a range or a comma stand for themselves; braces within braces are not expanded.
     Raises DataError beyond MAX_SHARDS names.
@@ -78,20 +85,29 @@ def _expand_brace(inside: str) -> Sequence[str]:
         padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())
         width = max(map(len, bounds.groups())) if padded else 0
         step = 1 if last >= first else -1
-        # One more than allowed is enough to be refused; the whole range might not fit in memory.
+        # One more than allowed is enough for the error; the whole range might not fit in memory.
         numbers = itertools.islice(range(first, last + step, step), MAX_SHARDS + 1)
         return [f"{number:0{width}d}" for number in numbers]
     return inside.split(",") if "," in inside else [f"{{{inside}}}"]
 
 
 def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = False) -> ImageDataset:
-    """Open what ``spec`` names (see the module). ``split`` speaks to torchvision and the demo data.
+    """Open the data set that ``spec`` names; the module's docstring lists the forms of specs.
 
-    Raises DataError, with what to do about it, for anything that cannot be used.
+    Args:
+        spec: A folder, an archive, a data set of torchvision or the demo data.
+        split: Which part of torchvision's data sets and of the demo data; other specs name it themselves.
+        download: Whether torchvision may download what is missing.
+
+    Returns:
+        The data set. Its images are not read yet.
+
+    Raises:
+        DataError: For anything that cannot be used, with what to do about it.
     """
     kind, _, _ = spec.partition(":")
     if kind == "shapes":
-        from relicctl.data.datasets.shapes import ShapesDataset  # it is a Source itself
+        from relicctl.data.datasets.shapes import ShapesDataset
 
         return ShapesDataset.from_spec(spec, split)
     if kind == "torchvision":
@@ -106,15 +122,15 @@ def _open_files(spec: str) -> FileDataset:
     places = list(dict.fromkeys(map(_parse_path, texts)))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
-    found: dict[str, tuple[str, int, Member]] = {}  # by key; of two members with one name the later counts
+    images: dict[str, tuple[str, int, Member]] = {}  # by name; of two members with one name the later counts
     for number, (path, folder) in enumerate(places):
         container, entries = _index_container(path, folder)
         containers.append((prefixes[number], container))
-        found.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
-    keys = sorted(found)  # the same order for the same files, however they are packed
-    classes, labels = infer_classes([found[key][0] for key in keys], spec)
-    members = np.array([(found[key][1], *found[key][2]) for key in keys], dtype=np.int64)
-    return FileDataset(spec, containers, PackedNames(keys), members, classes, labels)
+        images.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
+    names = sorted(images)  # the same order for the same files, however they are packed
+    classes, labels = infer_classes([images[name][0] for name in names], spec)
+    members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
+    return FileDataset(spec, containers, PackedNames(names), members, classes, labels)
 
 
 def _parse_path(text: str) -> tuple[str, str]:
@@ -125,7 +141,7 @@ def _parse_path(text: str) -> tuple[str, str]:
 
 
 def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
-    """What tells several places apart, without the path that they share; nothing for a single one."""
+    """Return what distinguishes several places, without the path that they share; empty for a single one."""
     if len(places) == 1:
         return [""]
     full = [os.path.abspath(os.path.join(path, folder)) for path, folder in places]
@@ -134,7 +150,7 @@ def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
 
 
 def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
-    """The images at ``path``, or those in its ``folder``, named from there. Raises DataError if none is."""
+    """List the images at ``path``, or those in its ``folder``, named from there. Raises DataError if there are none."""
     if not os.path.exists(path):
         raise _make_missing_path_error(path)
     container = open_container(path)
@@ -186,17 +202,17 @@ def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> Da
 
 
 def join_spec(spec: str, folder: str) -> str:
-    """What names ``folder`` within the data that ``spec`` names."""
+    """Return the spec of ``folder`` within the data that ``spec`` names."""
     if not folder:
         return spec
     return f"{spec}{'/' if '#' in spec else '#'}{folder}"
 
 
 def parse_first_words(content: bytes) -> list[str]:
-    """The first word of every line that has one."""
+    """Return the first word of every line that has one."""
     return [line.split()[0] for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
 
 
 def summarize_names(names: list[str]) -> str:
-    """How many, and the first."""
+    """Return their number and the first."""
     return f"{len(names)} ({names[0]} among them)" if len(names) > 1 else names[0]

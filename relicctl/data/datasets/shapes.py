@@ -2,8 +2,8 @@
 
 Objects of one kind share outline, surface pattern and parts; they vary in place, size, angle, proportion,
 colour and light, and lie before clutter. A background is a texture with a tint. In the training split most
-backgrounds are the one that goes with the label, in the other split they tell nothing about it: who learns
-backgrounds instead of objects fails there. Every picture is a pure function of (seed, split, index), drawn
+backgrounds are the one that goes with the label, in the other split they are independent of it: a network that
+learns backgrounds instead of objects fails there. Every image is a pure function of (seed, split, index), drawn
 when it is read.
 """
 
@@ -22,21 +22,21 @@ from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.shapes_drawing import CLASSES, NUM_UNIFORMS, render_image
 from relicctl.errors import DataError
 
-VERSION = 1  # raise it when any picture changes: the fingerprint holds it
-IMAGE_DRAWS, BACKGROUND_DRAWS = 0, 1  # what an image's numbers are drawn for
+VERSION = 1  # raise it when any image changes: the fingerprint holds it
+IMAGE_DRAWS, BACKGROUND_DRAWS = 0, 1  # what the numbers of a draw are for
 BACKGROUNDS = ("random", "matched", "swapped")
 
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """What may follow ``shapes:``, as ``key=value`` with commas between."""
+    """What may follow ``shapes:``, as ``key=value`` separated by commas."""
 
     size: int = 48  # pixels of a side
     train: int = 4000  # images of the training split
     val: int = 1000  # images of the test split
     seed: int = 0
-    correlation: float = 0.8  # share of training images before the background that goes with their label
-    backgrounds: str = "random"  # of the test split: any, always the label's own, or never that
+    correlation: float = 0.8  # fraction of training images before the background that goes with their label
+    backgrounds: str = "random"  # of the test split: any, always the label's, or never that
 
     @classmethod
     def parse(cls, spec: str) -> ShapesSpec:
@@ -84,7 +84,7 @@ def _make_setting_error(key: str, value: object) -> DataError:
 
 
 class ShapesDataset(ImageDataset):
-    """Images ``rows``, int64 ``[N]``, of one split. ``behind``, int64 ``[N]``: the texture behind each."""
+    """Images ``rows``, int64 ``[N]``, of one split. ``background_ids``, int64 ``[N]``: the texture behind each."""
 
     classes = CLASSES
     labels: np.ndarray
@@ -111,7 +111,7 @@ class ShapesDataset(ImageDataset):
         return self._render(index)[0]
 
     def load_mask(self, index: int) -> np.ndarray:
-        """Where the object is: bool ``[H, W]``."""
+        """Return where the object is: bool ``[H, W]``."""
         return self._render(index)[1]
 
     def select(self, indices: Iterable[int] | np.ndarray) -> ShapesDataset:
@@ -119,7 +119,7 @@ class ShapesDataset(ImageDataset):
         return ShapesDataset(self.spec, self.settings, self.split, rows)
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 (hex) over all that the pictures depend on."""
+        """Return the SHA-256 (hex) over all that the images depend on."""
         digest = hashlib.sha256(f"{VERSION} {self.settings} {self.split}".encode())
         digest.update(self.rows.astype("<i8").tobytes())
         return digest.hexdigest()

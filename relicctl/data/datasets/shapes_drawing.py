@@ -1,4 +1,4 @@
-"""The pictures of the demo data: an object of one of ten kinds, clutter, and a textured background behind.
+"""The images of the demo data: an object of one of ten kinds, clutter, and a textured background behind.
 
 Everything is drawn with numpy from signed distances, which makes edges smooth at any size, in a fraction of a
 millisecond. Lengths are halves of the image's side unless said otherwise.
@@ -14,19 +14,19 @@ from itertools import islice
 import numpy as np
 
 Array = np.ndarray
-NUM_UNIFORMS = 200  # uniform numbers that one picture may use
+NUM_UNIFORMS = 200  # uniform numbers that one image may use
 
 
 def render_image(uniforms: Array, kind: int, background: int, size: int) -> tuple[Array, Array]:
-    """Draw one picture: uint8 ``[size, size, 3]``, and its object's true mask, bool ``[size, size]``.
+    """Draw one image: uint8 ``[size, size, 3]``, and its object's true mask, bool ``[size, size]``.
 
-    ``uniforms``: at least ``NUM_UNIFORMS`` numbers in [0, 1), which settle everything but what is asked for:
+    ``uniforms``: at least ``NUM_UNIFORMS`` numbers in [0, 1), which determine everything else:
     ``kind`` counts in OBJECTS, ``background`` in TEXTURES. Another background leaves the object as it is.
     """
     uniform = _UniformStream(uniforms)
     x, y = _make_grid(size)
 
-    # A background is two shades of its tint, mixed by its texture, both dull: the object shall stand out.
+    # A background is two shades of its tint, mixed by its texture, both dull, so that the object stands out.
     noise = (_upsample_lattice(uniform.draw_lattice(7), size) + _upsample_lattice(uniform.draw_lattice(9), size)) / 2
     s, t = _rotate(x, y, uniform(0, 2 * np.pi))
     scale = uniform(4, 6.5)
@@ -61,7 +61,7 @@ def render_image(uniforms: Array, kind: int, background: int, size: int) -> tupl
 
 
 class _UniformStream:
-    """Hands out prepared uniform numbers one by one, as Python floats: those keep pixels in float32."""
+    """Gives prepared uniform numbers one by one, as Python floats: those leave pixels in float32."""
 
     def __init__(self, uniforms: Array) -> None:
         self._rest = iter(uniforms.tolist())
@@ -79,7 +79,7 @@ def _rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 
 def _compute_coverage(distance: Array, size: int) -> Array:
-    """How much of each pixel lies within an outline, from the signed distance to it."""
+    """Compute how much of each pixel lies within an outline, from the signed distance to it."""
     return np.clip(0.5 - distance * (size / 2), 0, 1)
 
 
@@ -88,19 +88,19 @@ def _blend(a: Array, b: Array, t: Array) -> Array:
 
 
 def _make_rgb(hue: float, saturation: float, value: float) -> Array:
-    """float32 ``[3, 1, 1]``."""
+    """Convert to RGB: float32 ``[3, 1, 1]``."""
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), dtype=np.float32)[:, None, None]
 
 
 @lru_cache
 def _make_grid(size: int) -> tuple[Array, Array]:
-    """x (to the right) and y (down) of the pixels' centres, in [-1, 1]: float32 ``[size, size]`` each."""
+    """Return x (to the right) and y (down) of the pixels' centres, in [-1, 1]: float32 ``[size, size]`` each."""
     line = ((np.arange(size) + 0.5) * (2 / size) - 1).astype(np.float32)
     return line[None, :].repeat(size, 0), line[:, None].repeat(size, 1)
 
 
 def _upsample_lattice(knots: Array, size: int) -> Array:
-    """A lattice ``[k, k]`` stretched over the image by linear interpolation."""
+    """Stretch a lattice ``[k, k]`` over the image by linear interpolation."""
     weights = _make_interpolation(size, len(knots))
     return weights @ knots @ weights.T
 
@@ -111,7 +111,7 @@ def _make_interpolation(size: int, knots: int) -> Array:
     return np.maximum(0, 1 - np.abs(at)).astype(np.float32)
 
 
-# Objects. Each is a function of its own coordinates (u to the right, v down, about 1 from centre to rim) and
+# Objects. Each is a function of its coordinates (u to the right, v down, about 1 from centre to rim) and
 # of a proportion a in [0, 1). It gives a signed distance to its outline (negative inside, same unit) and a
 # tone in [0, 1], which mixes the object's two colours into its pattern and parts.
 
@@ -125,12 +125,12 @@ def _compute_box(u: Array, v: Array, x: float, y: float, half_width: float, half
 
 
 def _make_stripes(x: Array) -> Array:
-    """Stripes with soft edges, one per unit of x."""
+    """Return stripes with soft edges, one per unit of x."""
     return np.clip(0.5 + 1.5 * np.sin(2 * np.pi * x), 0, 1)
 
 
 def _make_soft_mask(distance: Array) -> Array:
-    """1 within, 0 without, a soft step between (for patterns; outlines get their width from the pixel)."""
+    """Return 1 within, 0 without, a soft step between (for patterns; outlines get their width from the pixel)."""
     return np.clip(0.5 - distance * 10, 0, 1)
 
 

@@ -1,7 +1,7 @@
-"""The data sets of torchvision as sources: ``torchvision:NAME[:ROOT][#SPLIT]``.
+"""The data sets of torchvision: ``torchvision:NAME[:ROOT][#SPLIT]``.
 
-torchvision finds, downloads and lists; the images are then read by our own decoder, from the files or arrays
-that the data set keeps.
+torchvision finds, downloads and lists; the images are then read by our decoder, from the files or arrays
+that the data set holds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLIT_ALIASES = {"train": ("train", "trainval", "train-standard"), "val": ("val"
 class ArrayDataset(ImageDataset):
     """Images of one size in memory: uint8 ``[N, H, W, 3]``, or ``[N, H, W]`` for grey ones.
 
-    Having no names, they are numbered within ``title``.
+    They have no names, so they are numbered within ``title``.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class ArrayDataset(ImageDataset):
 def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDataset:
     """Open a data set by the name of its class.
 
-    ``#SPLIT`` names one of its own splits, else ``split`` chooses: train or trainval for "train"; val, or
-    test where there is no val, for "val". Raises DataError, also for ``#val`` of a data set that has none: whoever
-    asks for it by name would choose on the test images.
+    ``#SPLIT`` names one of its splits, else ``split`` chooses: train or trainval for "train"; val, or
+    test where there is no val, for "val". Raises DataError, also for ``#val`` of a data set that has none: it would
+    be the test images, on which nothing may be chosen.
     """
     place, _, named_split = spec.partition("#")
     _, name, root = [*place.split(":", 2), ""][:3]
     root = os.path.abspath(os.path.expanduser(root or DEFAULT_ROOT))
     dataset = _build_dataset(name, root, split, named_split, download)
     labels, classes, paths = _get_labels(dataset), _get_classes(dataset), _get_paths(dataset)
-    if name == "SUN397" and labels is not None:  # in whatever order the file system lists them
+    if name == "SUN397" and labels is not None:  # its order is that in which the file system lists them
         order = sorted(range(len(paths)), key=paths.__getitem__)
         paths, labels = [paths[row] for row in order], labels[order]
     if labels is None:
@@ -99,7 +99,7 @@ def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, 
             with redirect_stdout(sys.stderr):  # torchvision prints, and stdout is for results
                 return getattr(datasets, name)(**fixed, **choice)
         except ValueError as error:
-            if "download" in str(error):  # its place on the network is gone
+            if "download" in str(error):  # its place on the network no longer exists
                 raise make_unavailable_error(name, root, False, download, error) from error
             refusal = str(error)  # no such split: perhaps the next name for it
         except ImportError as error:
@@ -121,7 +121,7 @@ def _get_parameters(name: str) -> dict[str, inspect.Parameter]:
 def _list_split_kwargs(
     name: str, parameters: dict[str, Any], split: DatasetSplit, named_split: str
 ) -> list[dict[str, Any]]:
-    """The constructor's arguments to try, one after the other."""
+    """Return the constructor's arguments to try, one after the other."""
     if "train" in parameters and named_split in ("", "train", "test"):
         return [{"train": (named_split or split) == "train"}]
     if "split" in parameters:
@@ -137,7 +137,7 @@ def _list_split_kwargs(
 
 
 def _get_attribute(dataset: Any, *names: str) -> Any:
-    """The first of these attributes that the data set has: a sequence, tensors as arrays; or None."""
+    """Return the first of these attributes that the data set has: a sequence, tensors as arrays; or None."""
     for name in names:
         value = getattr(dataset, name, None)
         if value is not None and not callable(value):
@@ -150,7 +150,7 @@ def _get_samples(dataset: Any) -> list[tuple[Any, int]] | None:
 
 
 def _get_labels(dataset: Any) -> np.ndarray | None:
-    """int64 ``[N]``, or None if some sample has no class."""
+    """Return int64 ``[N]``, or None if some sample has no class."""
     pairs = _get_samples(dataset)
     raw = [label for _, label in pairs] if pairs else _get_attribute(dataset, "targets", "labels", "_labels", "y")
     labels = np.asarray([] if raw is None else raw)
@@ -160,7 +160,7 @@ def _get_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _get_classes(dataset: Any) -> tuple[str, ...]:
-    """Names of the classes; of several names for one the first."""
+    """Return the names of the classes; of several names for one the first."""
     names = _get_attribute(dataset, "classes", "categories") or ()
     return tuple(known if isinstance(known, str) else known[0] for known in names)
 
@@ -198,7 +198,7 @@ def _make_unsupported_error(name: str, root: str) -> DataError:
 
 
 def make_unavailable_error(name: str, root: str, downloadable: bool, attempted: bool, error: Exception) -> DataError:
-    """torchvision's ``error`` over data that are not there, in our words; ``attempted``: to download them."""
+    """Make a DataError of torchvision's ``error`` for missing data; ``attempted``: to download them."""
     if not downloadable:
         fix = f"torchvision cannot download it: fetch it by hand into {root}."
     elif attempted:

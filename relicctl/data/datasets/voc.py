@@ -1,4 +1,4 @@
-"""PASCAL VOC as torchvision fetches it: ``torchvision:VOCDetection[:ROOT]#YEAR``."""
+"""PASCAL VOC: its folder as torchvision downloads it (``torchvision:VOCDetection[:ROOT]#YEAR``), and its boxes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from relicctl.data.datasets.archives import FileReader
 from relicctl.data.datasets.torchvision import DEFAULT_ROOT, make_unavailable_error
 from relicctl.errors import DataError
 
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
 
 def find_voc_folder(spec: str, download: bool) -> str | None:
-    """The year's folder with JPEGImages, Annotations and ImageSets; None for what is not torchvision's VOCDetection.
+    """Return the year's folder of JPEGImages, Annotations and ImageSets; None for other specs than VOCDetection's.
 
-    Raises DataError when no year is told, or its lists (of 2007 also the one of its test images) are not there.
+    Raises DataError when no year is given, or its lists (of 2007 also that of its test images) are missing.
     """
     place, _, year = spec.partition("#")
     kind, name, root = [*place.split(":", 2), "", ""][:3]
@@ -50,7 +55,7 @@ def find_voc_folder(spec: str, download: bool) -> str | None:
 class Boxes:
     """K boxes: ``corners`` float32 ``[K, 4]`` (left, top, right, bottom in pixels), ``labels`` int64 ``[K]``.
 
-    ``ignored`` bool ``[K]``: crowds and difficult objects, neither learned from nor counted. ``area`` float64 ``[K]``.
+    ``ignored`` bool ``[K]``: crowds and difficult objects, left out of training and metrics. ``area`` float64 ``[K]``.
     """
 
     corners: np.ndarray
@@ -74,7 +79,7 @@ class BoxAnnotations:
 
 
 def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | None, spec: str) -> BoxAnnotations:
-    """Boxes of ``Annotations/STEM.xml``, whose pixels count from 1; difficult ones are ignored."""
+    """Read the boxes of ``Annotations/STEM.xml``, whose pixels count from 1; difficult ones are ignored."""
     sizes, image_indices, corners, names, ignored = [], [], [], [], []
     for image_index, stem in enumerate(stems):
         place = f"Annotations/{stem}.xml"
@@ -93,7 +98,7 @@ def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | Non
                 names.append(thing.findtext("name", "").strip())
                 ignored.append(thing.findtext("difficult", "0").strip() == "1")
         except (ElementTree.ParseError, ValueError) as reason:
-            raise DataError(f"{place} in {spec} is not as VOC writes it ({reason}).", "Mend or remove it.") from None
+            raise DataError(f"{place} in {spec} is no valid VOC file ({reason}).", "Correct or remove it.") from None
     known = classes or (VOC_CLASSES if set(names) <= set(VOC_CLASSES) else tuple(sorted(set(names))))
     known += tuple(sorted(set(names) - set(known)))
     boxes = np.array(corners, dtype=np.float64).reshape(-1, 4)
@@ -113,9 +118,3 @@ def _parse_number(tree: ElementTree.Element, place: str) -> float:
     if not np.isfinite(value):
         raise ValueError(f"{place} is {value}")
     return value
-
-
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip

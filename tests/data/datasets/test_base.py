@@ -270,7 +270,7 @@ def test_what_must_not_be_read_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", forbid)
     error = refused(tmp_path / "data")
-    assert "must not be read" in error.what
+    assert "permission denied" in error.what
     assert "chmod" in error.fix
 
 
