@@ -1,6 +1,22 @@
-"""Every failure a user can meet: one sentence on what is wrong, one on what to do, and the exit code."""
+"""Every failure a user can meet: one sentence on what is wrong, one on what to do, and the exit code.
+
+``describe_error`` finds these for failures of Python, torch and the system as well, by their types and messages.
+"""
 
 from __future__ import annotations
+
+import errno
+import traceback
+from typing import Any
+
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+LOST_PEER_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo/transport",
+    "NCCL error",
+    "remote process",
+)
 
 
 class RelicError(Exception):
@@ -17,7 +33,7 @@ class RelicError(Exception):
         self.what = what
         self.fix = fix
 
-    def __reduce__(self):  # keeps both sentences when a worker process raises
+    def __reduce__(self) -> tuple[Any, ...]:  # keeps both sentences when a worker process raises
         return type(self), (self.what, self.fix)
 
 
@@ -51,12 +67,75 @@ class Interrupted(RelicError):
         self.signum = signum
         self.code = 128 + signum
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.fix, self.signum)
 
 
 class Terminated(SystemExit):
-    """SIGTERM outside a training loop, as KeyboardInterrupt is SIGINT: nothing that swallows errors swallows it."""
+    """SIGTERM outside a training loop, as KeyboardInterrupt is SIGINT; no ``except Exception`` catches it."""
 
     def __init__(self) -> None:
         super().__init__(143)
+
+
+def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, str, int]:
+    """Return what went wrong, what to do about it, and the exit code."""
+    if isinstance(error, RelicError):
+        return error.what, error.fix, error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted.", "Start it again.", 130
+    if isinstance(error, Terminated):
+        return "Terminated.", "Start it again.", 143
+    if _is_out_of_memory(error):
+        fix = (
+            "Lower optim.batch_size, lower the count or size of views.large and views.small, or "
+            "set runtime.activation_checkpointing=true or runtime.precision=bf16."
+        )
+        return f"Out of memory: {_get_first_line(error)}.", fix, 1
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"The networks cannot be compiled here: {_get_first_line(error)}.", "Set runtime.compile=false.", 1
+    if outside := _describe_outside_error(error):
+        return *outside, 1
+    fix = "--debug shows the traceback." if not debug else "The traceback is above."
+    return f"Unexpected {type(error).__name__}: {_get_first_line(error)}.", fix, 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether CPU or GPU memory ran out; by the error's name and text, since torch may not even be imported."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES))
+    )
+
+
+def _is_dead_worker(error: BaseException) -> bool:
+    """Whether a data worker died: seen by the loader's watch, or first by the queue whose other end is closed."""
+    if isinstance(error, (OSError, EOFError)):
+        frames = traceback.walk_tb(error.__traceback__)
+        return any("multiprocessing" in frame.f_code.co_filename for frame, _ in frames)
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _describe_outside_error(error: BaseException) -> tuple[str, str] | None:
+    """Return what went wrong and what to do for a failure of the machine or of another process, else None."""
+    text = _get_first_line(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"The disk is full{where}.", "Make room; --resume continues a run from its last checkpoint."
+    if _is_dead_worker(error):
+        return (
+            f"A data worker died ({text}).",
+            "If memory ran out, lower --workers; --resume continues a run from its last checkpoint.",
+        )
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_MESSAGES):
+        return (
+            f"Another process of this run has ended or cannot be reached ({text}).",
+            "See its own message first; --resume continues the run from its last checkpoint.",
+        )
+    return None
+
+
+def _get_first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0].rstrip(".")

@@ -1,3 +1,3 @@
-"""The version, in a module of its own, which imports nothing."""
+"""The version, in a separate module that imports nothing."""
 
 __version__ = "0.1.0"

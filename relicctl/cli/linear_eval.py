@@ -92,8 +92,9 @@ def linear_eval(
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
     resolver = partial(resolve_options, preset, config, sets, options, LinearEvalConfig)
     linear_options = LinearOptions(
-        tuple(sources or ()), network, tuple(tests or ()), analysis, out, resume, overwrite, download, quiet
-    )
+        sources=tuple(sources or ()), network=network, tests=tuple(tests or ()), analysis=analysis,
+        out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
+    )  # fmt: skip
     if dry_run:
         print_result(command.format_linear_dry_run(resolver, linear_options))
         return

@@ -84,7 +84,9 @@ def pretrain(
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
-    pretrain_options = PretrainOptions(out, resume, overwrite, init_from, download, as_json, quiet)
+    pretrain_options = PretrainOptions(
+        out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
+    )
     if dry_run:
         from relicctl.pretraining import estimate
 

@@ -99,7 +99,9 @@ def train_bgmask(
         "seed": seed,
     }
     resolved = resolve_options(preset, config, sets, options, BgmaskConfig)
-    bgmask_options = BgmaskOptions(out, resume, overwrite, init_from, download, as_json, quiet)
+    bgmask_options = BgmaskOptions(
+        out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
+    )
     with handle_early_interrupt():
         from relicctl.bgmask.dry_run import format_bgmask_dry_run
         from relicctl.commands import train_bgmask as command

@@ -109,8 +109,9 @@ def transfer(
             raise UsageError(f"--{name} means nothing to --task {task}.", "Leave it out.")
     resolved = resolve_options(preset, config, sets, options, schema)
     transfer_options = TransferOptions(
-        tuple(sources or ()), tuple(baselines or ()), network, out, resume, overwrite, download, quiet
-    )
+        sources=tuple(sources or ()), baselines=tuple(baselines or ()), network=network,
+        out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
+    )  # fmt: skip
     if dry_run:
         print_result(format_dry_run(resolved, transfer_options))
         return

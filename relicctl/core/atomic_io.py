@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write to a temporary name, flush, rename."""
+"""Atomic writes: to a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``; rename it only when it is safely on the disk.
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it to ``path``.
 
-    Raises OSError when the disk refuses, also for safetensors, which has an error of its own for that.
+    Raises OSError if that fails, also where safetensors raises its own error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_get_umask())  # safetensors makes files that their owner alone can read
+        os.chmod(temporary, 0o666 & ~_get_umask())  # safetensors creates files that only their owner can read
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def to_os_error(error: SafetensorError) -> OSError:
-    """What safetensors says of a failed write (``I/O error: No space left on device (os error 28)``) as Python does."""
+    """Convert safetensors' error (``I/O error: No space left on device (os error 28)``) to an OSError."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, tensors and a JSON header, written atomically, verified on reading.
 
 A checkpoint is either whole or absent: it is written under a temporary name, flushed to the disk, renamed,
-and the folder flushed too. A checksum over all tensors tells a flipped bit; no pickle is involved anywhere.
+and the folder flushed too. A checksum over all tensors detects a flipped bit; no pickle is involved anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from relicctl.errors import RunFailed, UsageError
 
 FORMAT = "relicctl-checkpoint"
 FORMAT_VERSION = 1
-DISK_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)  # errors of reading, not of what is read
+DISK_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)  # the disk failed; the file may be sound
 
 
 class BrokenCheckpoint(UsageError):
@@ -30,7 +30,7 @@ class BrokenCheckpoint(UsageError):
 
 
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Write ``tensors`` and the JSON-able ``header`` to ``path``, wholly or not at all."""
+    """Write ``tensors`` and the JSON-able ``header`` to ``path`` atomically."""
     on_host = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     text = json.dumps(header)
     metadata = {
@@ -44,11 +44,11 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], header: dict[s
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors (on the host) and header of a checkpoint.
+    """Return the tensors (on the CPU) and the header of a checkpoint.
 
-    Raises BrokenCheckpoint when the file is not one of ours, of a newer format, truncated or damaged.
+    Raises BrokenCheckpoint if the file is foreign, of a newer format, truncated or damaged.
     """
-    fix = "Use another checkpoint, or start the run anew."
+    fix = "Use another checkpoint, or start another run."
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
@@ -66,8 +66,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     except FileNotFoundError:
         raise BrokenCheckpoint(f"There is no checkpoint {path}.", fix) from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as reason:
-        if isinstance(reason, OSError) and reason.errno in DISK_ERRNOS:  # it may be sound, and must not be passed over
-            raise RunFailed(f"{path} cannot be read ({reason.strerror}).", "See to the disk, then try again.") from None
+        if isinstance(reason, OSError) and reason.errno in DISK_ERRNOS:  # no reason to fall back to an older one
+            raise RunFailed(f"{path} cannot be read ({reason.strerror}).", "Check the disk and try again.") from None
         raise BrokenCheckpoint(f"{path} is truncated or no safetensors file ({reason}).", fix) from None
     computed = str(_compute_checksum(tensors)), str(zlib.crc32(text.encode())) if checksums[1] is not None else None
     if computed != checksums or not isinstance(header, dict):
@@ -78,17 +78,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 def load_newest_valid(
     folder: Path, warn: Callable[[str], None]
 ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint in ``folder`` that can be read; warns of every newer one that cannot."""
+    """Load the newest checkpoint in ``folder`` that can be read; warn of every newer one that cannot."""
     for path in reversed(list_checkpoints(folder)):
         try:
             return path, *load_checkpoint(path)
         except BrokenCheckpoint as broken:
-            warn(f"{broken.what} Going back to the one before.")
+            warn(f"{broken.what} Trying the previous one.")
     return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in ``folder``, oldest first."""
+    """Return the checkpoints in ``folder``, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
@@ -97,16 +97,16 @@ def format_checkpoint_name(step: int) -> str:
 
 
 def parse_step(path: Path) -> int:
-    """The step in a checkpoint's name; 0 for a name that was given by hand."""
+    """Return the step in a checkpoint's name; 0 for a name given by hand."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else 0
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and temporary files that a killed process left."""
+    """Delete all but the newest ``keep`` checkpoints, and temporary files of killed processes."""
     for path in list_checkpoints(folder)[:-keep]:
         path.unlink()
-    for pattern in (".step-*.tmp", ".tmp*"):  # ours, and those that safetensors writes before it renames
+    for pattern in (".step-*.tmp", ".tmp*"):  # ours and those of safetensors
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -120,7 +120,7 @@ def _compute_checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state as flat names: ``<parameter number>.<key>``."""
+    """Return the optimiser's state under flat names: ``<parameter number>.<key>``."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{key}": value
@@ -131,7 +131,7 @@ def flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of ``flatten_optimizer_state``; hyper-parameters stay those of ``optimizer``."""
+    """Load what ``flatten_optimizer_state`` returned; hyper-parameters stay those of ``optimizer``."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)

@@ -1,7 +1,7 @@
-"""Counted randomness: every draw is a pure function of what it is for, never of what was drawn before.
+"""Counter-based random numbers: every draw is a pure function of its coordinates, not of earlier draws.
 
-A crop belongs to (seed, epoch, sample, view), a batch's colours to (seed, step, row). Hashing these
-coordinates gives the same numbers in any worker, any process and after any resume; a stream would not.
+A crop has the coordinates (seed, epoch, sample, view), a batch's colours (seed, step, row). Hashing them gives the
+same numbers in any worker, on any rank and after any resume; a sequential generator would not.
 The hash chains SplitMix64's finaliser (Steele, Lea and Flood 2014) over the coordinates, in numpy's uint64.
 """
 
@@ -22,7 +22,7 @@ _WORD_MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a draw is for. Two streams of one seed are independent; the numbers must never be reassigned."""
+    """The purpose of a draw. Two streams of one seed are independent; the numbers must never be reassigned."""
 
     ORDER = 0
     GEOMETRY = 1
@@ -37,7 +37,7 @@ class Stream(IntEnum):
 
 
 def draw_uniform(seed: int, stream: int, *coords: Any, n: int) -> np.ndarray:
-    """``n`` float64 uniforms in [0, 1) for every coordinate: shape ``[*broadcast(coords), n]``.
+    """Return ``n`` float64 uniforms in [0, 1) for every coordinate: shape ``[*broadcast(coords), n]``.
 
     ``coords`` are integers or integer arrays that broadcast together. Draw ``k`` does not depend on ``n``.
     """
@@ -46,12 +46,12 @@ def draw_uniform(seed: int, stream: int, *coords: Any, n: int) -> np.ndarray:
 
 
 def derive_seed(seed: int, stream: int, *coords: int) -> int:
-    """A seed in [0, 2**63) for a generator that has to be streamed (torch.Generator, numpy.random)."""
+    """Return a seed in [0, 2**63) for a sequential generator (torch.Generator, numpy.random)."""
     return int(_hash(seed, stream, *coords)) >> 1
 
 
 def _hash(*parts: Any) -> np.ndarray:
-    """uint64 hash of the parts in their order, broadcast together."""
+    """Return the uint64 hash of the parts in their order, broadcast together."""
     state = np.zeros((), dtype=np.uint64)
     for part in parts:
         state = _mix_word(state, _to_word(part))
@@ -59,11 +59,12 @@ def _hash(*parts: Any) -> np.ndarray:
 
 
 def _mix_word(state: np.ndarray, word: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        z = state + _GOLDEN * (word + np.uint64(1))
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
+        z: np.ndarray = state + _GOLDEN * (word + np.uint64(1))
         z = (z ^ (z >> np.uint64(30))) * _MIX1
         z = (z ^ (z >> np.uint64(27))) * _MIX2
-        return z ^ (z >> np.uint64(31))
+        z = z ^ (z >> np.uint64(31))
+    return z
 
 
 def _to_word(part: Any) -> np.ndarray:
@@ -77,12 +78,12 @@ def _to_word(part: Any) -> np.ndarray:
 
 @contextmanager
 def fork_seeded_rng(seed: int) -> Iterator[None]:
-    """What is built on the CPU within is a pure function of ``seed``; torch's generator is put back after."""
+    """Seed torch's CPU generator within the block, and restore its state after."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield
 
 
 def permutation(count: int, seed: int, stream: Stream) -> np.ndarray:
-    """int64 ``[count]``: a permutation that depends on (seed, stream) alone."""
+    """Return int64 ``[count]``, a permutation that depends on (seed, stream) alone."""
     return np.argsort(draw_uniform(seed, stream, np.arange(count), n=1)[:, 0], kind="stable")

@@ -1,7 +1,7 @@
-"""The processes of one run: who am I, which rows are mine, how outputs meet for the loss, and who decides.
+"""The ranks of a run: rows of the global batch, gathering and reducing over ranks, decisions of the main process.
 
-Everything rests on ``torch.distributed`` as started by ``torchrun``; alone, every call is a no-op.
-Row r of the global batch belongs to process r // (batch / processes).
+Built on ``torch.distributed`` as started by ``torchrun``; with one process every call is a no-op.
+Row r of the global batch belongs to rank r // (batch / ranks).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from relicctl.errors import RelicError, UsageError
 
 T = TypeVar("T")
-CPU_GROUP_TIMEOUT = timedelta(days=2)  # for what one process does alone, as fitting a large classifier
+CPU_GROUP_TIMEOUT = timedelta(days=2)  # for work of one rank alone, such as fitting a large classifier
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run; ``cpu_group`` connects the CPUs of all hosts."""
+    """This process's rank among those of a run; ``cpu_group`` connects the CPUs of all hosts."""
 
     rank: int = 0
     size: int = 1
@@ -36,7 +36,7 @@ class World:
         return self.rank == 0
 
     def get_local_rows(self, batch_size: int, key: str = "optim.batch_size") -> tuple[int, int]:
-        """First and last+1 row of the global batch that this process works on; ``key`` is what sets its size."""
+        """Return the first and last+1 row of the global batch on this rank; ``key`` is the config key of its size."""
         if batch_size % self.size:
             raise UsageError(
                 f"A batch of {batch_size} cannot be split evenly over {self.size} processes.",
@@ -46,11 +46,11 @@ class World:
         return self.rank * each, (self.rank + 1) * each
 
     def split_evenly(self, count: int) -> list[tuple[int, int]]:
-        """Of each process, the first and last+1 of ``count`` things in a row; some get one more than others."""
+        """Return for each rank the first and last+1 of ``count`` items in a row; some get one more than others."""
         return [(r * count // self.size, (r + 1) * count // self.size) for r in range(self.size)]
 
     def all_gather_object(self, local: Any) -> list[Any]:
-        """What every process has to say, anything that JSON can hold, in the order of the processes."""
+        """Return ``local`` of all ranks in their order; anything that JSON can hold."""
         if self.size == 1:
             return [local]
         text = torch.frombuffer(bytearray(json.dumps(local).encode()), dtype=torch.uint8)
@@ -61,7 +61,7 @@ class World:
         return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
 
     def broadcast_from_main(self, function: Callable[[], T]) -> T:
-        """What ``make`` gives the main process, told to all. Where it fails all end, and the main process says why."""
+        """Return on all ranks what ``function`` returns on the main process; if it fails there, all ranks end."""
         if self.size == 1:
             return function()
         result: Any = None
@@ -71,26 +71,26 @@ class World:
             except Exception as error:
                 self.all_gather_object([error.code if isinstance(error, RelicError) else 1, None])
                 raise
-        code, result_of_main = self.all_gather_object([0, result])[0]
+        code, result = self.all_gather_object([0, result])[0]
         if code:
             raise SystemExit(code)
-        return result_of_main
+        return cast(T, result)
 
     def run_on_main(self, function: Callable[[], T]) -> T | None:
-        """What ``make`` gives the main process, for itself; None elsewhere. Where it fails all end."""
+        """Return what ``function`` returns on the main process, None elsewhere; if it fails there, all ranks end."""
         results: list[T] = []
         self.broadcast_from_main(lambda: results.append(function()))
         return results[0] if results else None
 
     def all_reduce_mean(self, local: torch.Tensor) -> torch.Tensor:
-        """Differentiable mean of equally shaped tensors, one from each process.
+        """Return the mean of equally shaped tensors of all ranks, differentiably.
 
-        As a loss it has, once gradients are averaged over the processes, the gradient of the mean.
+        Used as a loss, with gradients averaged over ranks, it has the gradient of the mean.
         """
         return all_reduce_sum(local) / self.size if self.size > 1 else local
 
     def gather_rows(self, local: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """``[N, ...]`` of all processes on each of them, where process r brings ``counts[r]`` rows."""
+        """Return the rows ``[N, ...]`` of all ranks on each of them; rank r has ``counts[r]`` rows."""
         if self.size == 1:
             return local
         whole = local.new_empty(sum(counts), *local.shape[1:])
@@ -107,9 +107,9 @@ SINGLE_PROCESS = World()
 
 
 class StopConsensus:
-    """The largest number that any process shows. Asked once a step, answered one step later, so that nobody waits.
+    """The maximum of a number over ranks, returned one step after it was sent, so that no rank waits.
 
-    The numbers travel between the hosts' CPUs while the devices compute.
+    The numbers are exchanged between CPUs while the devices compute.
     """
 
     def __init__(self, world: World) -> None:
@@ -117,16 +117,16 @@ class StopConsensus:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def all_reduce_max(self, number: int) -> int:
-        """The same answer on every process: the largest number shown when last asked, 0 at first."""
+        """Send ``number``; return, the same on all ranks, the maximum of the numbers sent before, at first 0."""
         if self._group is None:
             return number
-        answer = self._wait()
-        shown = torch.tensor(number)
-        self._pending = shown, dist.all_reduce(shown, dist.ReduceOp.MAX, self._group, async_op=True)
-        return answer
+        previous = self._wait()
+        sent = torch.tensor(number)
+        self._pending = sent, dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True)
+        return previous
 
     def close(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every rank is here."""
         self._wait()
         if self._group is not None:
             dist.barrier(self._group)
@@ -134,13 +134,13 @@ class StopConsensus:
     def _wait(self) -> int:
         if self._pending is None:
             return 0
-        shown, work = self._pending
+        reduced, work = self._pending
         work.wait()
-        return int(shown.item())
+        return int(reduced.item())
 
 
 def init_distributed(device: str) -> World:
-    """Join the process group that ``torchrun`` describes in the environment; alone when it did not start us."""
+    """Join the process group that ``torchrun`` describes in the environment; without torchrun one rank."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -153,11 +153,11 @@ def init_distributed(device: str) -> World:
 
 
 def _open_attempt_store(size: int) -> Any:
-    """Where the processes that ``torchrun`` started this time find each other; None for torch's own way.
+    """Return the store where the processes of this attempt find each other; None for torch's default.
 
-    When it starts a host's processes again, it keeps the store (as of torch 2.14), in which a newcomer finds the
-    addresses of the dead. Over several hosts, whose attempts are counted apart, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    makes ``torchrun`` itself begin with an empty store.
+    When ``torchrun`` restarts a host's processes, it reuses the store (as of torch 2.14), which still holds the
+    addresses of the dead ones. Over several hosts, which count attempts separately,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes ``torchrun`` itself begin with an empty store.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
@@ -172,15 +172,15 @@ def destroy_distributed() -> None:
 
 
 class _AllGatherRows(torch.autograd.Function):
-    """All processes' rows side by side; the gradient of a row is the sum of what every process asks of it."""
+    """Rows of all ranks side by side; the gradient of a row is summed over ranks."""
 
     @staticmethod
-    def forward(ctx, mine_VND: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, mine_VND: torch.Tensor) -> torch.Tensor:
         ctx.rank, ctx.rows = dist.get_rank(), mine_VND.shape[1]
         return _all_gather_rows(mine_VND)
 
     @staticmethod
-    def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         grad_VMD = grads[0].contiguous()
         dist.all_reduce(grad_VMD)
         return grad_VMD.narrow(1, ctx.rank * ctx.rows, ctx.rows)
@@ -193,44 +193,46 @@ def _all_gather_rows(mine_VND: torch.Tensor) -> torch.Tensor:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum of all processes' values; every process's gradient reaches every process's values."""
+    """The sum over ranks; the gradient is summed over ranks, too."""
 
     @staticmethod
-    def forward(ctx, mine: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, mine: torch.Tensor) -> torch.Tensor:
         total = mine.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         total = grads[0].clone()
         dist.all_reduce(total)
         return total
 
 
 def all_reduce_sum(local: torch.Tensor) -> torch.Tensor:
-    """Differentiable sum of equally shaped tensors, one from each process."""
-    return _AllReduceSum.apply(local)
+    """Return the sum of equally shaped tensors of all ranks, differentiably."""
+    total: torch.Tensor = _AllReduceSum.apply(local)
+    return total
 
 
 @dataclass(frozen=True)
 class DistributedGather:
-    """What the loss needs of the other processes: their outputs, and where our rows lie among all rows.
+    """The ``Gather`` of the loss over ranks: outputs of all, and where our rows lie among all rows.
 
-    With it k processes that average their gradients get the gradient of one process on the joined batch.
+    With it k ranks that average their gradients get the gradient of one process on the joined batch.
     """
 
     world: World
 
     def gather_online(self, mine_VND: torch.Tensor) -> torch.Tensor:
-        """[V, N, D] here -> [V, M, D] of all processes, differentiable."""
-        return _AllGatherRows.apply(mine_VND)
+        """[V, N, D] here -> [V, M, D] of all ranks, differentiable."""
+        gathered: torch.Tensor = _AllGatherRows.apply(mine_VND)
+        return gathered
 
     @torch.no_grad()
     def gather_target(self, mine_LND: torch.Tensor) -> torch.Tensor:
-        """[L, N, D] here -> [L, M, D] of all processes, without gradient."""
+        """[L, N, D] here -> [L, M, D] of all ranks, without gradient."""
         return _all_gather_rows(mine_LND)
 
     def get_offset_and_total(self, local: int) -> tuple[int, int]:
-        """Our first row, and how many rows there are in all, when each process has ``local`` of them."""
+        """Return our first row and the number of all rows, where each rank has ``local`` of them."""
         return self.world.rank * local, self.world.size * local

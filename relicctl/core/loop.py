@@ -1,7 +1,7 @@
-"""THE training loop: pretraining, mask networks, linear evaluation and fine-tuning all run through ``train``.
+"""The one training loop: pretraining, mask networks, linear evaluation and fine-tuning all run through ``train``.
 
-The loop knows steps, not models: a ``Task`` says what the loss of a batch is. Losses stay on the device;
-numbers are read back only in the logging branch, so an ordinary step waits for nothing.
+The loop knows steps, not models: a ``Task`` computes the loss of a batch. Losses stay on the device and are read back
+only to log, evaluate or save, so an ordinary step waits for nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Task(ABC):
 
 
 class RunLogger(Protocol):
-    """Where a run leaves its traces; only the main process's writes."""
+    """Where metrics and checkpoints are written."""
 
     def write_metrics(self, record: dict[str, Any]) -> None: ...
 
@@ -67,7 +67,7 @@ class RunLogger(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """When the loop does what; steps are counted from 0, and ``total`` is where the run ends."""
+    """How long to train, and how often to log, evaluate and save; steps are counted from 0."""
 
     total: int
     steps_per_epoch: int
@@ -77,11 +77,11 @@ class LoopConfig:
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = None
     resume_command: str = ""
-    lr_key: str = "optim.base_lr"  # which to lower where a training diverges
+    lr_key: str = "optim.base_lr"  # the config key of the learning rate, to lower when training diverges
 
     @classmethod
     def from_sections(cls, checkpoint: Any, runtime: Any, **others: Any) -> LoopConfig:
-        """With what a configuration's sections ``checkpoint`` and ``runtime`` say, and ``others`` as they are."""
+        """Return the config with what the sections ``checkpoint`` and ``runtime`` say; ``others`` as they are."""
         return cls(
             log_every=runtime.log_every,
             checkpoint_every=checkpoint.every_steps,
@@ -89,10 +89,14 @@ class LoopConfig:
             **others,
         )
 
+    def is_due(self, step: int, every: int | None) -> bool:
+        """Whether ``step`` is the last one or a multiple of ``every``."""
+        return step == self.total or bool(every and step % every == 0)
+
 
 @dataclass
 class TrainState:
-    """What a run remembers besides its tensors: the next step, sums since the last log line, facts found so far."""
+    """What a run remembers besides its tensors: steps done, sums of losses since the last log line, latest metrics."""
 
     step: int = 0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -112,88 +116,81 @@ def train(
     evaluate: Callable[[int], dict[str, Any]] | None = None,
     on_log: Callable[[int, dict[str, Any]], None] = lambda step, record: None,
 ) -> TrainState:
-    """Train from ``state.step`` to ``config.total``; leaves a checkpoint at the end.
+    """Train from ``state.step`` to ``config.total``; after the last step log, evaluate and save.
 
-    Raises Diverged when the loss or a gradient was not finite, Interrupted after saving when a signal asked to stop.
+    Args:
+        logger: writes metrics and checkpoints; called on the main process alone.
+        evaluate: returns the metrics of the step that it is given.
+        on_log: called on every rank with the step and its record of metrics.
+
+    Returns:
+        ``state``, brought up to date.
+
+    Raises:
+        Diverged: a loss, gradient or weight was not finite; it was not saved.
+        Interrupted: a signal asked to stop; everything was saved.
     """
-    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-    meter = ThroughputMeter(state.step, batches)
-    saved_at = time.monotonic()
+    meter, consensus, saved_at = ThroughputMeter(state.step, batches), StopConsensus(world), time.monotonic()
 
-    def check_divergence() -> None:
-        """Of losses, gradients and, since the last step may have spoilt them, weights."""
-        _raise_if_diverged(_update_bad_step(bad_step, state.step - 1, parameters), logger, config)
-
-    def save_state() -> None:
-        check_divergence()
-        _reduce_sums(state, world)
+    def write(metrics: dict[str, Any]) -> None:
+        record = {"step": state.step, "epoch": round(state.step / config.steps_per_epoch, 4), **metrics}
         if world.is_main:
-            logger.save(state.step, *snapshot_state(task, state))
+            logger.write_metrics(record)
+        on_log(state.step, record)
 
-    consensus = StopConsensus(world)
     with StopSignals() as signals:
         for batch in batches.iter_from_step(state.step, config.total):
-            step = state.step
-            learning_rate = task.get_learning_rate(step)
-            for group in task.optimizer.param_groups:
-                group["lr"] = learning_rate
-            losses = task.compute_loss(batch, step)
-            losses["loss"].backward()
-            bad_step = record_nonfinite(bad_step, step, losses["loss"], parameters)
-            task.optimizer.step()
-            task.optimizer.zero_grad(set_to_none=True)
-            task.after_step(step)
-            _accumulate_losses(state, losses)
-            state.step = step + 1
-
-            last = state.step == config.total
-            if state.step % config.log_every == 0 or last:
+            bad_step = _train_step(task, batch, state, bad_step)
+            if config.is_due(state.step, config.log_every):
                 _raise_if_diverged(bad_step, logger, config)
-                _reduce_sums(state, world)
-                record = {
-                    "step": state.step,
-                    "epoch": round(state.step / config.steps_per_epoch, 4),
-                    **_pop_means(state),
-                    "lr": learning_rate,
-                    **task.compute_metrics(step),
-                    **meter.compute_rates(state.step, config),
-                }
-                if world.is_main:
-                    logger.write_metrics(record)
-                on_log(state.step, record)
-            if evaluate and (last or (config.evaluate_every and state.step % config.evaluate_every == 0)):
-                check_divergence()
-                figures = evaluate(state.step)
-                state.eval_metrics.update(figures)
-                if world.is_main:
-                    record = {"step": state.step, "epoch": round(state.step / config.steps_per_epoch, 4)}
-                    logger.write_metrics(record | figures)
-                on_log(state.step, figures)
+                write(_pop_log_metrics(task, state, world) | meter.compute_rates(state.step, config))
+            if evaluate and config.is_due(state.step, config.evaluate_every):
+                _check_weights(task, state, bad_step, logger, config)
+                metrics = evaluate(state.step)
+                state.eval_metrics.update(metrics)
+                write(metrics)
                 release_freed_memory()
                 meter.reset(state.step)
-
             stopping = consensus.all_reduce_max(signals.received or 0)
-            minutes = (time.monotonic() - saved_at) / 60
-            due = (config.checkpoint_every and state.step % config.checkpoint_every == 0) or (
-                config.checkpoint_minutes and minutes >= config.checkpoint_minutes
-            )
-            if last or due or stopping:
-                save_state()
+            late = config.checkpoint_minutes and time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
+            if config.is_due(state.step, config.checkpoint_every) or late or stopping:
+                _check_weights(task, state, bad_step, logger, config)
+                _save_checkpoint(task, state, logger, world)
                 saved_at = time.monotonic()
-            if stopping and not last:
-                consensus.close()  # a launcher kills the rest as soon as one process has ended: not before all is saved
-                raise Interrupted(
-                    f"Stopped by a signal after step {state.step} of {config.total}; everything is saved.",
-                    f"Go on with: {config.resume_command}",
-                    stopping,
-                )
+            if stopping and state.step < config.total:
+                consensus.close()  # a launcher kills all as soon as one process has ended: not before all is saved
+                what = f"Stopped by a signal after step {state.step} of {config.total}; everything is saved."
+                raise Interrupted(what, f"Resume with: {config.resume_command}", stopping)
     consensus.close()
     return state
 
 
+def _train_step(task: Task, batch: Any, state: TrainState, bad_step: torch.Tensor) -> torch.Tensor:
+    """Train on one batch; nothing waits for the device. Returns ``bad_step`` as ``record_nonfinite`` does."""
+    # learning rate
+    for group in task.optimizer.param_groups:
+        group["lr"] = task.get_learning_rate(state.step)
+
+    # forward, backward, update
+    losses = task.compute_loss(batch, state.step)
+    losses["loss"].backward()
+    bad_step = record_nonfinite(bad_step, state.step, losses["loss"], _list_parameters(task))
+    task.optimizer.step()
+    task.optimizer.zero_grad(set_to_none=True)
+    task.after_step(state.step)
+
+    # sums for the next log line
+    for name, value in losses.items():
+        value = value.detach()
+        state.sums[name] = state.sums[name] + value if name in state.sums else value.clone()
+    state.steps_since_log += 1
+    state.step += 1
+    return bad_step
+
+
 def snapshot_state(task: Task, state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything needed to go on: tensors of the modules, the optimiser and the running sums; and the header."""
+    """Return everything needed to resume: tensors of modules, optimiser and running sums; and the header."""
     tensors = {f"state.{name}": t for name, t in task.model.state_dict().items()}
     tensors |= {f"optim.{name}": t for name, t in checkpoint.flatten_optimizer_state(task.optimizer).items()}
     tensors |= {f"sums.{name}": t for name, t in state.sums.items()}
@@ -201,7 +198,7 @@ def snapshot_state(task: Task, state: TrainState) -> tuple[dict[str, torch.Tenso
 
 
 def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str, Any], where: str) -> TrainState:
-    """Inverse of ``snapshot``. Raises BrokenCheckpoint, before anything is loaded, if the networks differ."""
+    """Load what ``snapshot_state`` returned. Raises BrokenCheckpoint, before anything is loaded, if networks differ."""
     saved = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
     expected = task.model.state_dict()
     wrong = sorted(saved.keys() ^ expected.keys()) + sorted(
@@ -209,7 +206,7 @@ def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str
     )
     if wrong:
         raise checkpoint.BrokenCheckpoint(
-            f"{where} is of another architecture: {len(wrong)} tensors differ, {wrong[0]} among them.",
+            f"{where} is of another architecture: {len(wrong)} tensors differ, among them {wrong[0]}.",
             "Resume with the configuration that wrote it, or use --init-from to start from its weights.",
         )
     task.model.load_state_dict(saved)
@@ -223,11 +220,11 @@ def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once.
+    """Turns SIGINT and SIGTERM into a request to stop after the step; a second signal ends the process at once.
 
-    A scheduler may send SIGTERM to a job's processes more than once: two within REPEAT_SECONDS are one. torchrun hands
-    on to its workers what a scheduler has sent to them already: under it no second one counts, and it kills them itself
-    if they take longer than its patience.
+    A scheduler may send SIGTERM to a job's processes more than once: two within REPEAT_SECONDS count as one. torchrun
+    forwards to its workers what the scheduler has sent to them already: under it no second signal counts, and it kills
+    workers that take too long itself.
     """
 
     REPEAT_SECONDS = 5.0
@@ -258,7 +255,7 @@ class StopSignals:
 
 
 class ThroughputMeter:
-    """Images per second, and the share of time spent waiting for data, since the last log line."""
+    """Images per second, and the fraction of time spent waiting for data, since the last log line."""
 
     def __init__(self, step: int, batches: Batches) -> None:
         self._batches = batches
@@ -282,22 +279,32 @@ class ThroughputMeter:
 def record_nonfinite(
     bad_step: torch.Tensor, step: int, loss: torch.Tensor, parameters: list[nn.Parameter]
 ) -> torch.Tensor:
-    """Remember, on the device, the first step whose loss or any gradient is not finite."""
+    """Return ``bad_step``, or ``step`` where it is -1 and the loss or a gradient is not finite; all on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return _update_bad_step(bad_step, step, [loss.detach(), *gradients])
 
 
 @torch.no_grad()
 def _update_bad_step(bad_step: torch.Tensor, step: int, tensors: list[Any]) -> torch.Tensor:
-    """``bad_step``, or ``step`` where it was unset and a tensor holds a NaN or an infinity.
+    """Return ``bad_step``, or ``step`` where it is -1 and a tensor holds a NaN or an infinity.
 
-    By the kernel with which PyTorch's gradient scaler checks: one pass over all, and exact where a sum of squares would
+    Uses the kernel of PyTorch's gradient scaler: one pass over all tensors, and exact where a sum of squares would
     overflow. It scales them as well, here by 1.
     """
     found = torch.zeros((), device=bad_step.device)
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones_like(found))
-    is_finite = found == 0
-    return torch.where((bad_step < 0) & ~is_finite, step, bad_step)
+    return torch.where((bad_step < 0) & (found > 0), step, bad_step)
+
+
+def _list_parameters(task: Task) -> list[nn.Parameter]:
+    return [p for group in task.optimizer.param_groups for p in group["params"]]
+
+
+def _check_weights(
+    task: Task, state: TrainState, bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig
+) -> None:
+    """Raise Diverged if a loss or gradient so far was not finite, or a weight is not after the last step."""
+    _raise_if_diverged(_update_bad_step(bad_step, state.step - 1, _list_parameters(task)), logger, config)
 
 
 def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig) -> None:
@@ -305,31 +312,32 @@ def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopCo
     if step < 0:
         return
     last = logger.get_last_checkpoint()
-    lower = f"--set {config.lr_key}=... lower, or --set runtime.precision=fp32"
+    lower = f"a lower learning rate (--set {config.lr_key}=...) or --set runtime.precision=fp32"
     raise Diverged(
         f"The loss, a gradient or a weight was not finite at step {step}.",
-        f"The last good checkpoint is {last}: go on from it by --resume with {lower}."
+        f"The last good checkpoint is {last}: resume from it with --resume and {lower}."
         if last
         else f"No checkpoint was written yet: start again with {lower}.",
     )
 
 
-def _accumulate_losses(state: TrainState, losses: dict[str, torch.Tensor]) -> None:
-    for name, value in losses.items():
-        value = value.detach()
-        state.sums[name] = state.sums[name] + value if name in state.sums else value.clone()
-    state.steps_since_log += 1
+def _save_checkpoint(task: Task, state: TrainState, logger: RunLogger, world: World) -> None:
+    _reduce_sums(state, world)
+    if world.is_main:
+        logger.save(state.step, *snapshot_state(task, state))
 
 
 def _reduce_sums(state: TrainState, world: World) -> None:
-    """The sums over all processes' rows in place of this one's, which is the mean: every process has as many."""
+    """Replace this rank's sums by their mean over ranks, which have equally many rows of every batch."""
     if world.size > 1 and state.sums:
         with torch.no_grad():
             shared = world.all_reduce_mean(torch.stack(list(state.sums.values())))
         state.sums = dict(zip(state.sums, shared.unbind(), strict=True))
 
 
-def _pop_means(state: TrainState) -> dict[str, float]:
+def _pop_log_metrics(task: Task, state: TrainState, world: World) -> dict[str, float]:
+    """Return means of the losses since the last log line, the learning rate and the task's metrics; wait for them."""
+    _reduce_sums(state, world)
     means = {name: value.item() / state.steps_since_log for name, value in state.sums.items()}
     state.sums, state.steps_since_log = {}, 0
-    return means
+    return means | {"lr": task.optimizer.param_groups[0]["lr"]} | task.compute_metrics(state.step - 1)

@@ -1,7 +1,7 @@
 """ReLICv2's loss (arXiv 2201.05119, section 3; ReLIC, arXiv 2010.07922): likelihood plus invariance.
 
 Shape letters: V views, the L large ones first; N images here, M images in all processes; D embedding size;
-n negatives; K candidates, that is an image itself and its negatives.
+n negatives; K candidates: an image itself and its negatives.
 
 For image i, view v and large view l, with z the online and t the target embeddings, both of unit length:
 
@@ -14,6 +14,7 @@ For image i, view v and large view l, with z the online and t the target embeddi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,16 +23,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# With more logits than this (V x L x N x M) the pairs (v, l) are taken one by one, and computed again for the
-# backward pass, so that only one pair's logits are in memory at a time.
+# With more logits than this (V x L x N x M) the pairs (v, l) are computed one by one, and again in the backward
+# pass, so that only one pair's logits are in memory at a time.
 MAX_LOGITS = 2**24
 
 # Where the batch holds so many times the candidates, only their logits are computed, from vectors that are fetched
-# one by one; below, the matrix of all logits is the faster way to them (measured on a CPU: equal at about 45).
+# one by one; below, the matrix of all logits is faster (measured on a CPU: equal at about 45).
 GATHER_MIN_RATIO = 64
-PAIRWISE_DEVICES = ("cpu",)  # where fetched vectors must fit the caches; elsewhere few launches count
+PAIRWISE_DEVICES = ("cpu",)  # where fetched vectors must fit the caches; elsewhere few kernel launches matter more
 
-# Floyd's algorithm takes n^2 comparisons a row, a random order sorts M keys: the former up to n^2 = 64 M.
+# Floyd's algorithm makes n^2 comparisons per row, a random order sorts M keys: the former is used up to n^2 = 64 M.
 FLOYD_MAX_RATIO = 64
 
 
@@ -61,68 +62,99 @@ def relicv2_loss(
     invariance: Literal["transposed", "swapped"] = "transposed",
     gather: Gather | None = None,
 ) -> dict[str, Tensor]:
-    """Scalars ``loss``, ``nll``, ``kl`` and, without gradient, ``entropy``: the mean entropy of p in nats.
+    """Return ReLICv2's loss and its parts; see the module's docstring for the formula and the shape letters.
 
-    ``online`` [V, N, D], the large views first, and ``target`` [L, N, D] are the networks' outputs: they are
-    brought to unit length here, ``target`` is detached, and all is computed in float32 or better under any
-    autocast. ``alpha`` weighs the likelihood term, ``beta`` the invariance term.
+    All is computed in float32 or better under any autocast.
 
-    ``negatives``: how many other images of the global batch, drawn anew for every v, l and i by ``generator``
-    (best on the device of the outputs); or ``"all"`` others; or [V, L, N, n] rows of the global batch.
-    ``invariance``: ``transposed`` is the form above; ``swapped`` takes as r, where both views are large, the
-    likelihood of the swapped pair, <z_i^l, t_j^v>.
-    ``gather``: joins the batches of a process group. Loss and gradient, averaged over the processes, are then
-    those of one process with the joined batch.
+    Args:
+        online: [V, N, D], outputs of the online network, the large views first; brought to unit length here.
+        target: [L, N, D], outputs of the target network; brought to unit length and detached here.
+        large: L, the number of large views.
+        temperature: of the softmax, above 0 (tau in the paper).
+        alpha: weight of the likelihood term.
+        beta: weight of the invariance term.
+        negatives: how many other images of the global batch, drawn anew for every v, l and i; or ``"all"`` others;
+            or int64 [V, L, N, n], rows of the global batch.
+        generator: draws the negatives; best on the device of the outputs.
+        invariance: ``transposed`` is the formula above; ``swapped`` takes as r, where both views are large, the
+            likelihood of the swapped pair, <z_i^l, t_j^v>.
+        gather: joins the batches of a process group. Loss and gradient, averaged over the processes, are then
+            those of one process with the joined batch.
 
-    ValueError for shapes, a temperature or negatives that make no sense.
+    Returns:
+        Scalars ``loss``, ``nll``, ``kl`` and, without gradient, ``entropy``: the mean entropy of p in nats.
+
+    Raises:
+        ValueError: for shapes, a temperature or negatives that make no sense.
     """
     views, rows = online.shape[:2]
-    if online.ndim != 3 or not 1 <= large <= views or target.shape != (large, *online.shape[1:]):
+    _check_arguments(online, target, large, temperature, invariance)
+    with torch.autocast(online.device.type, enabled=False):
+        z_VND = l2_normalize(online) / temperature  # one online factor in each logit
+        t_LND = l2_normalize(target.detach())
+        z_VMD, t_LMD = (gather.gather_online(z_VND), gather.gather_target(t_LND)) if gather else (z_VND, t_LND)
+        first, total = gather.get_offset_and_total(rows) if gather else (0, rows)
+        candidates = _build_candidates(negatives, (views, large, rows), first, total, generator, online.device)
+        terms = _PairTerms(z_VND, t_LND, z_VMD, t_LMD, first, candidates, invariance == "swapped")
+        nll, kl, entropy = (terms.compute_sum() / (views * large * rows)).unbind()
+    return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
+
+
+def _check_arguments(online: Tensor, target: Tensor, large: int, temperature: float, invariance: str) -> None:
+    if online.ndim != 3 or not 1 <= large <= len(online) or target.shape != (large, *online.shape[1:]):
         raise ValueError(f"online {tuple(online.shape)} and target {tuple(target.shape)} do not fit large={large}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if invariance not in ("transposed", "swapped"):
         raise ValueError(f"unknown invariance {invariance!r}: transposed or swapped")
 
-    with torch.autocast(online.device.type, enabled=False):
-        z_VND = l2_normalize(online) / temperature  # one online factor in each logit
-        t_LND = l2_normalize(target.detach())
-        z_VMD, t_LMD = (gather.gather_online(z_VND), gather.gather_target(t_LND)) if gather else (z_VND, t_LND)
-        first, total = gather.get_offset_and_total(rows) if gather else (0, rows)
-        candidates = _build_candidates(negatives, views, large, first, rows, total, generator, online.device)
 
-        gather_only = candidates is not None and GATHER_MIN_RATIO * candidates.shape[-1] <= total
+@dataclass(frozen=True)
+class _PairTerms:
+    """The terms of the loss for blocks of view pairs (v, l), each in the way that is fastest for its size."""
 
-        def compute_terms(v: slice, l: slice) -> Tensor:
-            indices = None if candidates is None else candidates[v, l]
-            forward_indices, reverse_indices = (
-                (indices, indices.transpose(0, 1)) if gather_only and indices is not None else (None, None)
-            )
-            forward = _compute_logits(z_VND[v], t_LMD[l], forward_indices)
-            if invariance == "swapped" and v.stop <= large:
-                reverse = _compute_logits(z_VND[l], t_LMD[v], reverse_indices).transpose(0, 1)
-            elif gather is None and not gather_only:
-                reverse = forward.transpose(2, 3)
-            else:
-                reverse = _compute_logits(t_LND[l], z_VMD[v], reverse_indices).transpose(0, 1)
-            if indices is not None and not gather_only:
-                forward, reverse = forward.gather(-1, indices), reverse.gather(-1, indices)
-            return _sum_terms(forward, reverse, first if indices is None else None)
+    z_VND: Tensor
+    t_LND: Tensor
+    z_VMD: Tensor
+    t_LMD: Tensor
+    first: int  # our first row of the global batch
+    candidates: Tensor | None  # [V, L, N, K]; None: all images
+    swapped: bool
 
+    @property
+    def gathers(self) -> bool:
+        """Whether only the candidates' logits are computed, in place of a matrix of all."""
+        return self.candidates is not None and GATHER_MIN_RATIO * self.candidates.shape[-1] <= self.z_VMD.shape[1]
+
+    def compute_sum(self) -> Tensor:
+        """[3]: sums of NLL, KL and entropy over all v, l and i."""
+        (views, rows), large, total = self.z_VND.shape[:2], len(self.t_LND), self.z_VMD.shape[1]
         pairs = [(slice(v, v + 1), slice(l, l + 1)) for v in range(views) for l in range(large)]
-        if not gather_only and views * large * rows * total > MAX_LOGITS:
-            sums = [checkpoint(compute_terms, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-        elif gather_only and online.device.type in PAIRWISE_DEVICES:
-            sums = [compute_terms(*pair) for pair in pairs]
-        elif invariance == "swapped" and large < views:
-            sums = [
-                compute_terms(slice(0, large), slice(0, large)),
-                compute_terms(slice(large, views), slice(0, large)),
-            ]
+        if not self.gathers and views * large * rows * total > MAX_LOGITS:
+            sums = [checkpoint(self.compute, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        elif self.gathers and self.z_VND.device.type in PAIRWISE_DEVICES:
+            sums = [self.compute(*pair) for pair in pairs]
+        elif self.swapped and large < views:
+            sums = [self.compute(v, slice(0, large)) for v in (slice(0, large), slice(large, views))]
         else:
-            sums = [compute_terms(slice(0, views), slice(0, large))]
-        nll, kl, entropy = (torch.stack(sums).sum(0) / (views * large * rows)).unbind()
-    return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
+            sums = [self.compute(slice(0, views), slice(0, large))]
+        return torch.stack(sums).sum(0)
+
+    def compute(self, v: slice, l: slice) -> Tensor:
+        """[3]: the sums over the views ``v``, the large views ``l`` and all images."""
+        indices = None if self.candidates is None else self.candidates[v, l]
+        fetched = indices if self.gathers else None
+        fetched_reverse = None if fetched is None else fetched.transpose(0, 1)
+        forward = _compute_logits(self.z_VND[v], self.t_LMD[l], fetched)
+        if self.swapped and v.stop <= len(self.t_LND):
+            reverse = _compute_logits(self.z_VND[l], self.t_LMD[v], fetched_reverse).transpose(0, 1)
+        elif self.z_VMD is self.z_VND and not self.gathers:
+            reverse = forward.transpose(2, 3)
+        else:
+            reverse = _compute_logits(self.t_LND[l], self.z_VMD[v], fetched_reverse).transpose(0, 1)
+        if indices is not None and not self.gathers:
+            forward, reverse = forward.gather(-1, indices), reverse.gather(-1, indices)
+        return _sum_terms(forward, reverse, self.first if indices is None else None)
 
 
 def sample_negatives(
@@ -133,7 +165,7 @@ def sample_negatives(
     n: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """int64 [views, large, R, n]: for each v, l and row, n of the ``total`` images other than the row itself.
+    """Return int64 [views, large, R, n]: for each v, l and row, n of the ``total`` images other than the row itself.
 
     Without replacement; every set of n is equally likely (its order is not random), whatever the other draws.
     ``rows``: which rows are wanted, or how many from the first. All ``total`` rows are drawn for, so that
@@ -158,7 +190,7 @@ def sample_negatives(
 
 
 def _sample_floyd(u: Tensor, population: int) -> Tensor:
-    """Uniform u [..., n] -> [..., n] distinct integers below ``population``.
+    """Turn uniform u [..., n] into [..., n] distinct integers below ``population``.
 
     Floyd's algorithm (Bentley and Floyd, CACM 1987): the k-th pick is uniform from 0 to ``top``, which grows
     with k; a pick that is taken already is replaced by ``top``, which cannot be.
@@ -174,21 +206,23 @@ def _sample_floyd(u: Tensor, population: int) -> Tensor:
 
 def _build_candidates(
     negatives: int | Literal["all"] | Tensor,
-    views: int,
-    large: int,
+    shape: tuple[int, int, int],
     first: int,
-    rows: int,
     total: int,
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor | None:
-    """[V, L, N, K] rows of the global batch, the image itself first; None stands for all of them."""
+    """Return [V, L, N, K] rows of the global batch, the image itself first; None stands for all of them.
+
+    ``shape`` is (V, L, N), ``first`` our first row of the ``total`` ones.
+    """
+    views, large, rows = shape
     if isinstance(negatives, str):
         if negatives != "all":
             raise ValueError(f"negatives must be a number, rows or 'all', got {negatives!r}")
         return None
     if isinstance(negatives, Tensor):
-        if negatives.shape[:-1] != (views, large, rows):
+        if negatives.shape[:-1] != shape:
             raise ValueError(f"negatives {tuple(negatives.shape)}: expected ({views}, {large}, {rows}, n)")
         chosen = negatives
         self_rows = torch.arange(first, first + rows, device=chosen.device)
@@ -202,12 +236,12 @@ def _build_candidates(
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """``x`` / its length along the last dimension, in float32 at least."""
+    """Return ``x`` divided by its length along the last dimension, in float32 or better."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _compute_logits(anchors: Tensor, others: Tensor, indices: Tensor | None) -> Tensor:
-    """[a, N, D], [b, M, D] -> [a, b, N, M], a view of one matrix product; or, ``wanted`` [a, b, N, K], only those."""
+    """[a, N, D], [b, M, D] -> [a, b, N, M], a view of one matrix product; or only those of ``indices`` [a, b, N, K]."""
     if indices is not None:
         return gather_dot(anchors, others, indices)
     return torch.einsum("and,bmd->abnm", anchors, others)
@@ -216,7 +250,7 @@ def _compute_logits(anchors: Tensor, others: Tensor, indices: Tensor | None) -> 
 def _sum_terms(forward: Tensor, reverse: Tensor, first: int | None) -> Tensor:
     """Logits [v, l, N, K] -> [3]: sums of NLL, KL and entropy over v, l and i.
 
-    The image itself is the first candidate; where all are (``first`` is our first row), it is on the diagonal.
+    The image itself is the first candidate; with ``first``, our first row, all images are candidates in their order.
     """
     log_p, log_r = F.log_softmax(forward, -1), F.log_softmax(reverse, -1)
     log_p_self = log_p[..., 0] if first is None else log_p.diagonal(offset=first, dim1=-2, dim2=-1)
@@ -226,12 +260,13 @@ def _sum_terms(forward: Tensor, reverse: Tensor, first: int | None) -> Tensor:
 
 
 def gather_dot(anchors: Tensor, others: Tensor, indices: Tensor) -> Tensor:
-    """[a, b, N, K]: <anchors[a, n], others[b, picked[a, b, n, k]]> for ``anchors`` [a, N, D], ``others`` [b, M, D].
+    """Return [a, b, N, K]: <anchors[a, n], others[b, indices[a, b, n, k]]>.
 
-    ``picked`` is int64 [a, b, N, K]. Differentiable once in both. The vectors are fetched one k at a time, and
-    again in the backward pass: memory for a x b x N x D numbers, whatever K.
+    ``anchors`` [a, N, D] and ``others`` [b, M, D] are differentiable once; ``indices`` is int64 [a, b, N, K]. The
+    vectors are fetched one k at a time, and again in the backward pass: memory for a x b x N x D numbers, whatever K.
     """
-    return _GatherDot.apply(anchors, others, indices)
+    products: Tensor = _GatherDot.apply(anchors, others, indices)
+    return products
 
 
 class _GatherDot(torch.autograd.Function):
@@ -261,7 +296,7 @@ class _GatherDot(torch.autograd.Function):
 
 
 def _split_columns(others: Tensor, indices: Tensor) -> list[tuple[Tensor, torch.Size]]:
-    """For each k the rows of ``others`` [b x M, D] that are wanted, [a x b x N], and the shape [a, b, N]."""
+    """For each k return the rows to fetch of ``others`` as [b x M, D], [a x b x N], and the shape [a, b, N]."""
     b, m, _ = others.shape
     first = m * torch.arange(b, device=indices.device)[:, None]
     return [((column + first).flatten(), column.shape) for column in indices.unbind(-1)]

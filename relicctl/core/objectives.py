@@ -1,4 +1,4 @@
-"""The other objectives of the harness, for like-for-like comparison. Each returns ``{"loss": scalar}``.
+"""The other objectives, for comparison under equal conditions. Each returns ``{"loss": scalar}``.
 
 Shape letters: V views, the L large ones first; N images here, M images in all processes; D embedding size.
 Like ReLICv2's loss, all compute in float32 or better under any autocast. ReLIC is that loss, with two large
@@ -16,7 +16,7 @@ from relicctl.core.loss import MAX_LOGITS, Gather, l2_normalize
 
 
 def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """2 - 2 cos(online view v, target view l), the mean over images and pairs v != l.
+    """Return 2 - 2 cos(online view v, target view l), the mean over images and pairs v != l.
 
     BYOL, arXiv 2006.07733, eq. 2; it sums its two pairs, the mean is our choice for any number of views.
     ``online`` [V, N, D], large views first; ``target`` [L, N, D], detached here. ValueError for one view.
@@ -32,7 +32,7 @@ def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def simclr_loss(online: Tensor, *, temperature: float, gather: Gather | None = None) -> dict[str, Tensor]:
-    """NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), mean over images and ordered pairs of different views.
+    """Return NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), the mean over images and ordered pairs of different views.
 
     ``online`` [V, N, D]. A positive is set against all views of all other images of the global batch. Beyond
     two views, further views of the same image are no negatives: our choice.
@@ -63,7 +63,7 @@ def simclr_loss(online: Tensor, *, temperature: float, gather: Gather | None = N
 
 
 def supervised_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross entropy of class logits [V, N, classes] with labels int64 [N], mean over views and images."""
+    """Return the cross-entropy of class logits [V, N, classes] and labels int64 [N], the mean over views and images."""
     views = len(logits)
     with torch.autocast(logits.device.type, enabled=False):
         flat = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""LARS (You et al., arXiv 1708.03888, in BYOL's order of operations), and the choice of optimiser."""
+"""LARS (You et al., arXiv 1708.03888, in BYOL's order of operations), optimisers by name, and schedules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LARS(Optimizer):
         mu = momentum * mu + g
         p -= lr * mu
 
-    A group with ``adapt=False`` skips the scaling. Runs by foreach and never waits for the device.
+    A group with ``adapt=False`` skips the scaling. Uses foreach operations and never waits for the device.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LARS(Optimizer):
 def build_param_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups: weights; and biases and BatchNorm (one-dimensional), spared from decay and adaptation.
+    """Return two groups: weights; and, without decay and adaptation, biases and BatchNorm (one-dimensional).
 
     Parameters that need no gradient are left out, and so is a group without parameters.
     """
@@ -96,10 +96,9 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
 ) -> Optimizer:
-    """``lars``, ``sgd`` (classical momentum) or ``adamw`` (``momentum`` is its first beta, the second 0.999).
+    """Build ``lars``, ``sgd`` (classical momentum) or ``adamw`` (``momentum`` is its first beta, the second is 0.999).
 
-    The rate of step k is set by the loop: ``for group in optimizer.param_groups: group["lr"] = ...``.
-    ValueError for another name.
+    The training loop sets the learning rate of each step. Raises ValueError for another name.
     """
     groups = build_param_groups(named_parameters, weight_decay)
     if name == "lars":
@@ -112,7 +111,7 @@ def build_optimizer(
 
 
 def compute_learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear from 0 to ``peak``, reached at ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
+    """Return a rate: linear from 0 to ``peak`` at ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
@@ -120,6 +119,6 @@ def compute_learning_rate(step: int, *, peak: float, warmup_steps: int, total_st
 
 
 def compute_ema_gamma(step: int, *, gamma0: float, total_steps: int) -> float:
-    """Decay of the target: ``gamma0`` at step 0, half a cosine to 1 at ``total_steps`` (BYOL, 3.2)."""
+    """Return the target's decay: ``gamma0`` at step 0, half a cosine to 1 at ``total_steps`` (BYOL, 3.2)."""
     progress = min(step / total_steps, 1.0)
     return 1.0 - (1.0 - gamma0) * (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -1,7 +1,7 @@
-"""Work that the processes of a run share out piece by piece, and whose outcome the main one takes.
+"""Work shared between ranks item by item; the main process takes all results in their order.
 
-Process r makes the pieces r, r + size, r + 2 size, ... A piece is the same whoever makes it, and the main process takes
-all of them in their order: so the outcome is that of one process.
+Rank r computes the items r, r + size, r + 2 size, ... An item's result does not depend on the rank, so the outcome is
+that of one process.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkResult:
-    """What was made: tensors on the host, and words, anything that JSON can hold."""
+    """The result of an item: tensors on the CPU, and ``meta``, anything that JSON can hold."""
 
     tensors: tuple[Tensor, ...] = ()
     meta: Any = None
 
 
-def shard(world: World, units: Sequence[T]) -> Sequence[T]:
-    """Those of all ``units`` of work that this process makes pieces of."""
-    return units[world.rank :: world.size]
+def shard(world: World, items: Sequence[T]) -> Sequence[T]:
+    """Return the items that this rank computes."""
+    return items[world.rank :: world.size]
 
 
 def gather_in_order(
     world: World, count: int, results: Iterable[WorkResult], consume: Callable[[WorkResult], None]
 ) -> None:
-    """``made`` are this process's own of ``count`` pieces; the main process passes all of them to ``take``.
+    """Pass the results of all ``count`` items to ``consume``, on the main process; ``results`` are this rank's.
 
-    On return all have been taken. Where one process fails, all end: that one with its error, the others with its exit
-    code. A signal to one of several is answered by all, after the piece under way: KeyboardInterrupt or Terminated.
+    On return all have been consumed. If one rank fails, all end: that one with its error, the others with its exit
+    code. A signal to one rank ends all of them after the current item, by KeyboardInterrupt or Terminated.
     """
     iterator = iter(results)
     if world.size == 1:
@@ -61,9 +61,9 @@ def gather_in_order(
                 if any(codes):
                     break
                 received = _gather_results(
-                    world, result, [(words, shapes) for _, words, shapes in gathered[: count - first]]
+                    world, result, [(meta, shapes) for _, meta, shapes in gathered[: count - first]]
                 )
-                _, failure = _catch_failure(partial(_consume_all, consume, received), None)  # told at the next turn
+                _, failure = _catch_failure(partial(_consume_all, consume, received), None)  # sent with the next item
             else:
                 codes = world.all_gather_object(_get_exit_code(failure, signals))
         if failure is not None:
@@ -74,7 +74,7 @@ def gather_in_order(
 
 
 def _gather_results(world: World, local: WorkResult, headers: list[tuple[Any, Any]]) -> list[WorkResult]:
-    """On the main process, what every process made in this turn, by its words and the shapes of its tensors."""
+    """Return, on the main process, each rank's result of this turn; ``headers`` hold their meta and tensor shapes."""
     if not world.is_main:
         for tensor in local.tensors:
             dist.send(tensor.contiguous(), 0, world.cpu_group)
@@ -101,7 +101,7 @@ def _catch_failure(function: Callable[[], Any], default: Any) -> tuple[Any, Base
 
 
 def _get_exit_code(failure: BaseException | None, signals: StopSignals) -> int:
-    """The exit code of a process that must end; 0 if it need not."""
+    """Return the exit code of a process that must end, else 0."""
     if isinstance(failure, KeyboardInterrupt):
         return 130
     if failure is not None:
@@ -110,13 +110,13 @@ def _get_exit_code(failure: BaseException | None, signals: StopSignals) -> int:
 
 
 def _raise_remote_exit(world: World, code: int) -> None:
-    """Raises what ends this process where one has ended with ``code``; the main one's failure is the run's."""
+    """End this process if another one ended with ``code``; on the main one by the error that is reported."""
     if code == 130:
         raise KeyboardInterrupt
     if code == 143:
         raise Terminated
     if code and world.is_main:
-        failure = RunFailed("Another process of this run failed.", "Do what it says itself; what was made is kept.")
+        failure = RunFailed("Another process of this run failed.", "See its own message; completed work is saved.")
         failure.code = code
         raise failure
     if code:

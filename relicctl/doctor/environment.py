@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from relicctl.config.pretrain import PretrainConfig
-from relicctl.console import describe_error
 from relicctl.core.hardware import format_bytes, get_free_memory, pick_precision
 from relicctl.data.loader import ROWS_PER_CHUNK
+from relicctl.errors import describe_error
 from relicctl.pretraining.estimate import compute_checkpoint_bytes, estimate_step_memory, outline_networks
 from relicctl.pretraining.task import resolve_precision
 

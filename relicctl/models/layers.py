@@ -1,10 +1,10 @@
-"""BatchNorm over the batch of all processes, on CUDA by PyTorch's own layer, elsewhere by the one here."""
+"""BatchNorm over the batch of all ranks, on CUDA by PyTorch's layer, else by the one here; activation checkpointing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def convert_sync_batchnorm(module: M, device: torch.device) -> M:
-    """``module`` with every BatchNorm taking its statistics from all processes; the state-dict names stay."""
+    """Let every BatchNorm of ``module`` take its statistics over all ranks; the state-dict names stay."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
             norm.__class__ = _CPUSyncBatchNorm  # same parameters and buffers, another forward
@@ -27,7 +27,7 @@ def convert_sync_batchnorm(module: M, device: torch.device) -> M:
 
 
 class _CPUSyncBatchNorm(_BatchNorm):
-    """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over processes for a CPU.
+    """PyTorch's SyncBatchNorm is for accelerators only; this is the same sum over ranks for a CPU.
 
     Sums are in float64: the difference of two large ones then costs no digits of the variance.
     """
@@ -56,15 +56,16 @@ class _CPUSyncBatchNorm(_BatchNorm):
         self.num_batches_tracked += 1
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions: 1d and 2d norms become this class alike."""
+        """Accept any number of dimensions: 1d and 2d norms both become this class."""
 
 
 def run_checkpointed(function: Callable[..., Any], module: nn.Module, *inputs: Any) -> Any:
-    """``function(*inputs)``, which runs ``module`` and draws no random numbers; same values and gradients.
+    """Return ``function(*inputs)``, saving only the inputs for the backward pass, which computes the rest again.
 
-    BatchNorm sees the batch twice but counts it once in its running statistics.
+    ``function`` runs ``module`` and draws no random numbers; values and gradients are the same. BatchNorm sees the
+    batch twice but counts it once in its running statistics.
     """
-    # Compiled code moves the running statistics once by itself, and takes no context.
+    # Compiled code updates the running statistics once by itself, and takes no context.
     keys: dict[str, Any] = {}
     if not torch.compiler.is_compiling():
         keys["context_fn"] = lambda: (nullcontext(), _preserve_running_stats(module))

@@ -1,6 +1,6 @@
 """ResNet v1 with stride on the 3x3 convolution, of any depth and width, without a classifier.
 
-The blocks are torchvision's own, and so are all state-dict names: the weights of its resnet18/34/50/101/152
+The blocks are torchvision's, and so are all state-dict names: the weights of its resnet18/34/50/101/152
 load strictly once ``fc`` is left out. What differs from torchvision: ``width`` multiplies every stage and the
 stem (ReLICv2, arXiv 2201.05119; its ``wide_resnet`` widens only the inner convolution), there are stems for
 small images, and the padding can be TensorFlow's.
@@ -64,9 +64,9 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
-            return block(x)
-        return run_checkpointed(block, block, x)
+        is_checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        out: Tensor = run_checkpointed(block, block, x) if is_checkpointed else block(x)
+        return out
 
 
 def build_encoder(
@@ -76,16 +76,16 @@ def build_encoder(
     padding: str = "symmetric",
     activation_checkpointing: bool = False,
 ) -> ResNet:
-    """A randomly initialised encoder.
+    """Build a randomly initialised encoder.
 
     ``arch``: a key of ``ARCHITECTURES``.
     ``width``: factor on all channels; 64 x width is rounded to a multiple of 8.
     ``stem``: ``imagenet`` (7x7 stride 2, max-pool), ``cifar`` (3x3 stride 1) or ``stride2`` (3x3 stride 2).
     ``padding``: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's: at stride 2 and an even size the odd row
     and column come last); the parameters are the same.
-    ``activation_checkpointing``: keep only the blocks' inputs for the backward pass, compute the rest again.
+    ``activation_checkpointing``: save only the blocks' inputs for the backward pass, compute the rest again.
 
-    Draws from torch's default CPU generator: wrap the call in ``seeded``. ValueError for unknown names.
+    Draws from torch's default CPU generator: wrap the call in ``fork_seeded_rng``. ValueError for unknown names.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown arch {arch!r}: one of {', '.join(ARCHITECTURES)}")
@@ -110,7 +110,7 @@ def _build_stage(
 
 
 def _pad_same(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
-    """``x`` padded as TensorFlow's SAME: ceil(size / stride) outputs, the odd row or column last."""
+    """Pad ``x`` as TensorFlow's SAME: ceil(size / stride) outputs, the odd row or column last."""
     height, width = ((-(-size // stride) - 1) * stride + kernel - size for size in x.shape[-2:])
     height, width = max(height, 0), max(width, 0)
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)

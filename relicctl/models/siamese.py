@@ -1,4 +1,4 @@
-"""The online network, which is trained, and the target network, its slow average (BYOL, arXiv 2006.07733).
+"""The online network, which is trained, and the target network, its moving average (BYOL, arXiv 2006.07733).
 
 Shape letters: V views (the L large ones first), B images, F encoder features, D outputs.
 """
@@ -18,12 +18,12 @@ class Siamese(nn.Module):
     """``online``: encoder, projector, predictor if there is one. ``target``: encoder and projector, or None.
 
     The target starts as a copy of the online network and is never trained: ``update_target`` moves it.
-    In train mode both run BatchNorm on the batch, each with running statistics of its own.
-    What makes a BatchNorm batch is our choice: all views of one size in the encoders, all views in the heads.
+    In train mode both run BatchNorm on the batch, each with separate running statistics.
+    The batch of a BatchNorm is our choice: all views of one size in the encoders, all views in the heads.
 
-    With ``microbatch`` so many images pass at a time and leave only their outputs; the backward pass computes each
-    microbatch again. The loss still sees the whole batch and its gradient is exact, but each microbatch has
-    BatchNorm statistics of its own. (Gao et al., arXiv 2101.06983, cache gradients to the same end.)
+    With ``microbatch`` so many images pass at a time and only their outputs are saved; the backward pass computes each
+    microbatch again. The loss still sees the whole batch and its gradient is exact, but BatchNorm's statistics are
+    those of each microbatch. (GradCache, Gao et al., arXiv 2101.06983, caches gradients to the same end.)
     """
 
     def __init__(
@@ -43,22 +43,23 @@ class Siamese(nn.Module):
         self._compiled: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def compile_encoders(self) -> None:
-        """Compile what the encoders do in training, a graph for each size of view; evaluation is left as it is."""
+        """Compile the encoders' forward pass in training, one graph per size of view; evaluation stays uncompiled."""
         for name, network in (("online", self.online), ("target", self.target)):
             if network is not None:
                 self._compiled[name] = torch.compile(network["encoder"].forward, dynamic=False)
 
     def _encode(self, name: str, views: Tensor) -> Tensor:
-        return self._compiled.get(name, getattr(self, name)["encoder"])(views)
+        encode: Callable[[Tensor], Tensor] = self._compiled.get(name, getattr(self, name)["encoder"])
+        return encode(views)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The trained half, ``forward_online``: what a wrapper for several processes calls."""
+        """Call ``forward_online``, for DistributedDataParallel."""
         return self.forward_online(views)
 
     def forward_online(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``views``: one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
 
-        V is the sum of the V_i. One encoder forward per size; the memory format of the views is kept.
+        V is the sum of the V_i. One encoder forward per size; the memory format of the views is preserved.
         """
         parts = self._split_microbatches(views)
         if len(parts) == 1:
@@ -84,13 +85,13 @@ class Siamese(nn.Module):
         return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
 
     def _split_microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The views, cut along their images."""
+        """Split the views along their images."""
         images = self.microbatch or views[0].shape[1]
         return list(zip(*(view.split(images, 1) for view in views), strict=True))
 
     @torch.no_grad()
     def update_target(self, gamma: float) -> None:
-        """target <- gamma target + (1 - gamma) online, over all parameters, after the optimiser's step."""
+        """Set target <- gamma target + (1 - gamma) online, for all parameters, after the optimiser's step."""
         assert self.target is not None, "this objective has no target network"
         online: list[Tensor] = [*self.online["encoder"].parameters(), *self.online["projector"].parameters()]
         target: list[Tensor] = list(self.target.parameters())

@@ -1,8 +1,8 @@
 """U2-Net and its small variant: a U of small Us (Qin et al., arXiv 2005.09007, figures 4 and 5, table 1).
 
 Every stage is itself a residual U-block (RSU) that sees several scales at once; the decoder's stages and the
-deepest one each give a side output, and a 1x1 convolution fuses the six. Here everything is logits: who wants
-probabilities takes the sigmoid, and losses are computed from logits, where they cannot overflow.
+deepest one each give a side output, and a 1x1 convolution fuses the six. All outputs are logits: apply the sigmoid
+for probabilities; losses are computed from logits, where they cannot overflow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A stage: height L of its U (0 = the dilated block RSU-4F), channels inside it, channels that leave it.
+# A stage: height L of its U (0 = the dilated block RSU-4F), inner channels, output channels.
 Stage = tuple[int, int, int]
 ENCODERS: dict[str, tuple[Stage, ...]] = {
     "u2net": ((7, 32, 64), (6, 32, 128), (5, 64, 256), (4, 128, 512), (0, 256, 512), (0, 256, 512)),
@@ -24,7 +24,7 @@ DECODERS: dict[str, tuple[Stage, ...]] = {  # from the deepest, stage 5, to stag
 
 
 class U2Net(nn.Module):
-    """[N, C, H, W] -> seven logits [N, 1, H, W]: the fused one, then the side outputs from the finest on.
+    """[N, C, H, W] -> seven logits [N, 1, H, W]: the fused one, then the side outputs, finest first.
 
     ``arch``: ``u2net`` (44.0 M parameters) or ``u2netp`` (1.13 M). ``channels``: C, the image's three first.
     """
@@ -77,7 +77,7 @@ class RSU(nn.Module):
         for convolution in self.up:
             level = levels.pop()
             x = convolution(torch.cat([upsample_to(x, level.shape[-2:]), level], 1))
-        return x + entered
+        return torch.add(x, entered)
 
 
 class RSU4F(nn.Module):
@@ -107,7 +107,7 @@ class RSU4F(nn.Module):
         x = self.bottom(x)
         for convolution in self.up:
             x = convolution(torch.cat([x, levels.pop()], 1))
-        return x + entered
+        return torch.add(x, entered)
 
 
 def _build_block(channels: int, stage: Stage) -> nn.Module:
@@ -126,5 +126,5 @@ def _downsample(x: Tensor) -> Tensor:
 
 
 def upsample_to(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """``x`` bilinearly resized to ``size``; itself where it has that size already."""
+    """Resize ``x`` bilinearly to ``size``; return it as it is if it has that size."""
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)

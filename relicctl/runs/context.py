@@ -13,14 +13,14 @@ from relicctl.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Session:
-    """Where a command computes, beside which other ranks, and how it speaks."""
+    """The device, rank and console of a command's process."""
 
     device: torch.device
     world: World
     console: Console
 
     def with_run(self, run: RunFolder, precision: str = "fp32") -> RunContext:
-        """This session, writing to ``run`` and computing in ``precision`` ("fp32" or "bf16")."""
+        """Return the context of this session in ``run``, computing in ``precision`` ("fp32" or "bf16")."""
         return RunContext(self.device, self.world, self.console, run, precision)
 
 

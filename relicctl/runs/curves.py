@@ -1,4 +1,4 @@
-"""The picture of a run: loss, accuracy, collapse figures and schedules over the steps."""
+"""curves.png of a run: loss, accuracy, collapse metrics and schedules over the steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from relicctl.config.renamed import rename_metrics
 from relicctl.runs.figures import new_figure, save_figure
 
-# title, figures on the left axis, figures on the right axis
+# title, metrics on the left axis, metrics on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("objective", ("loss", "nll", "kl"), ()),
     ("held-out accuracy", ("knn20", "knn200", "probe_top1"), ()),
@@ -18,7 +18,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """One panel per group of figures, written to ``path`` as PNG."""
+    """Draw one panel per group of metrics, as PNG."""
     figure = new_figure(11, 7)
     records = [rename_metrics(record) for record in records]
     for axes, (name, left, right) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
@@ -45,14 +45,14 @@ def _plot_lines(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...],
             style: dict[str, Any] = {"label": key, "color": f"C{first_colour + number}"}
             if len(points) < 30:
                 style["marker"] = "."
-            if key == "loss":  # its parts may lie upon it
+            if key == "loss":  # so that its parts stay visible on top
                 style |= {"linewidth": 4, "alpha": 0.4}
             lines += axes.plot(*zip(*points, strict=True), **style)
     return lines
 
 
 def _add_legend(axes: Any, lines: list[Any]) -> None:
-    """Beside the title, where it can hide no curve."""
+    """Put the legend beside the title, where it hides no curve."""
     axes.legend(
         handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
         fontsize="small", handlelength=1, columnspacing=1,

@@ -1,6 +1,7 @@
-"""A command as one of several processes under ``torchrun``: the main one writes and speaks, and says what all go by.
+"""A command on the ranks that ``torchrun`` starts: the main process writes, prints and decides for all.
 
-All of them must see the folder of results; alone, a process is the main one.
+All ranks must see the run's folder. A process started without torchrun is the main process of one rank. Also here:
+the device and number of data workers that ``auto`` stands for.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from relicctl.errors import Interrupted, UsageError
 from relicctl.runs.context import Session
 from relicctl.runs.folder import RunFolder
 
-LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict]
+LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
 
 
 class ErrorsOnlyConsole(Console):
-    """What is said by a process that is not the main one: errors only."""
+    """The console of a process that is not the main one: errors only."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -52,7 +53,7 @@ def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[Se
     except Interrupted as stop:
         if world.is_main:
             raise
-        raise SystemExit(stop.code) from None  # all stop together, and one says so
+        raise SystemExit(stop.code) from None  # all stop together, and the main process reports it
     finally:
         destroy_distributed()
 
@@ -92,7 +93,7 @@ def load_newest_checkpoint(
     warn: Callable[[str], None],
     is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
 ) -> LoadedCheckpoint | None:
-    """The newest that the main process can read, if its tensors fit; all go on from the same one."""
+    """Return the newest checkpoint that the main process can read, if it is compatible; the same one on all ranks."""
     loaded = checkpoint.load_newest_valid(run.checkpoints_dir, warn) if world.is_main else None
     if loaded is not None and not is_compatible(loaded[1]):
         loaded = None
@@ -103,7 +104,7 @@ def load_newest_checkpoint(
 
 
 class SharedBadImages:
-    """``bad`` of each process, so that it counts what the others met too; the main process writes the list."""
+    """Shares bad images between ranks, so that ``bad`` counts those of all; the main process writes bad_images.txt."""
 
     def __init__(self, bad: BadImages, run: RunFolder, world: World) -> None:
         self._bad, self._run, self._world = bad, run, world
@@ -111,11 +112,11 @@ class SharedBadImages:
         bad.report = self._record
 
     def load_recorded(self, source: ImageDataset) -> None:
-        """What an earlier process of the run listed, but for images that can be decoded by now."""
+        """Load what the run has listed before, except images that can be decoded by now."""
         self._bad.seen = set(self._world.broadcast_from_main(lambda: self._find_still_bad(source)))
 
     def sync(self) -> None:
-        """Tell all processes what each has met since. Raises DataError, on all of them, where that is too much."""
+        """Exchange new bad images between ranks. Raises DataError, on all of them, when there are too many."""
         if self._world.size == 1:
             return
         gathered, self._new = self._world.all_gather_object(self._new), []
@@ -140,13 +141,14 @@ class SharedBadImages:
 
 
 def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device here.", "Use --device cpu, or check the driver and torch's build.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def resolve_num_workers(runtime: RuntimeConfig, device: torch.device, cache: str) -> int:
-    """Auto: none where images are cropped on the device; else one beside a CPU's own training, all cores for CUDA."""
+    """Return the number of data workers. Auto: on a CPU 1, or 0 for cached images; with CUDA this rank's cores."""
     if runtime.workers != "auto":
         return runtime.workers
     if device.type == "cpu":
@@ -155,17 +157,15 @@ def resolve_num_workers(runtime: RuntimeConfig, device: torch.device, cache: str
     return max(1, min(16, (os.cpu_count() or 1) // processes))
 
 
-def select_progress_metrics(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a log line that fit on one line of a terminal."""
-    shown: dict[str, Any] = {}
-    for name in ("loss", "nll", "kl", "lr", "knn20", "probe_top1"):
-        if name in figures:
-            shown[name] = figures[name]
-    if "images_per_s" in figures:
-        minutes, seconds = divmod(round(figures["eta_s"]), 60)
+def select_progress_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a log line that fit on one line of a terminal."""
+    names = ("loss", "nll", "kl", "lr", "knn20", "probe_top1")
+    shown: dict[str, Any] = {name: metrics[name] for name in names if name in metrics}
+    if "images_per_s" in metrics:
+        minutes, seconds = divmod(round(metrics["eta_s"]), 60)
         shown |= {
-            "images/s": figures["images_per_s"],
-            "data_wait": f"{figures['data_wait']:.1%}",
+            "images/s": metrics["images_per_s"],
+            "data_wait": f"{metrics['data_wait']:.1%}",
             "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
         }
     return shown

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, who may write to it, and how its records survive a kill."""
+"""A run's folder: its files, its lock, its metrics and checkpoints, and the checks before it is written."""
 
 from __future__ import annotations
 
@@ -18,17 +18,26 @@ from relicctl.core import atomic_io, checkpoint
 from relicctl.errors import RunFailed, Terminated, UsageError
 from relicctl.runs.status import Status
 
+LOCK_FILE = ".lock"
+
 
 class RunFolder:
     """RUN/: config.yaml, status.json, metrics.jsonl, checkpoints/, encoder.safetensors, results.json.
 
-    The folder is locked while this object lives: a second run into it is refused. Of several processes only the
-    one with ``writer`` locks and writes.
+    The folder is locked until ``close``, so no second run can write to it. Use ``create`` or ``reopen``.
+
+    Args:
+        path: the folder, which exists.
+        keep: how many of the newest checkpoints to keep.
+        writer: whether this process locks the folder and writes there; only one rank of a run does.
+
+    Raises:
+        UsageError: another process is writing to the folder.
     """
 
     def __init__(self, path: Path, *, keep: int, writer: bool) -> None:
-        self.path, self._num_kept, self._is_writer = path, keep, writer
-        self.resume_option = f"--resume {path}"  # how to go on, as errors say it
+        self.path, self._max_checkpoints, self._is_writer = path, keep, writer
+        self.resume_option = f"--resume {path}"  # how to resume, for error messages
         self.config_path = path / "config.yaml"
         self.encoder_path = path / "encoder.safetensors"
         self.results_path = path / "results.json"
@@ -38,13 +47,13 @@ class RunFolder:
         self._metrics_path = path / "metrics.jsonl"
         self._lock = _acquire_lock(path) if writer else None
         self._tensorboard: Any = None
-        self.status = Status(None)  # writes nothing until the run is ``watched``
+        self.status = Status(None)  # writes nothing until ``track_status``
         if writer:
             self._clear_leftovers()
 
     @classmethod
     def create(cls, path: Path, *, overwrite: bool, keep: int, writer: bool = True) -> RunFolder:
-        """A new, empty run folder. Raises UsageError when something is there already or it cannot be written."""
+        """Create an empty run folder. Raises UsageError if something is there already or it cannot be written."""
         if not writer:
             return cls(path, keep=keep, writer=False)
         check_overwrite(path, overwrite=overwrite)
@@ -65,9 +74,11 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, *, keep: int, writer: bool = True) -> RunFolder:
-        """The folder of a run that goes on. Raises UsageError when there is none."""
+        """Open the folder of a run to resume. Raises UsageError if there is none."""
         if not (path / "config.yaml").is_file():
-            raise UsageError(f"{path} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+            raise UsageError(
+                f"{path} is not a run folder: it has no config.yaml.", "Give --resume the folder of a run."
+            )
         return cls(path, keep=keep, writer=writer)
 
     def _clear_leftovers(self) -> None:
@@ -80,14 +91,14 @@ class RunFolder:
             self._metrics_path,
             self.path / "status.json",
         ):
-            for left in self.path.glob(f".{path.name}.*.tmp"):
-                left.unlink()
+            for temporary in self.path.glob(f".{path.name}.*.tmp"):
+                temporary.unlink()
         for folder in (self.path, self.path / "stages", self.path / "features"):
-            for left in folder.glob(".tmp*"):  # safetensors' own
-                left.unlink()
+            for temporary in folder.glob(".tmp*"):  # written by safetensors
+                temporary.unlink()
 
     def close(self) -> None:
-        """Let others write here."""
+        """Release the lock."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._lock is not None:
@@ -96,16 +107,17 @@ class RunFolder:
 
     @contextmanager
     def track_status(self) -> Iterator[Status]:
-        """Keep status.json while the block runs, tell there how it ended, and close the folder.
+        """Write status.json while the block runs and when it ends, and close the folder.
 
-        A signal that no training loop takes care of becomes an Interrupted that says what is saved.
+        A signal that no training loop handles becomes an Interrupted that says what is saved.
         """
         self.status = Status(self.path / "status.json" if self._is_writer else None)
         self.status.add_skipped(len(self.read_bad_images()))
-        last = checkpoint.list_checkpoints(self.checkpoints_dir)[-1:]
-        for path in last:
-            self.status.record_checkpoint(path, checkpoint.parse_step(path))
-        self.status.start(checkpoint.parse_step(last[0]) if last else 0)
+        step = 0
+        for path in checkpoint.list_checkpoints(self.checkpoints_dir)[-1:]:
+            step = checkpoint.parse_step(path)
+            self.status.record_checkpoint(path, step)
+        self.status.start(step)
         try:
             yield self.status
         except (KeyboardInterrupt, Terminated) as stop:
@@ -122,7 +134,7 @@ class RunFolder:
             self.close()
 
     def start_tensorboard(self) -> None:
-        """From now on metrics go to RUN/tensorboard too. Raises UsageError when TensorBoard is not installed."""
+        """Write metrics to RUN/tensorboard too from now on. Raises UsageError if TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -133,14 +145,14 @@ class RunFolder:
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
     def write_metrics(self, record: dict[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl; what it says of the progress goes to status.json."""
+        """Append one JSON object to metrics.jsonl, and update status.json with its progress."""
         try:
             with open(self._metrics_path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
         except OSError as reason:
             raise RunFailed(
                 f"{self._metrics_path} cannot be written ({reason.strerror}).",
-                f"Checkpoints are untouched: make room, then go on with {self.resume_option}.",
+                f"Checkpoints are untouched: free some space, then resume with {self.resume_option}.",
             ) from None
         if self._tensorboard is not None:
             for name, value in record.items():
@@ -149,7 +161,7 @@ class RunFolder:
         self.status.log(record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records so far; a last line that a kill cut short is left out."""
+        """Return all records so far, without a last line that was cut short when the process was killed."""
         if not self._metrics_path.exists():
             return []
         records = []
@@ -164,7 +176,7 @@ class RunFolder:
         return records
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget records later than ``step``: a resumed run writes them again."""
+        """Remove records later than ``step``: a resumed run writes them again."""
         if not self._is_writer:
             return
         lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
@@ -178,37 +190,37 @@ class RunFolder:
         except OSError as reason:
             raise RunFailed(
                 f"The checkpoint {path} could not be written ({reason.strerror or reason}).",
-                f"Earlier ones are untouched: make room, then go on with {self.resume_option}.",
+                f"Earlier ones are untouched: free some space, then resume with {self.resume_option}.",
             ) from None
-        checkpoint.prune_checkpoints(self.checkpoints_dir, self._num_kept)
+        checkpoint.prune_checkpoints(self.checkpoints_dir, self._max_checkpoints)
         self.status.record_checkpoint(path, step)
 
     def quarantine_after(self, step: int) -> None:
-        """Rename checkpoints later than ``step``, which could not be read: none counts as the newest, none is lost."""
+        """Rename checkpoints later than ``step``, which could not be read: kept, but not taken for the newest."""
         for path in checkpoint.list_checkpoints(self.checkpoints_dir) if self._is_writer else []:
             if path.name > checkpoint.format_checkpoint_name(step):
                 path.rename(path.with_name(f"{path.name}.unreadable"))
 
     def get_last_checkpoint(self) -> str | None:
-        found = checkpoint.list_checkpoints(self.checkpoints_dir)
-        return str(found[-1]) if found else None
+        paths = checkpoint.list_checkpoints(self.checkpoints_dir)
+        return str(paths[-1]) if paths else None
 
     def delete(self) -> None:
-        """Remove the folder of a run that was refused before it began."""
+        """Delete the folder of a run that failed its checks before training."""
         self.status.disable()
         self.close()
         if self._is_writer:
             shutil.rmtree(self.path)
 
     def add_bad_image(self, name: str, reason: str) -> None:
-        """Append to bad_images.txt: sample name, tab, what is wrong with it."""
+        """Append to bad_images.txt: sample name, tab, reason."""
         if self._is_writer:
             with open(self.bad_images_path, "a", encoding="utf-8") as handle:
                 handle.write(f"{name}\t{' '.join(reason.split())}\n")
             self.status.add_skipped(1)
 
     def remove_bad_images(self, names: set[str]) -> None:
-        """Take these samples out of bad_images.txt."""
+        """Remove these samples from bad_images.txt."""
         lines = self.bad_images_path.read_text("utf-8").splitlines(keepends=True)
         self.write_text(self.bad_images_path, "".join(line for line in lines if line.split("\t")[0] not in names))
         self.status.add_skipped(-len(names))
@@ -226,11 +238,8 @@ class RunFolder:
         self.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-LOCK_FILE = ".lock"
-
-
 def check_overwrite(path: Path, *, overwrite: bool) -> None:
-    """Raises UsageError when ``path`` is a file, or a folder with something in it that may not be overwritten."""
+    """Raise UsageError if ``path`` is a file, or a folder with content that must not be overwritten."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -245,22 +254,22 @@ def check_overwrite(path: Path, *, overwrite: bool) -> None:
     if occupied and not overwrite:
         raise UsageError(
             f"The run folder {path} is not empty.",
-            "Go on with --resume, choose another --out, or give --overwrite to delete the run that is there.",
+            "Use --resume to continue, choose another --out, or give --overwrite to delete the run that is there.",
         )
     if occupied and not (path / "config.yaml").is_file():
         raise UsageError(
-            f"{path} is not empty and no run folder, so --overwrite will not delete it.",
+            f"{path} is not empty and not a run folder, so --overwrite will not delete it.",
             "Choose another --out.",
         )
 
 
 def _is_leftover(name: str) -> bool:
-    """Of a run that was killed before it had a config.yaml."""
+    """Whether a file was left by a run that was killed before it had a config.yaml."""
     return name in (LOCK_FILE, "status.json") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def find_free_name(parent: Path, name: str) -> Path:
-    """``parent/name``, or the first of ``name-2``, ``name-3``, ... that does not exist yet."""
+    """Return ``parent/name``, or the first of ``name-2``, ``name-3``, ... that does not exist yet."""
     path, number = parent / name, 1
     while path.exists():
         number += 1
@@ -269,9 +278,9 @@ def find_free_name(parent: Path, name: str) -> Path:
 
 
 def _acquire_lock(path: Path) -> int:
-    """Hold an advisory lock on the folder for the life of the process; the system drops it on any kind of death.
+    """Take an advisory lock on the folder; the system releases it however the process ends.
 
-    POSIX locks are not inherited: data workers that outlive their parent for some seconds keep nobody out.
+    POSIX locks are not inherited: data workers that outlive their parent for some seconds block nobody.
     """
     handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
     try:
@@ -285,7 +294,7 @@ def _acquire_lock(path: Path) -> int:
 
 
 def check_outside_data(out: Path, data: str | None) -> None:
-    """A run's pictures must not become training images of its continuation."""
+    """Raise UsageError if ``out`` lies inside the data: a run's pictures would become its training images."""
     folder = Path((data or "").partition("#")[0])
     if data and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")

@@ -1,4 +1,4 @@
-"""``--resume``: which run is meant, and what of its config may change."""
+"""Options of the commands that write a run; ``--resume``: which run is meant, and what of its config may change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relicctl.config.resolve import ResolvedConfig, flatten, resolve_from_run
 from relicctl.errors import UsageError
 
 # What may differ between a run and its continuation; everything else would make it another run.
-# The learning rate may: it is the way on after a divergence.
+# The learning rate may: it is lowered after a divergence.
 PRETRAIN_MUTABLE_KEYS = (
     "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val",
     "data.max_corrupt_fraction",
@@ -19,10 +19,60 @@ PRETRAIN_MUTABLE_KEYS = (
 )  # fmt: skip
 
 
-def find_run_to_resume(
-    options: PretrainOptions | BgmaskOptions, preset: str | None, command: str = "pretrain"
-) -> Path | None:
-    """The folder that --resume means: its own value, --out, or the newest run of the command and preset.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the command line says about a run beside its config; the same for all commands that write one."""
+
+    out: Path | None = None  # the run's folder; None: a new one, named by the command
+    resume: str | None = None  # the folder of a run to resume; "": out's, or where the command allows it the newest
+    overwrite: bool = False
+    download: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(RunOptions):
+    """Options of both trainings."""
+
+    init_from: str | None = None  # weights for the encoder
+    json: bool = False  # the format of a dry run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainingOptions):
+    """Options of ``pretrain``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BgmaskOptions(TrainingOptions):
+    """Options of ``train-bgmask``; its config has init_from too, which stands here so that --resume can refuse it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(RunOptions):
+    """Which encoders are evaluated."""
+
+    sources: tuple[str, ...] = ()
+    network: str = "online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(EvaluationOptions):
+    """Options of ``linear-eval``: the first source is evaluated, others are only compared in the analysis."""
+
+    tests: tuple[str, ...] = ()  # NAME=DATA each
+    analysis: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(EvaluationOptions):
+    """Options of ``transfer``: the sources are also reported relative to each of the baselines."""
+
+    baselines: tuple[str, ...] = ()
+
+
+def find_run_to_resume(options: TrainingOptions, preset: str | None, command: str = "pretrain") -> Path | None:
+    """Return the folder that --resume means: its value, --out, or the newest run of the command and preset.
 
     None for a bare --resume with an --out that holds no run yet, which starts one.
     """
@@ -30,14 +80,14 @@ def find_run_to_resume(
         return _find_run_at(options.out, options.init_from)
     for given, name in ((options.overwrite, "--overwrite"), (options.init_from, "--init-from")):
         if given:
-            raise UsageError(f"{name} starts a run, --resume goes on with one.", "Give one of the two.")
+            raise UsageError(f"{name} starts a run, --resume continues one.", "Give one of the two.")
     if options.resume:
         if options.out is not None and options.out != Path(options.resume):
-            raise UsageError("--resume goes on in the run's own folder, and --out names another.", "Leave --out away.")
+            raise UsageError("--resume continues in the run's folder, but --out names another.", "Omit --out.")
         return Path(options.resume)
-    found = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    paths = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     records = [
-        (path.parent, read_run_record(path.parent)) for path in found if read_run_command(path.parent) == command
+        (path.parent, read_run_record(path.parent)) for path in paths if read_run_command(path.parent) == command
     ]
     runs = [path for path, record in records if "preset" in record and preset in (None, record["preset"])]
     if not runs:
@@ -47,7 +97,7 @@ def find_run_to_resume(
 
 
 def _find_run_at(out: Path, init_from: str | None) -> Path | None:
-    """``out`` if it holds a run. So one command line starts a run, and goes on with it when it is executed again."""
+    """Return ``out`` if it holds a run: the same command line starts a run, and resumes it when executed again."""
     if not (out / "config.yaml").is_file():
         return None
     before = read_run_record(out).get("init_from")
@@ -60,7 +110,7 @@ def _find_run_at(out: Path, init_from: str | None) -> Path | None:
 
 
 def read_run_record(run: Path) -> dict[str, Any]:
-    """What config.yaml says under ``run``: facts noted at the run's start. {} for another file."""
+    """Return what config.yaml recorded under ``run`` when the run started; {} for another file."""
     try:
         return yaml_io.load_mapping(run / "config.yaml").get("run") or {}
     except UsageError:
@@ -68,20 +118,20 @@ def read_run_record(run: Path) -> dict[str, Any]:
 
 
 def read_resumable_record(run: Path) -> dict[str, Any]:
-    """What ``recorded`` gives for a run that can go on. Raises UsageError where a fact is missing."""
+    """Return the record of a run that can be resumed. Raises UsageError where a field is missing."""
     record = read_run_record(run)
     if not {"data_fingerprint", "precision"} <= record.keys():
         raise UsageError(
-            f"{run}/config.yaml does not say what the run was started with (run.data_fingerprint, run.precision).",
+            f"{run}/config.yaml lacks what the run was started with (run.data_fingerprint, run.precision).",
             "Restore the file, or start another run with --init-from.",
         )
     return record
 
 
 def read_run_command(run: Path) -> str | None:
-    """The command that made the run; None for another file."""
+    """Return the command that started the run; None for another file."""
     try:
-        return yaml_io.load_mapping(run / "config.yaml").get("command", "pretrain")
+        return str(yaml_io.load_mapping(run / "config.yaml").get("command", "pretrain"))
     except UsageError:
         return None
 
@@ -89,9 +139,9 @@ def read_run_command(run: Path) -> str | None:
 def resume_config(
     resolved: ResolvedConfig, run: Path, mutable: tuple[str, ...] = PRETRAIN_MUTABLE_KEYS
 ) -> ResolvedConfig:
-    """The run's own config, with what may change (keys that begin like ``free``) taken from the command line."""
+    """Return the run's config, with keys that begin like one of ``mutable`` taken from the command line."""
     if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is no run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+        raise UsageError(f"{run} is not a run folder: it has no config.yaml.", "Give --resume the folder of a run.")
     merged = resolve_from_run(resolved, run / "config.yaml")
     before = flatten(resolve_from_run(ResolvedConfig(resolved.config, {}), run / "config.yaml").config.model_dump())
     after = flatten(merged.config.model_dump())
@@ -99,64 +149,9 @@ def resume_config(
     if changed:
         raise UsageError(
             f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
-            "Leave it as it is, or start another run with --init-from.",
+            "Leave it unchanged, or start another run with --init-from.",
         )
     preset = read_run_record(run).get("preset")
     if resolved.preset not in (None, preset):
-        raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Leave --preset away.")
+        raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Omit --preset.")
     return ResolvedConfig(merged.config, merged.origin, preset)
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """Where a run is written, what it starts from, and what is said about it."""
-
-    out: Path | None = None  # the run's folder; None: one is named after the preset
-    resume: str | None = None  # a run's folder; "": out's, or the newest run of the preset
-    overwrite: bool = False
-    init_from: str | None = None  # weights for the encoder
-    download: bool = False
-    json: bool = False
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class BgmaskOptions:
-    """Where a run is written, and what is said about it."""
-
-    out: Path | None = None  # the run's folder; None: one is named after the preset
-    resume: str | None = None  # a run's folder; "": out's, or the newest run of the preset
-    overwrite: bool = False
-    init_from: str | None = None  # in the config too; here, so that --resume can refuse it
-    download: bool = False
-    json: bool = False  # of a dry run
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class LinearOptions:
-    """Which encoders are evaluated, on what further images, and where the results are written."""
-
-    sources: tuple[str, ...] = ()  # the first is evaluated; others stand beside it in the analysis
-    network: str = "online"
-    tests: tuple[str, ...] = ()  # NAME=DATA each
-    analysis: bool = False
-    out: Path | None = None  # None: a new folder linear-eval in the encoder's run
-    resume: str | None = None  # a folder of results; "": out
-    overwrite: bool = False
-    download: bool = False
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class TransferOptions:
-    """Which encoders are compared, with what, and where the results are written."""
-
-    sources: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = ()  # encoders too; the others' improvement over each is told
-    network: str = "online"
-    out: Path | None = None  # None: a new folder runs/transfer
-    resume: str | None = None  # a folder of results; "": out
-    overwrite: bool = False
-    download: bool = False
-    quiet: bool = False

@@ -1,7 +1,7 @@
-"""RUN/status.json: how a run is, for whoever watches it from outside, without reading its logs.
+"""RUN/status.json: the state of a run, for monitoring from outside without reading its logs.
 
-The training process itself writes the file, so a hung run shows by an old ``updated``. It never asks the device for
-anything, and a file that cannot be written is no reason to stop training.
+The training process itself writes the file, so a hung run shows by an old ``updated``. Writing never waits for the
+device, and a file that cannot be written does not stop training.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from relicctl.console import Console, describe_error
+from relicctl.console import Console
 from relicctl.core.loop import Batches
-from relicctl.errors import Diverged, Interrupted
+from relicctl.errors import Diverged, Interrupted, describe_error
 
 HEARTBEAT_SECONDS = 30.0  # between two writes where there is no log line
 
 
 class Status:
-    """The facts of status.json; every change that a watcher waits for is written at once.
+    """The fields of status.json; changes that monitoring waits for are written at once.
 
-    Without a ``path`` nothing is written: that is how processes other than the main one keep it.
+    Without a ``path`` nothing is written: so it is on ranks other than the main one.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -53,35 +53,35 @@ class Status:
         }
 
     def set_total(self, *, total: int, steps_per_epoch: int, resume: str) -> None:
-        """What the run is to become, and the command that goes on with it."""
+        """Set the run's last step, and the command that resumes it."""
         self._steps_per_epoch = steps_per_epoch
         self._update(total=total, resume=resume)
 
     def start(self, step: int) -> None:
-        """The run starts, or goes on, at ``step``."""
+        """Record that the run starts or resumes at ``step``."""
         self._start = self._step = step
         self._update()
 
     def log(self, record: dict[str, Any]) -> None:
-        """A record of metrics was written."""
+        """Update from a record of metrics."""
         self._step = record.get("step", self._step)
         self._update(**{name: record[name] for name in ("eta_s", "images_per_s") if name in record})
 
     def record_checkpoint(self, path: Path, step: int) -> None:
-        """A checkpoint of ``step`` was written."""
+        """Record that the checkpoint of ``step`` was written."""
         self._step = step
         self._update(last_checkpoint=str(path), last_checkpoint_step=step)
 
     def add_skipped(self, count: int) -> None:
-        """So many images could not be decoded; seen at the next write."""
+        """Count images that could not be decoded; written with the next change."""
         self._fields["images_skipped"] += count
 
     def add_heartbeat(self, batches: Batches) -> Batches:
-        """The same batches; while they are taken, status.json is written every half a minute at least."""
+        """Return the same batches; while they are taken, status.json is written at least every half a minute."""
         return _HeartbeatBatches(batches, self)
 
     def wrap_in_state(self, state: str, work: Callable[[int], Any]) -> Callable[[int], Any]:
-        """``work``, with another ``state`` while it is done."""
+        """Return ``work``, which then shows another ``state`` while it runs."""
 
         def work_in_state(step: int) -> Any:
             self._step = step
@@ -93,7 +93,7 @@ class Status:
         return work_in_state
 
     def finish(self, error: BaseException | None) -> None:
-        """How it ended: done, stopped by a signal, diverged or failed."""
+        """Record how the run ended: done, stopped by a signal, diverged or failed."""
         if error is None:
             self._update(state="done", eta_s=0.0)
         elif isinstance(error, Interrupted):
@@ -103,20 +103,20 @@ class Status:
             self._update(state="diverged" if isinstance(error, Diverged) else "failed", error=f"{what} {fix}")
 
     def make_interrupted(self, signum: int) -> Interrupted:
-        """What to say of a signal that met no training loop: it came before the loop, or after its last step."""
+        """Return the error for a signal that no training loop has handled: it came before the loop or after its end."""
         resume = self._fields["resume"]
-        fix = f"Go on with: {resume}" if resume else "Start it again."
+        fix = f"Resume with: {resume}" if resume else "Start it again."
         if self._step == self._start:
             return Interrupted("Stopped before the first step; nothing was lost.", fix, signum)
         what = f"Stopped after step {self._step} of {self._fields['total']}; everything is saved."
         return Interrupted(what, fix, signum)
 
     def disable(self) -> None:
-        """Write no more: the folder is gone."""
+        """Stop writing: the folder is deleted."""
         self._path = None
 
     def write_heartbeat(self, step: int | None = None) -> None:
-        """``step`` steps are done, or as many as before; costs nothing but now and then a write."""
+        """Record that ``step`` steps are done, or as many as before; writes only every HEARTBEAT_SECONDS."""
         self._step = self._step if step is None else step
         if time.monotonic() - self._written >= HEARTBEAT_SECONDS:
             self._update()
@@ -133,12 +133,12 @@ class Status:
             _replace_text(self._path, json.dumps(self._fields | {"updated": _get_timestamp()}, indent=2) + "\n")
         except OSError as reason:
             if not self._warned:
-                Console().warn(f"{self._path} cannot be written ({reason.strerror or reason}); training goes on")
+                Console().warn(f"{self._path} cannot be written ({reason.strerror or reason}); training continues")
             self._warned = True
 
 
 class _HeartbeatBatches:
-    """Batches that tell, whenever one is asked for, how many steps are done."""
+    """Batches that record the steps done whenever one is taken."""
 
     def __init__(self, batches: Batches, status: Status) -> None:
         self._batches, self._status = batches, status
@@ -155,7 +155,7 @@ class _HeartbeatBatches:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    """Whole or not at all. Not flushed to the disk, which could hold up training: the next beat is near."""
+    """Replace the file atomically. Not flushed to the disk, which could delay training: it is soon written again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, "utf-8")

@@ -17,7 +17,7 @@ def restore_or_start(
     context: RunContext,
     is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
 ) -> TrainState:
-    """The state of the newest checkpoint that can be read and is compatible, loaded into ``task``; else step 0.
+    """Load the newest readable, compatible checkpoint into ``task`` and return its state; else that of step 0.
 
     Metrics logged after that step are removed, since they will be written again.
     """
@@ -41,7 +41,7 @@ def train_with_progress(
     evaluate: Callable[[int], dict[str, Any]] | None = None,
     on_log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
 ) -> TrainState:
-    """``core.loop.train`` with a progress bar; ``on_log`` gets the metrics of every log line."""
+    """Call ``core.loop.train`` with a progress bar; ``on_log`` gets the metrics of every log line."""
     with context.console.progress(config.total, state.step) as bar:
 
         def show(step: int, metrics: dict[str, Any]) -> None:

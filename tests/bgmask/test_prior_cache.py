@@ -12,10 +12,9 @@ import pytest
 
 from relicctl.bgmask.prior_cache import CHUNK_SIZE, PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, compute_prior_maps
-from relicctl.console import describe_error
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError
-from relicctl.errors import DataError, RunFailed
+from relicctl.errors import DataError, RunFailed, describe_error
 
 SIDE = 16
 
@@ -134,7 +133,7 @@ def test_a_worker_that_dies_loses_only_what_was_in_flight(source, whole, tmp_pat
 
     with pytest.raises((RuntimeError, EOFError, OSError)) as failed:  # as torch or the queue between them tell it
         store.fill(Wrapped(source, 18, die_when_the_first_unit_is_stored), 1, quiet)
-    assert "has died" in describe_error(failed.value)[0]
+    assert "died" in describe_error(failed.value)[0]
     assert store.done[:CHUNK_SIZE].all()
     assert not store.done[18]
     store.fill(source, 1, quiet)

@@ -278,7 +278,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, phot
         (["--data", "train", "--val", "val", "--test", "flat"], 2, "NAME=DATA"),
         (["--data", "train", "--val", "val", "--test", "x=nowhere"], 3, "nowhere"),
         (["--out", "train"], 2, "not empty"),
-        (["--resume", "nowhere"], 2, "no run folder"),
+        (["--resume", "nowhere"], 2, "not a run folder"),
         (["--resume", "RUN"], 2, "pretrain"),
         (["--set", "sweep.lrs=[]"], 2, "sweep.lrs"),
         (["--set", "crop.hflip_prob=0"], 2, "fast"),

@@ -201,7 +201,7 @@ def test_a_reader_that_is_killed_ends_the_run_with_one_clear_sentence(tiny, phot
     ended = in_a_process(line, f"{__name__}.at_step_4_a_reader_is_killed", log)
     assert ended.code == 1
     assert two_sentences(ended.err)
-    assert "A process that reads images has died" in ended.err
+    assert "A data worker died" in ended.err
     assert "--resume" in ended.err
     again = in_a_process(line, log=log)
     assert again.code == 0, again.err

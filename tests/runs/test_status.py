@@ -86,7 +86,7 @@ def test_a_run_from_start_to_end(run: RunFolder) -> None:
         (RunFailed("It broke.", "Mend it."), "failed", "It broke. Mend it."),
         (ZeroDivisionError("by nought"), "failed", "Unexpected ZeroDivisionError: by nought. --debug"),
         (MemoryError("no room"), "failed", "Out of memory: no room. Lower optim.batch_size"),
-        (Interrupted("Stopped by a signal.", "Go on."), "stopped", None),
+        (Interrupted("Stopped by a signal.", "Resume."), "stopped", None),
     ],
 )
 def test_every_end_is_told_and_the_error_goes_on(
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
             run.write_metrics({"step": step})
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "status.json cannot be written (No space left on device); training goes on" in said[0]
+    assert "status.json cannot be written (No space left on device); training continues" in said[0]
 
 
 def failing(error: OSError) -> Callable[..., None]:
@@ -262,7 +262,7 @@ def test_a_signal_before_the_first_step_is_told_so(
     time.sleep(0.2)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
-    fix = "Start it again." if moment == "import" else f"Go on with: relicctl pretrain --resume {out}"
+    fix = "Start it again." if moment == "import" else f"Resume with: relicctl pretrain --resume {out}"
     assert stderr == f"error: Stopped before the first step; nothing was lost.\n  fix: {fix}\n"
     assert (stdout, process.returncode) == ("", code)
     if moment == "evaluation":
