@@ -27,16 +27,17 @@ Examples:
 
 
 def bench(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to measure.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to benchmark.")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="Images; without, the preset's, else generated JPEGs.")
+        str | None, typer.Option("--data", metavar="DATA", help="Images (default: the preset's, else generated JPEGs).")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Images a step; without, what fits and takes minutes.")
+        int | None,
+        typer.Option(metavar="N", help="Batch size (default: the largest that fits and finishes in minutes)."),
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each figure, after one to warm up.")] = 5,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each metric, after one warm-up.")] = 5,
     download: Download = False,
     device: Device = None,
     workers: Workers = None,
@@ -44,7 +45,7 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a pretraining takes here: images a second, waits, memory, hours; prints the bottleneck."""
+    """Benchmark a pretraining on this machine: images/s, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command
     from relicctl.config.pretrain import PretrainConfig
 

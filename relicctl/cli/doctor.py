@@ -27,12 +27,12 @@ Examples:
 
 
 def doctor(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment the machine is meant for.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset that the machine is meant for.")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="DATA", help="Images; without, generated JPEGs and the demo's shapes."),
+        typer.Option("--data", metavar="DATA", help="Images (default: generated JPEGs and the demo's shapes)."),
     ] = None,
     download: Download = False,
     device: Device = None,

@@ -19,18 +19,21 @@ Examples:
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="Where the encoder is; - reads a path from stdin.")
+        str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="The encoder; - reads a path from stdin.")
     ],
     format: Annotated[
-        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Who shall load it.")
+        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Target library.")
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
     network: NetworkChoice = "online",
     origin: Annotated[
-        str, typer.Option("--from", metavar="relicctl|deepmind", help="Who wrote it; deepmind: the authors' .pkl.")
+        str,
+        typer.Option(
+            "--from", metavar="relicctl|deepmind", help="Source format; deepmind: the authors' published .pkl."
+        ),
     ] = "relicctl",
     classifier: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier goes in as the head.")
+        Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier is exported as the head.")
     ] = None,
     license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
@@ -38,7 +41,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write an encoder in the form of another library, and prove it there; prints its path."""
+    """Export an encoder for another library and verify it there; prints its path."""
     from relicctl.commands import export as command
 
     result = command.export(

@@ -46,12 +46,14 @@ def linear_eval(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="Labelled training images; the run's where not given.")
+        str | None, typer.Option("--data", metavar="DATA", help="Labelled training images (default: the run's).")
     ] = None,
     val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to test on.")] = None,
     tests: Annotated[
         list[str] | None,
-        typer.Option("--test", metavar="NAME=DATA", help="Further test set, its classes known by name; repeatable."),
+        typer.Option(
+            "--test", metavar="NAME=DATA", help="Additional test set, with classes matched by name; repeatable."
+        ),
     ] = None,
     analysis: Annotated[
         bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
@@ -59,7 +61,7 @@ def linear_eval(
     network: NetworkChoice = "online",
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol; none is the fast one."),
+        typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol (default: the fast one)."),
     ] = None,
     config: ConfigFile = None,
     sets: Annotated[
@@ -67,10 +69,10 @@ def linear_eval(
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.lrs=[0.3]; repeatable."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one in the encoder's run.")
+        Path | None, typer.Option(metavar="DIR", help="Results folder (default: a new one in the encoder's run).")
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="[DIR]", help="Go on with an evaluation; without DIR, with --out's.")
+        str | None, typer.Option(metavar="[DIR]", help="Resume an evaluation. Default: the one in --out.")
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -23,13 +23,13 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")]
-Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and crop.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Worker processes that decode and crop images.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only print warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NetworkChoice = Annotated[str, typer.Option(metavar="online|target", help="Which of the two networks.")]
+NetworkChoice = Annotated[str, typer.Option(metavar="online|target", help="Which network's encoder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
 
@@ -42,7 +42,7 @@ def resolve_options(
     schema: type[CommandConfig],
     base: dict[str, Any] | None = None,
 ) -> ResolvedConfig:
-    """``resolve_config``, with one warning of the keys that were named as they were called before."""
+    """``resolve_config``, with one warning that lists the keys given under their old names."""
     from relicctl.config.resolve import resolve_config
     from relicctl.console import Console
 
@@ -55,7 +55,7 @@ def resolve_options(
 
 @contextmanager
 def handle_early_interrupt() -> Iterator[None]:
-    """Tells of a signal that it came before training: once a run's folder is there, the run tells it itself."""
+    """Report a signal that arrives before training; once a run's folder exists, the run reports it itself."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:

@@ -24,7 +24,7 @@ PresetName = Annotated[str, typer.Argument(metavar="NAME")]
 
 @app.command("ls")
 def presets_ls() -> None:
-    """List the presets and what each is."""
+    """List the presets with a one-line description of each."""
     from relicctl.commands.presets import format_preset_list
 
     print_result(format_preset_list())

@@ -35,7 +35,7 @@ Examples:
 
 
 def pretrain(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to start from.")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     data: Annotated[
@@ -50,7 +50,8 @@ def pretrain(
     bgmask: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN|BANK|-", help="Background masks of the training images: a run of train-bgmask, or its bank."
+            metavar="RUN|BANK|-",
+            help="Background masks of the training images: a run of train-bgmask, or its mask bank.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
@@ -58,7 +59,7 @@ def pretrain(
         str | None,
         typer.Option(
             metavar="[RUN]",
-            help="Go on with a run; without RUN, with --out's (or start it) or the newest of the preset.",
+            help="Resume a run. Default: the run in --out (started if missing), else the latest of this preset.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
@@ -67,7 +68,9 @@ def pretrain(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
+        typer.Option(
+            "--dry-run", help="Print the config, where its values come from and an estimate of the cost; then stop."
+        ),
     ] = False,
     download: Download = False,
     device: Device = None,

@@ -34,7 +34,7 @@ Examples:
 
 
 def train_bgmask(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Experiment to start from.")] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to start from.")] = None,
     config: ConfigFile = None,
     sets: Annotated[
         list[str] | None,
@@ -58,7 +58,7 @@ def train_bgmask(
         ),
     ] = None,
     masks_for: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images that get masks, instead of the first --data.")
+        str | None, typer.Option(metavar="DATA", help="Images to generate masks for (default: the first --data).")
     ] = None,
     init_from: Annotated[
         str | None,
@@ -69,12 +69,14 @@ def train_bgmask(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[RUN]", help="Go on with a run; without RUN, with --out's or the newest of the preset."),
+        typer.Option(metavar="[RUN]", help="Resume a run. Default: the run in --out, else the latest of this preset."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the config, where it comes from and what it costs; then stop."),
+        typer.Option(
+            "--dry-run", help="Print the config, where its values come from and an estimate of the cost; then stop."
+        ),
     ] = False,
     download: Download = False,
     device: Device = None,

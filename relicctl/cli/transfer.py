@@ -49,23 +49,30 @@ def transfer(
         list[str] | None,
         typer.Option(
             metavar="NAME=DATA",
-            help="Data with train, perhaps val, and test in it, or with {split} in its name; repeatable.",
+            help="Data with train, test and optionally val in it, or with {split} in its name; repeatable.",
         ),
     ] = None,
     baselines: Annotated[
         list[str] | None,
-        typer.Option("--baseline", metavar="ENCODER", help="Also evaluated, and improved on; repeatable."),
+        typer.Option(
+            "--baseline",
+            metavar="ENCODER",
+            help="Baseline encoder; relative improvement is reported against it. Repeatable.",
+        ),
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(metavar="logistic|knn|finetune", help="How features are judged; repeatable. [logistic]"),
+        typer.Option(metavar="logistic|knn|finetune", help="Evaluation protocol; repeatable. [logistic]"),
     ] = None,
     task: Annotated[
-        str, typer.Option(metavar="classification|segmentation|detection", help="What features are judged by.")
+        str, typer.Option(metavar="classification|segmentation|detection", help="Evaluation task.")
     ] = "classification",
     labels: Annotated[
         list[str] | None,
-        typer.Option(metavar="all|SHARE|N-per-class|FILE", help="Training labels that are known; repeatable. [all]"),
+        typer.Option(
+            metavar="all|FRACTION|N-per-class|FILE",
+            help="Labelled subset: all, a fraction, N per class, or a list; repeatable. [all]",
+        ),
     ] = None,
     network: NetworkChoice = "online",
     preset: Annotated[
@@ -77,9 +84,10 @@ def transfer(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in data.metrics={x: map11}; repeatable."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the results; else a new one.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results folder (default: a new one).")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="[DIR]", help="Go on; without DIR, with --out's. What is finished is kept.")
+        str | None,
+        typer.Option(metavar="[DIR]", help="Resume. Default: the results in --out. Finished cells are reused."),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -18,7 +18,7 @@ AspectRatio = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field: its default, its meaning with the unit, and limits of its value."""
+    """Define a field by its default, its meaning with the unit, and limits of its value."""
     return Field(default, description=meaning, **limits)
 
 
@@ -41,11 +41,11 @@ class CommandConfig(Section):
 
 
 def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
-    """Raises UsageError for the first key whose pair is no range above 0."""
+    """Raise UsageError for the first key whose pair is not a range above 0."""
     for name, (low, high) in ranges.items():
         if not 0 < low <= high:
             raise UsageError(
-                f"{name} is [{low:g}, {high:g}], which is no range above 0.",
+                f"{name} is [{low:g}, {high:g}], which is not a range above 0.",
                 f"Give {name} as [smallest, largest], both above 0.",
             )
 

@@ -27,7 +27,7 @@ LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20
 
 
 class RandomCropConfig(Section):
-    scale: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area")
+    scale: Pair = key((0.08, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area")
     ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
@@ -36,7 +36,7 @@ class SweepConfig(Section):
     lrs: LearningRates = key(
         LEARNING_RATES, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
     )
-    val_fraction: float = key(0.1, "share of the training images on which the rate is chosen", gt=0, lt=1)
+    val_fraction: float = key(0.1, "fraction of the training images on which the learning rate is chosen", gt=0, lt=1)
 
 
 class LinearOptimConfig(Section):
@@ -50,9 +50,9 @@ class LinearOptimConfig(Section):
 
 class LinearTestConfig(Section):
     val_fraction: float = key(
-        0.0, "share of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
+        0.0, "fraction of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
     )
-    size: int | None = key(None, "side in pixels of the images; null = what the encoder was made for", ge=8)
+    size: int | None = key(None, "side in pixels of the images; null = what the encoder was trained for", ge=8)
     crop_pct: float | None = key(
         None, "side of the tested centre square / the image's short side; null = the encoder's own", gt=0, le=1
     )

@@ -17,12 +17,12 @@ def _find_presets_folder() -> Path:
 
 
 def list_presets() -> list[str]:
-    """All names, sorted."""
+    """Return all names, sorted."""
     return sorted(path.stem for path in _find_presets_folder().glob("*.yaml"))
 
 
 def find_preset(name: str) -> Path:
-    """The preset's file. Raises UsageError for an unknown name."""
+    """Return the preset's file. Raises UsageError for an unknown name."""
     names = list_presets()
     if name in names:
         return _find_presets_folder() / f"{name}.yaml"
@@ -36,12 +36,12 @@ def find_preset(name: str) -> Path:
 
 
 def read_preset(name: str) -> str:
-    """The preset's YAML. Raises UsageError for an unknown name."""
+    """Read the preset's YAML. Raises UsageError for an unknown name."""
     return find_preset(name).read_text(encoding="utf-8")
 
 
 def read_preset_header(name: str) -> str:
-    """The comment that the preset begins with; its first line says what the preset is."""
+    """Return the comment that the preset begins with; its first line says what the preset is."""
     lines = []
     for line in read_preset(name).splitlines():
         if not line.startswith("#"):

@@ -42,13 +42,13 @@ class ModelConfig(EncoderConfig):
 class LargeViewsConfig(Section):
     count: PositiveInt = key(4, "large views per image (our choice)")
     size: int = key(224, "side in pixels", ge=8)
-    area: Pair = key((0.14, 1.0), "range of the crop's share of the image's area (our choice)")
+    area: Pair = key((0.14, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
 
 
 class SmallViewsConfig(Section):
     count: int = key(2, "small views per image (our choice)", ge=0)
     size: int = key(96, "side in pixels", ge=8)
-    area: Pair = key((0.05, 0.14), "range of the crop's share of the image's area (our choice)")
+    area: Pair = key((0.05, 0.14), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
 
 
 class AugmentationConfig(Section):
@@ -100,7 +100,7 @@ class BackgroundRemovalConfig(Section):
     )
     bank: str | None = key(None, "run of train-bgmask, or its masks.bank, with a mask for every image (also --bgmask)")
     foreground_range: Pair = key(
-        (0.01, 0.99), "shares of the image between which a mask's foreground must lie for it to be used (our choice)"
+        (0.01, 0.99), "fractions of the image between which a mask's foreground must lie for it to be used (our choice)"
     )
 
 
@@ -115,7 +115,8 @@ class OptimConfig(Section):
     max_steps: PositiveInt | None = key(None, "stop after so many steps, the schedules unchanged; null = at the end")
     microbatch: PositiveInt | None = key(
         None,
-        "images per process that pass the networks at a time, computed twice to save memory: the loss is that of the "
+        "GradCache, not gradient accumulation: images per process that pass the networks at a time, computed twice to "
+        "save memory: the loss is that of the "
         "whole batch, BatchNorm is over the microbatch, or those of all processes; null = all at once",
     )
 
@@ -125,7 +126,7 @@ class EvalConfig(Section):
 
     every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
     val_fraction: float = key(
-        0.0, "share of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
+        0.0, "fraction of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
     )
     size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
     crop_pct: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)

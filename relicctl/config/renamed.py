@@ -97,24 +97,24 @@ RENAMED_METRICS = {"rank_me": "rankme", "deviation": "embedding_std", "feature_d
 
 
 def rename_key(command: str, name: str) -> str:
-    """The present name of a dotted key of ``command``."""
+    """Return the present name of a dotted key of ``command``."""
     new = RENAMED[command].get(name, name)
     return new if isinstance(new, str) else new[0]
 
 
 def rename_value(command: str, name: str, value: Any) -> Any:
-    """The present form of the value of the key ``name``, as it was written under that name."""
+    """Return the present form of a value that was given under the name ``name``."""
     new = RENAMED[command].get(name, name)
     return value if isinstance(new, str) or not isinstance(value, str) else new[1].get(value, value)
 
 
 def rename_metrics(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl under the present names."""
+    """Return a line of metrics.jsonl under the present names."""
     return {RENAMED_METRICS.get(name, name): value for name, value in record.items()}
 
 
 def restore_old_names(command: str, content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``content``, dumped from the section ``prefix`` ("finetune.") of a config, under the names it had first.
+    """Return ``content``, dumped from the section ``prefix`` ("finetune.") of a config, under the oldest names.
 
     Cells and mask banks are found again by hashes and texts of this form, so it stays as it is, order included.
     """

@@ -102,8 +102,8 @@ def resolve_config(
     """Defaults < ``base`` < preset < file < --set < options.
 
     ``options`` goes by the names of the schema's option_keys, None meaning not given. A preset or a file may say
-    ``extends: PRESET``. ``schema``: the keys of the command that asks; None = of the command that preset or
-    file are for. ``base``: dotted keys taken from the run that is worked on. Raises UsageError for whatever is wrong.
+    ``extends: PRESET``. ``schema``: the keys of the command that asks; None = those of the command that preset
+    or file are for. ``base``: dotted keys and values of the run that is evaluated. Raises UsageError for any mistake.
     """
     contents = _load_preset_layers(preset) if preset is not None else []
     if config_file is not None:
@@ -129,7 +129,7 @@ def resolve_config(
 
 
 def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:
-    """The config of an earlier run, with what the user gave by file, --set or option on top of it."""
+    """Return the config of an earlier run, overridden by what the user gave by file, --set or option."""
     content = _drop_run_record(yaml_io.load_mapping(run_config))
     layers = _ConfigLayers(_find_schema([(str(run_config), content)], type(resolved.config)))
     layers.set_values(content, "run")
@@ -141,12 +141,12 @@ def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConf
 
 
 def load_run_config(path: Path) -> PretrainConfig:
-    """The config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
+    """Load the config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
     return resolve_config(config_file=path, schema=PretrainConfig).config
 
 
 def dump_yaml(config: CommandConfig, origin: dict[str, str] | None = None) -> str:
-    """The config as YAML, every key written out; with ``origin``, comments say where each value came from."""
+    """Return the config as YAML, every key written out; with ``origin``, comments say where each value came from."""
     command = get_command(type(config))
     lines = [] if command == "pretrain" else [(f"command: {command}", "")]
 
@@ -165,7 +165,7 @@ def dump_yaml(config: CommandConfig, origin: dict[str, str] | None = None) -> st
 
 
 def flatten(content: dict[str, Any], prefix: str = "", schema: type[CommandConfig] = PretrainConfig) -> dict[str, Any]:
-    """Nested sections as one dict of dotted keys."""
+    """Return nested sections as one dict of dotted keys."""
     flat: dict[str, Any] = {}
     leaves = get_config_fields(schema).keys() | RENAMED[get_command(schema)]
     for name, value in content.items():
@@ -178,7 +178,7 @@ def flatten(content: dict[str, Any], prefix: str = "", schema: type[CommandConfi
 
 @cache
 def get_config_fields(schema: type[CommandConfig] = PretrainConfig) -> dict[str, FieldInfo]:
-    """Every dotted key that holds a value, in the schema's order."""
+    """Return every dotted key that holds a value, in the schema's order."""
 
     def walk(section: type[Section], prefix: str) -> Iterable[tuple[str, FieldInfo]]:
         for name, info in section.model_fields.items():
@@ -191,19 +191,19 @@ def get_config_fields(schema: type[CommandConfig] = PretrainConfig) -> dict[str,
 
 
 def get_command(schema: type[CommandConfig]) -> str:
-    """The command whose keys these are."""
+    """Return the command that ``schema`` belongs to."""
     return next(name for name, known in SCHEMAS.items() if known is schema)
 
 
 def _load_preset_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """What a preset says, after what it extends: pairs of origin and content."""
+    """Load a preset after the one it extends: pairs of origin and content."""
     content = yaml_io.load_mapping(find_preset(name))
     parent = content.pop("extends", None)
     return [*(_load_preset_layers(str(parent)) if parent is not None else []), (f"preset {name}", content)]
 
 
 def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[CommandConfig] | None) -> type[CommandConfig]:
-    """The one schema that all ``contents`` are for, whose ``command`` is taken out. UsageError if they differ.
+    """Return the one schema that all ``contents`` are for, whose ``command`` is taken out. UsageError if they differ.
 
     Presets and runs without one are pretrain's; a user's file may leave it to the command that reads it.
     """
@@ -287,7 +287,7 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
 
 
 def format_allowed_values(name: str, schema: type[CommandConfig] = PretrainConfig) -> str:
-    """In words, the values that a key takes: "a whole number from 1 or null"."""
+    """Describe the values that a key takes: "a whole number from 1 or null"."""
     json_schema = schema.model_json_schema()
     node = json_schema
     for part in name.split("."):

@@ -68,13 +68,13 @@ class DetectionDataConfig(DenseDataConfig):
 
 
 class DenseOptimConfig(Section):
-    """SGD with momentum; the rate falls to a tenth at each of ``milestones``."""
+    """SGD with momentum; the learning rate falls to a tenth at each of ``milestones``."""
 
     steps: PositiveInt = key(30000, "steps of the training")
     batch_size: PositiveInt = key(16, "images per step; all where there are fewer")
     base_lr: PositiveFloat = key(0.003, "learning rate, not scaled by the batch")
-    warmup_steps: int = key(0, "steps over which the rate rises linearly", ge=0)
-    milestones: Milestones = key((0.7, 0.9), "shares of the steps after which the rate falls to a tenth")
+    warmup_steps: int = key(0, "steps over which the learning rate rises linearly", ge=0)
+    milestones: Milestones = key((0.7, 0.9), "fractions of the steps after which the learning rate falls to a tenth")
     momentum: float = key(0.9, "SGD's momentum", ge=0, lt=1)
     weight_decay: float = key(1e-4, "weight decay, of all parameters", ge=0)
 
@@ -82,8 +82,10 @@ class DenseOptimConfig(Section):
 class DetectionOptimConfig(DenseOptimConfig):
     steps: PositiveInt = key(190000, "steps of the training")
     base_lr: PositiveFloat = key(0.02, "learning rate, not scaled by the batch")
-    warmup_steps: int = key(1000, "steps over which the rate rises linearly", ge=0)
-    milestones: Milestones = key((0.615, 0.846), "shares of the steps after which the rate falls to a tenth")
+    warmup_steps: int = key(1000, "steps over which the learning rate rises linearly", ge=0)
+    milestones: Milestones = key(
+        (0.615, 0.846), "fractions of the steps after which the learning rate falls to a tenth"
+    )
 
 
 class SegmentationCropConfig(Section):
@@ -177,12 +179,12 @@ class TransferDataConfig(Section):
     datasets: dict[str, str] = key({}, "data by name, each with train, perhaps val, and test (also --data NAME=DATA)")
     metrics: dict[str, Metric] = key({}, "metric by name of data; where not given, what papers report on it, else top1")
     val_fraction: float = key(
-        0.2, "share of each class of train to choose on where there is no val (our choice)", gt=0, lt=1
+        0.2, "fraction of each class of train to validate on where there is no val (our choice)", gt=0, lt=1
     )
     test_split: dict[str, str] = key({}, "split to test on by name of data; where not given, test")
     samples_per_class: dict[str, SamplesPerClass] = key(
         {},
-        "for data without splits, by name: images of each class to learn from, and, if told, to test on, else all "
+        "for data without splits, by name: images of each class to train on, and optionally to test on, else all "
         "others; drawn by the seed (our choice)",
     )
     cache: Literal["auto", "none", "memory", "device"] = key(
@@ -192,7 +194,7 @@ class TransferDataConfig(Section):
 
 
 class EvalCropConfig(Section):
-    size: int | None = key(None, "side in pixels of the images; null = what each encoder was made for", ge=8)
+    size: int | None = key(None, "side in pixels of the images; null = what each encoder was trained for", ge=8)
     crop_pct: float | None = key(
         None, "side of the centre square / the image's short side; null = the encoder's own", gt=0, le=1
     )
@@ -209,7 +211,7 @@ class KnnConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """SGD with Nesterov's momentum, cosine to 0; every rate, decay and length together, the best trained anew."""
+    """SGD with Nesterov's momentum, cosine to 0; a grid of learning rates, decays and lengths, the best retrained."""
 
     lrs: PositiveFloats = key((0.01, 0.03, 0.1), "learning rates, not scaled by the batch (our choice)")
     weight_decays: WeightDecays = key((0.0,), "weight decays, of all parameters (our choice)")
@@ -217,7 +219,7 @@ class FinetuneConfig(Section):
     epochs: PositiveInts | None = key(None, "lengths to choose from in passes over the labelled images; null = steps")
     batch_size: PositiveInt = key(64, "images per step; all where there are fewer (our choice)")
     momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
-    scale: Pair = key((0.08, 1.0), "range of the random crop's share of the image's area (our choice)")
+    scale: Pair = key((0.08, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
     ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
@@ -230,7 +232,9 @@ class TransferConfig(CommandConfig):
     protocol: Protocols = key(
         ("logistic",), "logistic and knn on frozen features; finetune trains all (also --protocol)"
     )
-    labels: LabelSubsets = key(("all",), "labels known: all, a share, N-per-class, or a file of names (also --labels)")
+    labels: LabelSubsets = key(
+        ("all",), "labelled subset: all, a fraction, N-per-class, or a file of names (also --labels)"
+    )
     model: EncoderConfig = key(
         EncoderConfig(), "the network of `random` as the first encoder; else it is like the first"
     )

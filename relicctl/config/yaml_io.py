@@ -45,7 +45,7 @@ _StrictLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that ``text`` stands for. Raises yaml.YAMLError."""
+    """Parse ``text`` as YAML. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, _StrictLoader)
     except (RecursionError, ValueError) as reason:  # nested beyond reason; a date that is none
@@ -53,7 +53,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
-    """The keys in a file. Raises UsageError when it is not there or holds something else."""
+    """Load the keys in a file. Raises UsageError when it is not there or holds something else."""
     try:
         with open(path, "rb") as handle:
             text = handle.read(MAX_BYTES + 1)
@@ -79,7 +79,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
 
 
 def dump_value(value: Any) -> str:
-    """One value on one line."""
+    """Return one value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(
