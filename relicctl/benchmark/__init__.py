@@ -1,1 +1,1 @@
-"""Speed, measured: the host's half, the device's step part by part, both together, and what the hardware could do."""
+"""Speed, measured: data loading, the training step part by part, both together, and the hardware's limits."""

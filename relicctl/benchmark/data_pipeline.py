@@ -1,4 +1,4 @@
-"""The host's half alone, on one core: read, decode, crop, collate."""
+"""Timing of data loading on one CPU core: read, decode, crop, collate; and generated photos to time it with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from relicctl.data.sampler import DrawKey
 from relicctl.data.views import IMAGES_PER_DECODE, ViewSpec, crop_views
 
 IMAGES_PER_REPEAT = 32  # measured at a time
+WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of generated photos: about 110 KB each
+NUM_DISTINCT = 48  # generated photos
 
 
 def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> dict[str, Any]:
-    """Images per second of a core, all in all and by stage (spreads)."""
+    """Return images per second of one core, over all stages and for each (spreads)."""
     samples = np.arange(min(IMAGES_PER_REPEAT, len(source)))
     files = [source.read(int(i)) for i in samples]
     images = [_decode_file(file) for file in files]
@@ -66,15 +68,11 @@ def _decode_file(file: bytes | np.ndarray) -> np.ndarray:
     return decode_rgb(file) if isinstance(file, bytes) else file
 
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 88  # about 110 KB each
-NUM_DISTINCT = 48
-
-
 class GeneratedPhotos(ImageDataset):
-    """``length`` samples, DISTINCT different ones over and over.
+    """``length`` samples: NUM_DISTINCT different JPEGs, repeated.
 
-    Noise whose amplitude falls with frequency as in photographs, the channels alike: it costs a JPEG decoder what
-    a photo of the same bytes does.
+    Noise whose amplitude falls with frequency as in photographs, with correlated channels: a JPEG decoder takes as
+    long for it as for a photo of the same size in bytes.
     """
 
     spec = "generated"
@@ -102,7 +100,7 @@ def _generate_jpeg(number: int, width: int, height: int) -> bytes:
     turns = draw_uniform(0, 0, number, np.arange(4)[:, None], np.arange(height), n=len(across))
     waves = np.fft.irfft2(amplitude * np.exp(2j * np.pi * turns), s=(height, width))
     waves /= waves.std(axis=(1, 2), keepdims=True)
-    pixels = 120 + 50 * waves[:1] + 20 * waves[1:]  # what the channels share, and what is their own
+    pixels = 120 + 50 * waves[:1] + 20 * waves[1:]  # common to the channels, and of each alone
     buffer = io.BytesIO()
     Image.fromarray(np.moveaxis(pixels, 0, -1).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What the hardware could do, and what a step asks of it."""
+"""What a step asks of the hardware, and what the hardware could give: operations, matrix peak, largest batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}  # rows and columns: large enough that
 
 
 def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
-    """Floating-point operations (a multiply-add is two) of both networks' passes for one image's views.
+    """Return floating-point operations (a multiply-add is two) of both networks' passes for one image's views.
 
-    Counted on a shadow of the networks without memory or values; what is computed twice to save memory counts once.
+    Counted on the meta device, without memory or values; what is computed twice to save memory counts once.
     """
     config = config.model_copy(
         update={
@@ -41,7 +41,7 @@ def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
 
 
 def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> float:
-    """Floating-point operations per second of a large square matrix product, the best of ``runs``."""
+    """Return floating-point operations per second of a large square matrix product, the best of ``runs``."""
     n = MATMUL_SIZE[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     factor = torch.randn(n, n, device=device).to(dtype)
@@ -56,17 +56,17 @@ def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> 
 
 
 def estimate_largest_batch(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> int:
-    """Images whose step fits into the device's free memory, by the estimate of ``--dry-run``; 0 for none."""
+    """Return the largest batch whose step fits into free memory, by the estimate of ``--dry-run``; 0 for none."""
     parts = estimate_step_memory(config, outline_networks(config, classes), precision)
     growing = parts.pop("views")
-    if config.optim.microbatch is None:  # else so many images are in the networks whatever the batch
+    if config.optim.microbatch is None:  # else the activations are those of a microbatch, whatever the batch
         growing += parts.pop("activations")
     return max(0, int((get_free_memory(device) - sum(parts.values())) * config.optim.batch_size / growing))
 
 
 def find_largest_fit(fits: Callable[[int], bool], guess: int, step: int = 8) -> int:
-    """The largest multiple of ``step`` for which ``is_supported`` holds, found from ``guess`` outwards; 0 for none."""
-    low, high = 0, max(1, guess // step)  # low fits, and so does nothing from high on, once the loop is through
+    """Return the largest multiple of ``step`` for which ``fits`` holds, searched from ``guess`` on; 0 for none."""
+    low, high = 0, max(1, guess // step)  # from here on low fits; after the loop, high does not
     while fits(high * step):
         low, high = high, 2 * high
     while high - low > 1:
@@ -76,7 +76,7 @@ def find_largest_fit(fits: Callable[[int], bool], guess: int, step: int = 8) -> 
 
 
 def try_train_step(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> bool:
-    """Whether a step with the config's batch passes on a CUDA device without running out of its memory."""
+    """Return whether a step with the config's batch runs on a CUDA device without running out of memory."""
     sizes = [view for view in (config.views.large, config.views.small) if view.count]
     batch = config.optim.batch_size
     try:

@@ -1,4 +1,4 @@
-"""The device's step: its parts one by one, and the real loop with the real feed."""
+"""Timing of the training step: its parts one by one, and the real loop with the real loader."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NETWORKS = ("networks forward", "networks backward")
 def measure_step_parts(
     task: PretrainTask, feed: ViewLoader, repeats: int, log_every: int, device: torch.device
 ) -> dict[str, Any]:
-    """Seconds of each part of a step (lists over ``repeats`` steps), the host's half left out.
+    """Return the seconds of each part of a step (lists over ``repeats`` steps), without the wait for data.
 
-    The same work as in the loop, and a GPU as busy; the first step is not counted. The log line, for which the loop
-    waits, comes after all steps, and its cost is spread over the steps between two.
+    The work is that of the loop, and keeps a GPU as busy; the first step is not counted. Logging, for which the loop
+    waits, is timed after all steps, and its cost is spread over the steps between two log lines.
     """
     laps = LapTimer(device)
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -59,23 +59,23 @@ def measure_step_parts(
 
 
 def summarize_step(parts: dict[str, list[float]], batch: int) -> dict[str, Any]:
-    """Images per second of the step alone (spread), and the shares of its parts that are outside the networks."""
+    """Return images per second of the step alone (spread), and the fractions of its parts outside the networks."""
     whole = [sum(step) for step in zip(*parts.values(), strict=True)]
     usual = {name: statistics.median(seconds) for name, seconds in parts.items()}
     total = sum(usual.values())
-    shares = {name: round(seconds / total, 5) for name, seconds in usual.items() if name not in NETWORKS}
+    fractions = {name: round(seconds / total, 5) for name, seconds in usual.items() if name not in NETWORKS}
     return {
         "step_images_per_s": summarize_timings([batch / seconds for seconds in whole]),
-        "outside_networks": round(sum(shares.values()), 5),
-        "outside_parts": shares,
+        "outside_networks": round(sum(fractions.values()), 5),
+        "outside_parts": fractions,
         "step_seconds": {name: summarize_timings(seconds) for name, seconds in parts.items()},
     }
 
 
 def measure_train_loop(
     task: PretrainTask, feed: ViewLoader, batch: int, repeats: int, window: int, device: torch.device
-) -> Any:
-    """The training loop as it is, fed as it is: images per second and data wait (spreads), windows of ``window``."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Run the training loop; return images per second and the fraction of data wait (spreads over windows of steps)."""
     logger = _RecordingLogger()
     loop_config = LoopConfig(
         total=(repeats + 1) * window, steps_per_epoch=sys.maxsize, batch_size=batch, log_every=window
@@ -89,7 +89,7 @@ def measure_train_loop(
 
 
 class _RecordingLogger:
-    """A journal that keeps the log lines and saves nothing."""
+    """A run logger that collects the log lines and saves nothing."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ class _RecordingLogger:
 
 
 class LapTimer:
-    """Seconds between laps, by name; on a GPU by its own clock, so that nothing waits and it works as in training."""
+    """Seconds between laps, by name; a GPU is timed by its events, so that nothing has to wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -116,19 +116,19 @@ class LapTimer:
         self._last = self._record_time()
 
     def record_lap(self, name: str, excluded: float = 0.0) -> None:
-        """Since the last lap, less ``without`` seconds."""
+        """Record the time since the last lap, less ``excluded`` seconds."""
         now = self._record_time()
         self._laps.append((name, self._last, now, excluded))
         self._last = now
 
     def get_seconds(self) -> dict[str, list[float]]:
-        """Of all laps so far; a GPU is waited for."""
+        """Return the seconds of all laps so far; waits for a GPU."""
         if self._cuda:
             torch.cuda.synchronize()
         seconds_by_name: dict[str, list[float]] = {}
-        for name, since, now, without in self._laps:
+        for name, since, now, excluded in self._laps:
             taken = since.elapsed_time(now) / 1000 if self._cuda else now - since
-            seconds_by_name.setdefault(name, []).append(max(0.0, taken - without))
+            seconds_by_name.setdefault(name, []).append(max(0.0, taken - excluded))
         return seconds_by_name
 
     def _record_time(self) -> Any:
@@ -140,9 +140,9 @@ class LapTimer:
 
 
 def measure_cpu_seconds(function: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of this process's processor time for each of ``repeats`` calls, after one that is not counted.
+    """Return the CPU seconds of this process for each of ``repeats`` calls, after one that is not counted.
 
-    Processor time is what one core gives, whatever else runs beside; waiting for a disk is no part of it.
+    CPU time does not depend on what else runs, and does not include waiting for a disk.
     """
     function()
     seconds = []
@@ -154,6 +154,6 @@ def measure_cpu_seconds(function: Callable[[], object], repeats: int) -> list[fl
 
 
 def summarize_timings(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest, and how many there were; four digits."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in figures.items()} | {"runs": len(values)}
+    """Return median, minimum and maximum, four digits each, and the number of values."""
+    spread = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in spread.items()} | {"runs": len(values)}

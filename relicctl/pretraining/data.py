@@ -1,4 +1,4 @@
-"""The background masks of a pretraining: opened, checked against its images, and told about."""
+"""The images and background masks of a pretraining: opened, checked, and what results.json says of the masks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from relicctl.errors import DataError, UsageError
 from relicctl.evaluation.labelled_data import split_holdout
 from relicctl.evaluation.online import OnlineEvaluator
 
-NUM_PROBED_IMAGES = 64  # images looked at for alpha channels
+NUM_PROBED_IMAGES = 64  # images whose alpha channels are examined
 
 
 def resolve_bank_path(resolved: ResolvedConfig) -> ResolvedConfig:
-    """``resolved``, where --bgmask - says so with the bank whose path comes on stdin.
+    """Return ``resolved``, for ``--bgmask -`` with the bank whose path is read from stdin.
 
-    That may take as long as a training of masks: call it when all that can be refused without them has been.
-    UsageError where several processes would read it.
+    That may take as long as a training of masks: call it after all checks that need no masks. Raises UsageError where
+    several processes would read it.
     """
     old_bgmask = resolved.config.bgmask
     if old_bgmask.bank != "-":
@@ -48,10 +48,10 @@ def resolve_bank_path(resolved: ResolvedConfig) -> ResolvedConfig:
 def open_masking(
     config: PretrainConfig, images: ImageDataset, console: Console
 ) -> tuple[BackgroundRemoval | None, dict[str, Any]]:
-    """How views lose their backgrounds, None where none does, and what results.json says of it.
+    """Return how views lose their backgrounds (None: none does), and what results.json says of the masks.
 
-    ``usable``: share of the images with a mask within the limits (alpha: of the first PROBED images);
-    ``masked_views``: share of large views without their background, as it is to be expected from that.
+    ``usable``: fraction of the images with a mask within the limits (alpha: of the first NUM_PROBED_IMAGES);
+    ``masked_views``: expected fraction of large views without their background.
     Raises DataError for a bank that cannot be used or lacks masks.
     """
     bgmask = config.bgmask
@@ -67,29 +67,31 @@ def open_masking(
         if bank.fingerprint != images.compute_fingerprint():
             same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
             console.warn(
-                f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks go by "
-                "name, and of other pictures with the same names they would be wrong"
+                f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks are "
+                "matched by file name; if these are different images with the same names, they will be wrong"
             )
         info |= {"sha256": bank.identity, "made_by": bank.made_by}
     else:
         masks = AlphaMasks(bgmask.foreground_range)
         usable = _find_usable_masks(masks, images)
         of = f"the alpha channels of the first {len(usable)} images"
-    share = float(usable.mean()) if len(usable) else 0.0
+    fraction = float(usable.mean()) if len(usable) else 0.0
     low, high = bgmask.foreground_range
-    if bgmask.probability and not share:
+    if bgmask.probability and not fraction:
         console.warn(
             f"none of {of} covers {low:.0%} to {high:.0%} of its image (bgmask.foreground_range): views may all keep "
             "their backgrounds"
         )
     else:
-        console.info(f"background masks: {share:.1%} of {of} can be used, on {bgmask.probability:.0%} of large views")
+        console.info(
+            f"background masks: {fraction:.1%} of {of} can be used, on {bgmask.probability:.0%} of large views"
+        )
     masking = BackgroundRemoval(masks, bgmask.probability, bgmask.fill) if bgmask.probability else None
-    return masking, {**info, "usable": round(share, 6), "masked_views": round(bgmask.probability * share, 6)}
+    return masking, {**info, "usable": round(fraction, 6), "masked_views": round(bgmask.probability * fraction, 6)}
 
 
 def _find_usable_masks(masks: MaskSource, images: ImageDataset) -> np.ndarray:
-    """bool: which of the first images that can be decoded have a usable mask."""
+    """Return, as bool, which of the first images that can be decoded have a usable mask."""
     image_source, usable = masks.get_image_source(images), []
     for index in range(min(NUM_PROBED_IMAGES, len(images))):
         try:
@@ -100,14 +102,14 @@ def _find_usable_masks(masks: MaskSource, images: ImageDataset) -> np.ndarray:
 
 
 def log_missing_masks(resolved: ResolvedConfig, console: Console) -> None:
-    """Say so where a preset or a file asks for masks and none are given."""
+    """Log a note where a preset or a file asks for masks and none are given."""
     bgmask, origin = resolved.config.bgmask, resolved.origin["bgmask.probability"]
     if bgmask.source == "none" and bgmask.probability and origin.startswith(("preset", "file")):
         console.info("no background masks: every view keeps its background (--bgmask RUN gives masks)")
 
 
 def check_same_mask_bank(run: Path, record: dict[str, Any], info: dict[str, Any]) -> None:
-    """Raises DataError where a run would go on with another bank than it was started with."""
+    """Raise DataError where a run would be resumed with another bank than it was started with."""
     if record.get("bgmask_sha256") != info.get("sha256"):
         raise DataError(
             f"The mask bank {info['bank']} is not the one that {run} was started with.",
@@ -122,7 +124,7 @@ class PretrainData:
 
 
 def open_pretrain_data(config: PretrainConfig, download: bool, console: Console) -> PretrainData:
-    """The images to train on, and those to measure on if there are labels."""
+    """Return the images to train on and, if there are labelled ones, those to evaluate on."""
     if config.data.train is None:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
     train, val = open_dataset(config.data.train, split="train", download=download), None
@@ -146,9 +148,6 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     return PretrainData(train, val)
 
 
-# The steps of the recipe.
-
-
 def build_evaluator(
     config: PretrainConfig, data: PretrainData, device: torch.device, bad: BadImages, console: Console
 ) -> OnlineEvaluator | None:
@@ -161,15 +160,23 @@ def build_evaluator(
     return OnlineEvaluator(data.train, data.val, config.eval, size, config.seed, device, bad)
 
 
+def check_batch_split(config: PretrainConfig, world: World) -> None:
+    """Raise UsageError if the batch cannot be split over the ranks, or a rank's part of it into microbatches."""
+    first, last = world.get_local_rows(config.optim.batch_size)
+    microbatch = config.optim.microbatch
+    if microbatch is not None and (last - first) % microbatch:
+        raise UsageError(
+            f"optim.microbatch {microbatch} does not divide the {last - first} images of a process.",
+            "Choose one that does, or another number of processes.",
+        )
+
+
 def check_same_images(images: ImageDataset, world: World) -> None:
-    """Raises DataError if the processes see different images under the same numbers."""
+    """Raise DataError if the ranks see different images."""
     if world.size > 1 and len(set(world.all_gather_object(images.compute_fingerprint()))) > 1:
         raise DataError(
             f"The processes see different images at {images.spec}.", "Give all hosts the same data at this path."
         )
-
-
-# Small decisions.
 
 
 def build_view_plan(config: PretrainConfig) -> ViewSpec:

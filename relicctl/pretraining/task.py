@@ -1,4 +1,4 @@
-"""What pretraining minimises: one task for every objective, with the same networks, views and loop."""
+"""What pretraining trains: networks, objective, optimiser and schedule; one task for every objective."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from relicctl.core.loss import relicv2_loss
 from relicctl.core.optim import build_optimizer, compute_ema_gamma, compute_learning_rate
 from relicctl.data.augment import load_triton_kernels
 from relicctl.data.views import Batch
+from relicctl.encoders.file import load_encoder
 from relicctl.errors import UsageError
 from relicctl.evaluation import online
 from relicctl.models.layers import convert_sync_batchnorm
@@ -71,18 +72,18 @@ class PretrainTask(Task):
 
     @property
     def num_candidates(self) -> int | None:
-        """Among how many images the likelihood is spread: itself and its negatives. None for other objectives."""
+        """Return how many images the likelihood is over: the positive and its negatives. None for other objectives."""
         if self._config.objective not in ("relicv2", "relic"):
             return None
         negatives = self._config.loss.negatives
         return self._config.optim.batch_size if negatives == "all" else negatives + 1
 
     def compute_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Scalars of this batch: ``loss`` and, where the objective has them, its parts."""
+        """Return scalars of this batch: ``loss`` and, where the objective has them, its parts."""
         return self.compute_objective(*self.embed(batch), batch.labels, step)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What both networks make of the views: online [V, B, D], and target [L, B, D] where there is one."""
+        """Return both networks' outputs of the views: online [V, B, D], and target [L, B, D] where there is one."""
         with self._autocast:
             features, outputs = self._online(batch.views)
             target = self.model.forward_target(batch.views[0]) if self.model.target is not None else None
@@ -92,7 +93,7 @@ class PretrainTask(Task):
     def compute_objective(
         self, outputs: Tensor, target: Tensor | None, labels: Tensor | None, step: int
     ) -> dict[str, Tensor]:
-        """The objective's scalars."""
+        """Return the objective's scalars: ``loss``, and its parts where it has them."""
         name, loss = self._config.objective, self._config.loss
         if name in ("relicv2", "relic"):
             assert target is not None
@@ -125,7 +126,7 @@ class PretrainTask(Task):
             self.model.update_target(self._schedule.compute_ema(step))
 
     def compute_metrics(self, step: int) -> dict[str, float]:
-        """The target's decay, and the collapse monitor's figures on one view of the latest batch."""
+        """Return the target's decay, and the collapse monitor's metrics on one view of the latest batch."""
         assert self._last_outputs is not None
         counts = [len(batch[0]) for batch in self._last_outputs[:1]] * self._world.size
         features, outputs = ([self._world.gather_rows(batch[0], counts)] for batch in self._last_outputs)
@@ -165,7 +166,7 @@ class Schedule:
 
 
 def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
-    """Encoder, heads and target of an objective, initialised as a pure function of the seed."""
+    """Return encoder, heads and target of the objective, initialised as a pure function of the seed."""
     model, microbatch = config.model, config.optim.microbatch
     with fork_seeded_rng(derive_seed(config.seed, Stream.INIT)):
         encoder = build_encoder(
@@ -186,8 +187,23 @@ def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
     return networks
 
 
+def load_initial_weights(weights: str | None, task: PretrainTask) -> None:
+    """Load the encoder of ``weights``, if given, into both networks. Raises UsageError if it does not fit."""
+    if weights is None:
+        return
+    initial, current = load_encoder(weights).state_dict(), task.encoder.state_dict()
+    if {name: t.shape for name, t in initial.items()} != {name: t.shape for name, t in current.items()}:
+        raise UsageError(
+            f"The weights of {weights} do not fit this encoder.",
+            "Set model.arch, model.width and model.stem to theirs.",
+        )
+    for network in (task.model.online, task.model.target):
+        if network is not None:
+            network["encoder"].load_state_dict(initial)
+
+
 def resolve_compile(config: PretrainConfig, device: torch.device, world: World, total_steps: int) -> bool:
-    """Settle ``runtime.compile``. With several processes' SyncBatchNorm it has not been tried: only if asked for."""
+    """Resolve ``runtime.compile``. "auto" never compiles on several ranks: with SyncBatchNorm that is untested."""
     setting = config.runtime.compile
     if setting != "auto":
         return setting
@@ -195,10 +211,11 @@ def resolve_compile(config: PretrainConfig, device: torch.device, world: World, 
 
 
 def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
-    """bf16 or fp32 for the networks' forward pass.
+    """Return "bf16" or "fp32" for the networks' forward pass.
 
-    On a CPU, oneDNN's bf16 convolution of one pixel at stride 2 gives gradients of unset memory (seen with torch 2.14):
-    so views that shrink to one pixel before the last stage are computed in fp32. UsageError if bf16 was asked for.
+    On a CPU, oneDNN's bf16 convolution of one pixel at stride 2 reads uninitialised memory for its gradients (seen
+    with torch 2.14), so views that shrink to one pixel before the last stage are computed in fp32. Raises UsageError
+    if bf16 was asked for.
     """
     precision = pick_precision(config.runtime.precision, device)
     smallest = min(view.size for view in (config.views.large, config.views.small) if view.count)

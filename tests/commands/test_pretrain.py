@@ -48,7 +48,7 @@ def tiny(tmp_path):
 def no_curves(request, monkeypatch):
     """They take half of so short a run, and one test looks at them."""
     if request.function is not test_a_run_leaves_what_the_docs_promise:
-        monkeypatch.setattr("relicctl.commands.pretrain.plot_curves", lambda *_: None)
+        monkeypatch.setattr("relicctl.pretraining.run.plot_curves", lambda *_: None)
 
 
 def pretrain(tiny: Path, out: Path, *arguments: str) -> int:
@@ -355,7 +355,7 @@ def test_auto_cache_takes_images_of_several_sizes(tiny, tmp_path, photos):
     arguments = ["--data", str(photos), "--set", "eval.every_epochs=0", "--set", "optim.max_steps=2"]
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr("relicctl.commands.pretrain.resolve_cache", lambda *_: "device")
+        patch.setattr("relicctl.pretraining.run.resolve_cache", lambda *_: "device")
         assert pretrain(tiny, tmp_path / "auto", *arguments) == 0
         assert pretrain(tiny, tmp_path / "named", *arguments, "--set", "data.cache=device") == 2
     assert not (tmp_path / "named").exists()

@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from relicctl.commands.pretrain import check_batch_split
 from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
 from relicctl.core.distributed import World
 from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError, UsageError
-from relicctl.pretraining.data import check_same_images
+from relicctl.pretraining.data import check_batch_split, check_same_images
 from tests.helpers.faults import STEPS, command, in_a_process
 
 pytestmark = [

@@ -64,9 +64,9 @@ def at_metrics() -> None:
 
 
 def at_the_encoder() -> None:
-    from relicctl.commands import pretrain
+    from relicctl.pretraining import run
 
-    _before(pretrain, "save_encoder", lambda path, *_: path.parent)
+    _before(run, "save_encoder", lambda path, *_: path.parent)
 
 
 def at_the_results() -> None:

@@ -55,7 +55,7 @@ def true_masks(path: Path, source: ShapesDataset, wanted: range) -> Path:
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """They take half of so short a run, and are tested elsewhere."""
-    monkeypatch.setattr("relicctl.commands.pretrain.plot_curves", lambda *_: None)
+    monkeypatch.setattr("relicctl.pretraining.run.plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""The run folder of a pretraining: what is recorded at the start, how it is resumed, what is written at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from relicctl.config.pretrain import PretrainConfig
+from relicctl.config.resolve import ResolvedConfig, dump_yaml
+from relicctl.core import checkpoint
+from relicctl.core.loop import TrainState, restore_state
+from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.data.loader import resolve_cache
+from relicctl.encoders.file import save_encoder
+from relicctl.errors import DataError, UsageError
+from relicctl.pretraining.data import PretrainData, check_same_mask_bank
+from relicctl.pretraining.task import PretrainTask, load_initial_weights, resolve_precision
+from relicctl.runs.context import RunContext
+from relicctl.runs.curves import plot_curves
+from relicctl.runs.distributed import load_newest_checkpoint
+from relicctl.runs.folder import RunFolder
+from relicctl.runs.resume import read_resumable_record
+from relicctl.version import __version__
+
+
+def make_record(
+    resolved: ResolvedConfig, init_from: str | None, data: PretrainData, masks: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return what config.yaml stores under ``run``: facts that must hold when the run is resumed."""
+    return {
+        "version": __version__,
+        "preset": resolved.preset,
+        "data_fingerprint": data.train.compute_fingerprint(),
+        "images": len(data.train),
+        "bgmask_sha256": masks.get("sha256"),
+        "init_from": init_from,
+        "cache": resolve_cache(resolved.config.data.cache, data.train, device, masks["masked_views"] > 0),
+        "precision": resolve_precision(resolved.config, device),
+    }
+
+
+def resume_record(
+    run: Path, resolved: ResolvedConfig, data: PretrainData, masks: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return the facts recorded when the run started; only the precision may be chosen anew.
+
+    Raises DataError for other images or masks.
+    """
+    record = read_resumable_record(run)
+    if record["data_fingerprint"] != data.train.compute_fingerprint():
+        raise DataError(
+            f"The images are not those that {run} was started with.",
+            "Give --data the same images, or start another run with --init-from.",
+        )
+    check_same_mask_bank(run, record, masks)
+    if resolved.origin["runtime.precision"] != "run":
+        record["precision"] = resolve_precision(resolved.config, device)
+    return record
+
+
+def write_config(run: RunFolder, config: PretrainConfig, record: dict[str, Any]) -> None:
+    """Write config.yaml, and from now on metrics for TensorBoard if the config asks for them."""
+    if config.runtime.tensorboard:
+        run.start_tensorboard()
+    run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+
+
+def resume_training(task: PretrainTask, init_from: str | None, context: RunContext) -> TrainState | None:
+    """Load the newest checkpoint that the main rank can read; None for a run that ended before its first one.
+
+    Raises UsageError where there are checkpoints, but none can be read.
+    """
+    run, console = context.run, context.console
+    loaded = load_newest_checkpoint(run, context.world, console.warn)
+    if loaded is None:
+        if checkpoint.list_checkpoints(run.checkpoints_dir):
+            raise UsageError(f"No checkpoint in {run.checkpoints_dir} can be read.", "Start another run.")
+        console.info(f"{run.path} has no checkpoint yet: starting at step 0")
+        run.truncate_metrics(-1)
+        load_initial_weights(init_from, task)
+        return None
+    path, tensors, header = loaded
+    state = restore_state(task, tensors, header, str(path))
+    run.quarantine_after(state.step)
+    run.truncate_metrics(state.step)
+    console.info(f"resumed from {path} at step {state.step}")
+    return state
+
+
+def save_results(run: RunFolder, task: PretrainTask, config: PretrainConfig, results: dict[str, Any]) -> None:
+    """Write the encoder, results.json and the curves."""
+    preset = results["preset"]
+    metadata = {
+        "version": __version__,
+        "preset": preset or "",
+        "objective": config.objective,
+        "network": "online",
+        "size": str(config.eval.size or config.views.large.size),
+        "crop_ratio": str(config.eval.crop_pct),
+        "mean": str(list(IMAGENET_MEAN)),
+        "std": str(list(IMAGENET_STD)),
+    }
+    save_encoder(run.encoder_path, task.encoder, metadata)
+    run.write_json(run.results_path, results)
+    plot_curves(run.read_metrics(), run.curves_path, f"{preset or 'pretrain'}, {results['steps']} steps")
