@@ -85,21 +85,19 @@ def linear_eval(
     debug: Debug = False,
 ) -> None:
     """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
-    from functools import partial
-
     from relicctl.commands import linear_eval as command
     from relicctl.config.linear_eval import LinearEvalConfig
     from relicctl.runs.resume import LinearOptions
 
     options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
-    resolver = partial(resolve_options, preset, config, sets, options, LinearEvalConfig)
+    resolved = resolve_options(preset, config, sets, options, LinearEvalConfig)
     linear_options = LinearOptions(
         sources=tuple(sources or ()), network=network, tests=tuple(tests or ()), analysis=analysis,
         out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
     if dry_run:
-        print_result(command.format_linear_dry_run(resolver, linear_options))
+        print_result(command.format_linear_dry_run(resolved, linear_options))
         return
-    result = command.linear_eval(resolver, linear_options)
+    result = command.linear_eval(resolved, linear_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
         print_result(json.dumps(result) if as_json else result["run"])

@@ -40,14 +40,13 @@ def resolve_options(
     sets: list[str] | None,
     options: dict[str, Any],
     schema: type[CommandConfig],
-    base: dict[str, Any] | None = None,
 ) -> ResolvedConfig:
     """``resolve_config``, with one warning that lists the keys given under their old names."""
     from relicctl.config.resolve import resolve_config
     from relicctl.console import Console
 
-    resolved = resolve_config(preset, config_file, sets or (), options, schema=schema, base=base)
-    if resolved.renamed and base is None and os.environ.get("RANK", "0") == "0":
+    resolved = resolve_config(preset, config_file, sets or (), options, schema=schema)
+    if resolved.renamed and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{old} -> {new}" for old, new in resolved.renamed.items())
         Console().warn(f"config keys have new names: {names}")
     return resolved

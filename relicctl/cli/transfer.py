@@ -100,12 +100,12 @@ def transfer(
     debug: Debug = False,
 ) -> None:
     """Compare encoders on other data sets; prints the folder of the results."""
+    from relicctl.commands import transfer as command
     from relicctl.commands.common import parse_named_data
     from relicctl.runs.resume import TransferOptions
 
-    schema, run, format_dry_run = _get_task_command(task)
     options = {
-        "data": parse_named_data(tuple(data or ())),
+        "data": parse_named_data(tuple(data or ())) or None,
         "protocol": protocol or None,
         "labels": labels or None,
         "device": device,
@@ -115,31 +115,24 @@ def transfer(
     for name in ("protocol", "labels"):
         if options[name] and task != "classification":
             raise UsageError(f"--{name} means nothing to --task {task}.", "Leave it out.")
-    resolved = resolve_options(preset, config, sets, options, schema)
+    resolved = resolve_options(preset, config, sets, options, _get_schema(task))
     transfer_options = TransferOptions(
         sources=tuple(sources or ()), baselines=tuple(baselines or ()), network=network,
         out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
     if dry_run:
-        print_result(format_dry_run(resolved, transfer_options))
+        print_result(command.format_transfer_dry_run(resolved, transfer_options))
         return
-    result = run(resolved, transfer_options)
+    result = command.transfer(resolved, transfer_options)
     if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
         print_result(json.dumps(result) if as_json else result["run"])
 
 
-def _get_task_command(task: str) -> tuple[Any, Any, Any]:
-    """The schema of a task's config, what runs it, and what shows it."""
-    if task == "classification":
-        from relicctl.commands import transfer as command
-        from relicctl.config.transfer import TransferConfig
+def _get_schema(task: str) -> Any:
+    """The schema of the task's config."""
+    from relicctl.config.transfer import DetectionConfig, SegmentationConfig, TransferConfig
 
-        return TransferConfig, command.transfer, command.format_transfer_dry_run
-    from relicctl.config.transfer import DetectionConfig, SegmentationConfig
-
-    schemas = {"segmentation": SegmentationConfig, "detection": DetectionConfig}
+    schemas = {"classification": TransferConfig, "segmentation": SegmentationConfig, "detection": DetectionConfig}
     if task not in schemas:
         raise UsageError(f"There is no task {task!r}.", "Give --task classification, segmentation or detection.")
-    from relicctl.commands import transfer
-
-    return schemas[task], transfer.transfer_dense, transfer.format_dense_dry_run
+    return schemas[task]

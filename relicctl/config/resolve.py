@@ -97,13 +97,12 @@ def resolve_config(
     options: dict[str, Any] | None = None,
     *,
     schema: type[CommandConfig] | None = None,
-    base: dict[str, Any] | None = None,
 ) -> ResolvedConfig:
-    """Defaults < ``base`` < preset < file < --set < options.
+    """Defaults < preset < file < --set < options.
 
     ``options`` goes by the names of the schema's option_keys, None meaning not given. A preset or a file may say
     ``extends: PRESET``. ``schema``: the keys of the command that asks; None = those of the command that preset
-    or file are for. ``base``: dotted keys and values of the run that is evaluated. Raises UsageError for any mistake.
+    or file are for. Raises UsageError for any mistake.
     """
     contents = _load_preset_layers(preset) if preset is not None else []
     if config_file is not None:
@@ -114,8 +113,6 @@ def resolve_config(
             contents = _load_preset_layers(str(parent))
         contents.append((f"file {config_file}", content))
     layers = _ConfigLayers(_find_schema(contents, schema))
-    for name, value in (base or {}).items():
-        layers.set_value(name, value, "run")
     for where, content in contents:
         layers.set_values(content, where)
     for assignment in sets:
@@ -126,6 +123,16 @@ def resolve_config(
             for key, key_value in {layers.schema.option_keys[name]: value, **implied}.items():
                 layers.set_value(key, key_value, f"--{name}")
     return ResolvedConfig(layers.build_config(), layers.origin, preset, layers.renamed)
+
+
+def replace_defaults(resolved: ResolvedConfig, values: dict[str, Any], where: str = "run") -> ResolvedConfig:
+    """``resolved`` with ``values`` (by dotted key) in place of those that are still defaults."""
+    layers = _ConfigLayers(type(resolved.config))
+    layers.values, layers.origin = flatten(resolved.config.model_dump(), schema=layers.schema), dict(resolved.origin)
+    for name, value in values.items():
+        if layers.origin[name] == "default":
+            layers.set_value(name, value, where)
+    return ResolvedConfig(layers.build_config(), layers.origin, resolved.preset, resolved.renamed)
 
 
 def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:

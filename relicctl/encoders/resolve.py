@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from relicctl.config import yaml_io
 from relicctl.config.base import EncoderConfig
 from relicctl.config.resolve import load_run_config
-from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
@@ -223,37 +222,26 @@ def _make_baseline(encoder: nn.Module, source: str, run: Path | None, size: int,
     return ResolvedEncoder(cast(ResNet, encoder.eval()), Path(source), run)
 
 
-@dataclass(frozen=True)
-class TransferJob:
-    """Which encoders; noted in config.yaml, so that ``--resume`` needs nothing else."""
+def open_encoders(
+    sources: Sequence[str], network: str, model: EncoderConfig, size: int | None, seed: int, console: Console
+) -> list[ResolvedEncoder]:
+    """Open all encoders. ``random`` is the untrained network of the first one that has a run; ``pixels`` has its size.
 
-    sources: tuple[str, ...]
-    baselines: tuple[str, ...]
-    network: str
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return self.sources + self.baselines
-
-
-def open_encoders(job: TransferJob, config: TransferConfig, console: Console) -> list[ResolvedEncoder]:
-    """``random`` is the untrained network of the first encoder that has a run, ``pixels`` go with its images.
-
-    Where none has, they are made like the first encoder, whose file says what it is.
+    Where none has a run, both are built like the first encoder, whose file says what it is.
     """
     references: list[ResolvedEncoder] = []
-    for source in job.encoders:
+    for source in sources:
         random_run = next((str(r.run) for r in references if r.run), None)
         spec = f"{source}:{random_run}" if random_run and source in ("random", "pixels") else source
         first_metadata: dict[str, str] = vars(references[0].encoder)["metadata"] if references else {}
         references.append(
             open_encoder(
                 spec,
-                network=job.network,
-                model=match_architecture(references, config.model),
-                size=config.eval.size or (int(first_metadata["size"]) if references else None),
+                network=network,
+                model=match_architecture(references, model),
+                size=size or (int(first_metadata["size"]) if references else None),
                 crop_ratio=float(first_metadata["crop_ratio"]) if references else None,
-                seed=config.seed,
+                seed=seed,
                 warn=console.warn,
             )
         )

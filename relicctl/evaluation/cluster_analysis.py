@@ -1,4 +1,4 @@
-"""How features of one class lie together: separation, neighbours and a map, for one or several encoders.
+"""Cluster analysis of features by class: discriminant ratio, neighbour distances and a t-SNE map, for any encoders.
 
 Features are scaled to length 1 first, so that encoders can be compared (our choice).
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from relicctl.core.atomic_io import write_atomically
 from relicctl.errors import UsageError
+from relicctl.runs.figures import new_figure, save_figure
 
 NUM_NEIGHBOURS = 5
 ROWS_PER_STEP = 1024
@@ -26,7 +26,10 @@ MAX_CLASSES_ON_MAP = 20
 
 @dataclass(frozen=True)
 class ClusterAnalysis:
-    """Of N images: ``ratio`` ``[C]``; ``distances`` ``[N, 5]``; ``places`` ``[N, 2]`` on the map; all float64."""
+    """Of C classes and N images, float64.
+
+    ``discriminant_ratio`` ``[C]``, ``neighbour_distances`` ``[N, 5]``, ``embedding`` ``[N, 2]``.
+    """
 
     discriminant_ratio: np.ndarray
     neighbour_distances: np.ndarray
@@ -46,8 +49,8 @@ class ClusterAnalysis:
             "neighbour_distance": float(near.mean()),
             "classes": classes,
             "images": [
-                {"label": names[label], "neighbours": distances, "map": place}
-                for label, distances, place in zip(
+                {"label": names[label], "neighbours": distances, "map": point}
+                for label, distances, point in zip(
                     labels.tolist(), self.neighbour_distances.tolist(), self.embedding.tolist(), strict=True
                 )
             ],
@@ -55,13 +58,13 @@ class ClusterAnalysis:
 
 
 def check_sklearn() -> None:
-    """Raises UsageError where scikit-learn, which draws the map, is not installed."""
+    """Raises UsageError if scikit-learn, which computes the map, is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise UsageError("--analysis takes scikit-learn, which is not installed.", "Run pip install scikit-learn.")
+        raise UsageError("--analysis needs scikit-learn, which is not installed.", "Run pip install scikit-learn.")
 
 
 def analyze_clusters(features: Tensor, labels: Tensor, classes: int, seed: int) -> ClusterAnalysis:
-    """Of ``features`` ``[N, F]`` with ``labels`` int64 ``[N]`` below ``classes``."""
+    """Analyse ``features`` ``[N, F]`` with ``labels`` int64 ``[N]`` below ``classes``."""
     points = normalize(features.double(), dim=1).cpu()
     labels = labels.cpu()
     return ClusterAnalysis(
@@ -72,68 +75,67 @@ def analyze_clusters(features: Tensor, labels: Tensor, classes: int, seed: int) 
 
 
 def compute_discriminant_ratio(points: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Float ``[C]``: mean over other classes |mu_c - mu_c'|^2 / mean over members |z - mu_c|^2; NaN without members."""
+    """Return, per class, mean |mu_c - mu_c'|^2 over other classes / mean |z - mu_c|^2 over members; NaN without."""
     counts = torch.bincount(labels, minlength=classes).to(points.dtype)
     means = torch.zeros(classes, points.shape[1], dtype=points.dtype).index_add_(0, labels, points) / counts[:, None]
     within = torch.zeros(classes, dtype=points.dtype)
     within.index_add_(0, labels, (points - means[labels]).square().sum(1))
-    there = counts > 0
-    between = (means[:, None] - means[there]).square().sum(2).sum(1) / (int(there.sum()) - 1)
+    present = counts > 0
+    between = (means[:, None] - means[present]).square().sum(2).sum(1) / (int(present.sum()) - 1)
     return between / (within / counts)
 
 
 def compute_neighbour_distances(points: Tensor) -> Tensor:
-    """``[N, 5]``: Euclidean distances of each point to the five nearest others, ascending."""
-    found = []
+    """Return Euclidean distances of each point to its five nearest neighbours, ascending: ``[N, 5]``."""
+    nearest = []
     for first in range(0, len(points), ROWS_PER_STEP):
         rows = points[first : first + ROWS_PER_STEP]
         distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
         distances[torch.arange(len(rows)), torch.arange(first, first + len(rows))] = torch.inf  # not itself
-        found.append(distances.topk(NUM_NEIGHBOURS, largest=False).values)
-    return torch.cat(found)
+        nearest.append(distances.topk(NUM_NEIGHBOURS, largest=False).values)
+    return torch.cat(nearest)
 
 
 def _compute_tsne(points: np.ndarray, seed: int) -> np.ndarray:
-    """float64 ``[N, 2]`` by t-SNE (van der Maaten and Hinton 2008)."""
+    """Return the embedding by t-SNE (van der Maaten and Hinton 2008), float64 ``[N, 2]``."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(points) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32)
-    return tsne.fit_transform(points).astype(np.float64)
+    embedding: np.ndarray = tsne.fit_transform(points).astype(np.float64)
+    return embedding
 
 
 def plot_clusters(path: Path, clusters: dict[str, ClusterAnalysis], names: Sequence[str], labels: np.ndarray) -> None:
-    """PNG: a column per encoder; its map coloured by the class's ratio above, by neighbours' distance below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(clusters) + 1.5, 10.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Plot a column per encoder: its map coloured by the class's ratio above, by neighbour distance below."""
+    figure = new_figure(5.5 * len(clusters) + 1.5, 10.5)
     grid = figure.subplots(2, len(clusters), squeeze=False)
     colours = (
-        ([found.discriminant_ratio[labels] for found in clusters.values()], "linear discriminant ratio of the class"),
+        ([c.discriminant_ratio[labels] for c in clusters.values()], "linear discriminant ratio of the class"),
         (
-            [found.neighbour_distances.mean(1) for found in clusters.values()],
+            [c.neighbour_distances.mean(1) for c in clusters.values()],
             f"mean distance to {NUM_NEIGHBOURS} nearest",
         ),
     )
     for row, (values, meaning) in zip(grid, colours, strict=True):
         low, high = np.concatenate(values).min(), np.concatenate(values).max()
-        for axes, (name, found), value in zip(row, clusters.items(), values, strict=True):
-            points = axes.scatter(*found.embedding.T, c=value, s=8, cmap="viridis", vmin=low, vmax=high, linewidths=0)
+        for axes, (name, analysis), value in zip(row, clusters.items(), values, strict=True):
+            points = axes.scatter(
+                *analysis.embedding.T, c=value, s=8, cmap="viridis", vmin=low, vmax=high, linewidths=0
+            )
             axes.set(title=f"{name}\nmean {value.mean():.3g}", xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
             if len(names) <= MAX_CLASSES_ON_MAP:
-                _draw_class_names(axes, found.embedding, names, labels)
+                _draw_class_names(axes, analysis.embedding, names, labels)
         figure.colorbar(points, ax=row.tolist(), label=meaning, shrink=0.9)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    save_figure(path, figure, dpi=100)
 
 
-def _draw_class_names(axes: Any, places: np.ndarray, names: Sequence[str], labels: np.ndarray) -> None:
-    """Every class's name at its middle, moved up or down where it would cover another."""
-    height = np.ptp(places[:, 1]) / 28
-    width = np.ptp(places[:, 0]) / 5
+def _draw_class_names(axes: Any, embedding: np.ndarray, names: Sequence[str], labels: np.ndarray) -> None:
+    """Write every class's name at the median of its points, moved up where it would cover another."""
+    height = np.ptp(embedding[:, 1]) / 28
+    width = np.ptp(embedding[:, 0]) / 5
     taken: list[np.ndarray] = []
-    middles = [(np.median(places[labels == c], axis=0), name) for c, name in enumerate(names) if (labels == c).any()]
+    middles = [(np.median(embedding[labels == c], axis=0), name) for c, name in enumerate(names) if (labels == c).any()]
     for middle, name in sorted(middles, key=lambda item: item[0][1]):
         place = middle.copy()
         while any(abs(place[0] - other[0]) < width and abs(place[1] - other[1]) < height for other in taken):

@@ -1,7 +1,7 @@
-"""Features of whole data sets: images are prepared once, the encoder is left exactly as it was.
+"""Features of whole data sets: extracted from centre crops by a frozen encoder, cached in files.
 
-Several processes share the images out in whole chunks. So the encoder sees the very batches that it sees in one
-process, and the features are the same to the bit where machines and thread counts are.
+Ranks share the images in whole chunks. So the encoder sees the same batches as on a single rank, and the features
+are the same bit for bit wherever machines and thread counts are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from relicctl.config.linear_eval import LinearEvalConfig
-from relicctl.console import Console
+from relicctl.config.transfer import TransferConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import GIB
@@ -32,15 +32,16 @@ from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, load_or_next
 from relicctl.errors import DataError, RunFailed
 from relicctl.evaluation.labelled_data import LabelledDataset
+from relicctl.runs.context import RunContext
 from relicctl.runs.folder import RunFolder
 
 IMAGES_PER_CHUNK = 128
 
 
 class EvalImages:
-    """The centre crops of a source's images, in chunks of uint8 ``[n, size, size, 3]``; kept when they are small.
+    """The centre crops of a data set's images, in chunks of uint8 ``[n, size, size, 3]``; cached when they are small.
 
-    ``bad``: after a pass, what is wrong with each image that could not be decoded and was replaced by the next.
+    ``bad``: after a pass, why each image that was replaced by the next one could not be decoded.
     """
 
     def __init__(self, source: ImageDataset, size: int, crop_ratio: float) -> None:
@@ -54,13 +55,14 @@ class EvalImages:
         return len(self._source)
 
     def get_decodable_rows(self, report: BadImages) -> np.ndarray:
-        """int64: the rows whose image could be decoded, after a pass; the others are reported by name."""
+        """Return the rows (int64) of images that could be decoded in the last pass; report the others by name."""
         for index, reason in sorted(self.bad.items()):
             report.add(self._source.get_name(index), reason)
-        return np.array([row for row in range(len(self)) if row not in self.bad], dtype=np.int64)
+        rows: np.ndarray = np.setdiff1d(np.arange(len(self)), list(self.bad))
+        return rows
 
     def get_rank_ranges(self, world: World) -> list[tuple[int, int]]:
-        """Of each process, the first and last+1 image."""
+        """Return, for each rank, its first image and the one after its last."""
         chunks = -(-len(self) // IMAGES_PER_CHUNK)
         return [
             (first * IMAGES_PER_CHUNK, min(last * IMAGES_PER_CHUNK, len(self)))
@@ -68,7 +70,7 @@ class EvalImages:
         ]
 
     def iter_chunks(self, world: World) -> Iterator[np.ndarray]:
-        """This process's share, the same at every call."""
+        """Yield this rank's chunks, the same at every call."""
         if self._cached:
             yield from self._cached
             return
@@ -84,15 +86,16 @@ class EvalImages:
         self._cached = computed
 
     def _crop(self, index: int) -> np.ndarray:
-        image, _, passed = load_or_next(self._source, index)
-        self.bad.update(passed)
+        image, _, skipped = load_or_next(self._source, index)
+        self.bad.update(skipped)
         height, width = image.shape[:2]
-        return crop_on_host(image, make_eval_box(height, width, self._ratio)[None], self._size)[0]
+        crop: np.ndarray = crop_on_host(image, make_eval_box(height, width, self._ratio)[None], self._size)[0]
+        return crop
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` in eval mode without gradients; every submodule's own mode comes back afterwards."""
+    """Put ``module`` in eval mode without gradients, and restore the mode of every submodule afterwards."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -110,9 +113,9 @@ def extract_features(
     world: World = SINGLE_PROCESS,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
-    """float32 ``[N, F]`` features of all images on ``device``, in float32 arithmetic, alike on every process.
+    """Return the features of all images, float32 ``[N, F]`` on ``device``, the same on every rank.
 
-    Each process extracts its share; ``show`` is told how many chunks of it are done.
+    Each rank extracts its part, in float32; ``on_chunk`` gets the number of chunks that are done.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -125,7 +128,7 @@ def extract_features(
     gathered = world.all_gather_object(
         [local_features[0].shape[1] if local_features else None, sorted(images.bad.items())]
     )
-    width = next(found for found, _ in gathered if found is not None)
+    width = next(width for width, _ in gathered if width is not None)
     for _, bad in gathered:
         images.bad.update((index, reason) for index, reason in bad)
     features = torch.cat(local_features) if local_features else torch.empty(0, width, device=device)
@@ -133,7 +136,7 @@ def extract_features(
 
 
 def compute_encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> str:
-    """SHA-256 (hex) over the weights and how images are shown: what decides the features."""
+    """Return the SHA-256 (hex) of all that decides the features: the weights, and how images are cropped."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {size} {crop_ratio}".encode())
     for attribute in ("arch", "stem", "padding"):
         digest.update(f"{attribute}={getattr(encoder, attribute, None)}".encode())
@@ -147,17 +150,17 @@ def compute_encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> st
 def load_or_extract(
     path: Path, device: torch.device, extract: Callable[[], tuple[Tensor, np.ndarray]], world: World
 ) -> tuple[Tensor, np.ndarray] | None:
-    """What ``make`` gives, features ``[N, F]`` and their rows int64 ``[N]``, from ``path`` if it is there and whole.
+    """Return features ``[N, F]`` and their rows int64 ``[N]``: from ``path`` if it is whole, else by ``extract``.
 
-    All processes of ``world`` make them; the main one alone reads, writes and gets them, the others get None.
+    All ranks extract; the main one alone reads, writes and returns features, the others return None.
     Raises DataError for features that are not finite, RunFailed when they cannot be written.
     """
-    found = _load_features(path, device) if world.is_main else None
-    if not world.broadcast_from_main(lambda: found is not None):
+    cached = _load_features(path, device) if world.is_main else None
+    if not world.broadcast_from_main(lambda: cached is not None):
         extracted = extract()
         world.broadcast_from_main(lambda: _save_features(path, *extracted))
-        found = extracted if world.is_main else None
-    return found
+        cached = extracted if world.is_main else None
+    return cached
 
 
 def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
@@ -165,7 +168,7 @@ def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray
         tensors = load_file(path, device=str(device))
         return tensors["features"], tensors["rows"].cpu().numpy()
     except (FileNotFoundError, SafetensorError, KeyError):
-        return None  # not there, or damaged
+        return None  # missing or damaged
 
 
 def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
@@ -180,14 +183,32 @@ def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as reason:
         raise RunFailed(
-            f"Features cannot be kept in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",
-            "Make room or choose another --out; with --resume everything finished is taken over.",
+            f"Features cannot be saved in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",
+            "Free some space or choose another --out; --resume keeps everything that is finished.",
         ) from None
+
+
+def make_bad_images(run: RunFolder, num_images: int, max_fraction: float) -> BadImages:
+    """Count the undecodable images of a data set; each is listed in the run's folder once."""
+    recorded = run.read_bad_images()
+
+    def record(name: str, reason: str) -> None:
+        if name not in recorded:
+            recorded.add(name)
+            run.add_bad_image(name, reason)
+
+    return BadImages(num_images, max_fraction, record)
+
+
+def get_eval_crop(encoder: Any, config: LinearEvalConfig | TransferConfig) -> tuple[int, float]:
+    """Return the side in pixels and the crop ratio of an encoder's images: the config's, or those of its training."""
+    metadata = encoder.metadata
+    return config.eval.size or int(metadata["size"]), config.eval.crop_pct or float(metadata["crop_ratio"])
 
 
 @dataclass(frozen=True)
 class ExtractedFeatures:
-    """What the encoder makes of labelled images: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data."""
+    """Of the images that could be decoded: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data set."""
 
     features: Tensor
     labels: Tensor
@@ -195,42 +216,28 @@ class ExtractedFeatures:
 
 
 class FeatureExtractor:
-    """The encoder, frozen, and how it is shown images. Those that cannot be decoded are left out and noted.
+    """A frozen encoder and the crop of its images. Undecodable images are left out and listed in the run's folder.
 
-    The processes of ``world`` look together: each at its share of the images, and all of them see all.
+    The ranks extract together: each a part of the images, and all of them get all features.
     """
 
-    def __init__(
-        self,
-        encoder: Any,
-        config: LinearEvalConfig,
-        device: torch.device,
-        run: RunFolder,
-        console: Console,
-        world: World = SINGLE_PROCESS,
-    ) -> None:
-        self.encoder: nn.Module = encoder.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.size = config.eval.size or int(encoder.metadata["size"])
-        self.crop_ratio = config.eval.crop_pct or float(encoder.metadata["crop_ratio"])
-        self.device, self.world = device, world
-        self._console, self._max_bad = console, config.data.max_corrupt_fraction
-        self._run, self._recorded = run, run.read_bad_images()
+    def __init__(self, encoder: Any, config: LinearEvalConfig | TransferConfig, context: RunContext) -> None:
+        self.size, self.crop_ratio = get_eval_crop(encoder, config)
+        self.encoder: nn.Module = encoder.to(context.device).to(memory_format=torch.channels_last).eval()
+        self.encoder.requires_grad_(False)
+        self.context, self._max_bad = context, config.data.max_corrupt_fraction
 
-    def collect_bad_images(self, images: LabelledDataset) -> BadImages:
-        return BadImages(len(images.source), self._max_bad, self._record_bad_image)
-
-    def _record_bad_image(self, name: str, reason: str) -> None:
-        if name not in self._recorded:
-            self._recorded.add(name)
-            self._run.add_bad_image(name, reason)
+    def make_bad_images(self, source: ImageDataset) -> BadImages:
+        return make_bad_images(self.context.run, len(source), self._max_bad)
 
     def __call__(self, images: LabelledDataset) -> ExtractedFeatures:
+        device, world, console = self.context.device, self.context.world, self.context.console
         crops = EvalImages(images.source, self.size, self.crop_ratio)
-        first, last = crops.get_rank_ranges(self.world)[self.world.rank]
-        at_once = IMAGES_PER_CHUNK * self.world.size
-        self._console.info(f"features of {len(crops)} images of {images.source.spec}, {at_once} a step")
-        with self._console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
-            features = extract_features(self.encoder, crops, self.device, self.world, lambda done: bar.update(done, {}))
-        rows = crops.get_decodable_rows(self.collect_bad_images(images))
-        picked = torch.from_numpy(rows).to(self.device)
-        return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(self.device), rows)
+        first, last = crops.get_rank_ranges(world)[world.rank]
+        at_once = IMAGES_PER_CHUNK * world.size
+        console.info(f"features of {len(crops)} images of {images.source.spec}, {at_once} per step")
+        with console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
+            features = extract_features(self.encoder, crops, device, world, lambda done: bar.update(done, {}))
+        rows = crops.get_decodable_rows(self.make_bad_images(images.source))
+        picked = torch.from_numpy(rows).to(device)
+        return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(device), rows)

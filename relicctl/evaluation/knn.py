@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 TEMPERATURE = 0.07
-MAX_SIMILARITIES = 2**27  # held at once
+MAX_SIMILARITIES = 2**27  # in memory at once
 
 
 def compute_knn_accuracy(
@@ -20,7 +20,7 @@ def compute_knn_accuracy(
     ks: tuple[int, ...] = (20, 200),
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
-    """Share of queries classified rightly, for every k (at most the bank's size)."""
+    """Return the accuracy on the queries for every k (at most the bank's size)."""
     classes = int(torch.cat([bank_labels, labels]).max()) + 1
     correct = dict.fromkeys(ks, 0)
     for rows, votes in iter_knn_votes(bank_NF, bank_labels, queries_MF, classes, ks=ks, temperature=temperature):
@@ -38,9 +38,9 @@ def iter_knn_votes(
     ks: tuple[int, ...],
     temperature: float = TEMPERATURE,
 ) -> Iterator[tuple[slice, dict[int, torch.Tensor]]]:
-    """Chunk by chunk the queries' rows, and for every k their classes' weights, float32 ``[rows, classes]``.
+    """Yield, for each chunk of queries, their rows, and for every k the classes' weights, float32 ``[rows, classes]``.
 
-    ``bank_labels``: int64 ``[N]``. Or int8 ``[N, classes]``, 1 and -1, and 0 where an image does not count: then a
+    ``bank_labels``: int64 ``[N]``. Or int8 ``[N, classes]``, 1 and -1, and 0 where an image is ignored: then a
     class's weight is a mean over neighbours, so that queries can be ranked by it.
     """
     bank = normalize(bank_NF.float(), dim=1)
@@ -57,5 +57,5 @@ def iter_knn_votes(
 def _compute_votes(weights_QK: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     if labels.ndim == 2:
         return weights_QK.new_zeros(len(weights_QK), classes).scatter_add_(1, labels, weights_QK)
-    shares = weights_QK / weights_QK.sum(1, keepdim=True)
-    return torch.einsum("qk,qkc->qc", shares, labels.float())
+    normalized = weights_QK / weights_QK.sum(1, keepdim=True)
+    return torch.einsum("qk,qkc->qc", normalized, labels.float())

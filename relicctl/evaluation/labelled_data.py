@@ -1,4 +1,4 @@
-"""Which images keep their labels: a share or a number of each class, drawn from a seed, or a published list."""
+"""Labelled data: images of matching classes, hold-out splits, and labelled subsets by fraction, number or list."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError, UsageError
 
 PER_CLASS = re.compile(r"([1-9]\d*)-per-class")
+MAX_NAMES_SHOWN = 5  # class names in a message
+MAX_HOLDOUT = 5000  # images; enough to measure half a point of accuracy
 
 
 def check_label_subset(text: str) -> None:
-    """Raises UsageError unless ``text`` says all, a share, N-per-class, or names a file."""
+    """Raises UsageError unless ``text`` is all, a fraction, N-per-class, or the path of a file."""
     if text == "all" or PER_CLASS.fullmatch(text) or _parse_fraction(text) is not None or Path(text).is_file():
         return
     raise UsageError(
-        f"--labels {text} is neither a share nor a file that exists.",
-        "Give all, a share such as 0.01, a number such as 20-per-class, or a file with one image's name a line.",
+        f"--labels {text} is neither a fraction nor a file that exists.",
+        "Give all, a fraction such as 0.01, a number such as 20-per-class, or a file with one image name per line.",
     )
 
 
 def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, seed: int) -> np.ndarray:
-    """The rows, ascending, that keep their ``labels`` int64 ``[N]``; the same for every encoder.
+    """Return the rows of the subset ``text``, ascending; ``labels`` int64 ``[N]``, or int8 ``[N, C]`` (multi-label).
 
-    A share keeps at least one image of every class. Of images with any number of classes, ``[N, C]``, it is a share
-    of all. Raises DataError when there are too few images, or a name in the list is none of the data's; UsageError
-    for a number of each class where an image has any number of them.
+    A fraction is of each class, with at least one image; of multi-label images it is of all. Raises DataError when
+    there are too few images or a listed name is unknown, UsageError for N-per-class of multi-label images.
     """
     if text == "all":
         return np.arange(len(labels))
     if PER_CLASS.fullmatch(text) and labels.ndim == 2:
         raise UsageError(
-            f"--labels {text} means nothing to {source.spec}, whose images have any number of classes.",
-            "Give a share such as 0.1, or a file of names.",
+            f"--labels {text} cannot be used with {source.spec}, whose images are multi-label.",
+            "Give a fraction such as 0.1, or a file of names.",
         )
     labels = _get_strata(labels)
     if (number := PER_CLASS.fullmatch(text)) is not None:
@@ -54,25 +55,25 @@ def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, se
                 f"{source.spec} has only {counts.min()} images of {name}, not {number[1]}.", "Ask for fewer labels."
             )
         return sample_per_class(labels, wanted, seed, Stream.SUBSET)
-    if (share := _parse_fraction(text)) is not None:
-        return sample_per_class(labels, np.maximum(1, np.rint(share * np.bincount(labels))), seed, Stream.SUBSET)
+    if (fraction := _parse_fraction(text)) is not None:
+        return sample_per_class(labels, np.maximum(1, np.rint(fraction * np.bincount(labels))), seed, Stream.SUBSET)
     return _read_listed_rows(source, Path(text))
 
 
-def split_stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on, and ``share`` of each class to choose on: at least one, unless it is the class's only image.
+def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows to train on, and rows to choose on: ``fraction`` of each class, or of all multi-label images.
 
-    Of images with any number of classes, ``[N, C]``, it is a share of all.
+    It is at least one image of each class, unless that is the only one.
     """
     labels = _get_strata(labels)
     counts = np.bincount(labels)
-    wanted = np.minimum(np.maximum(1, np.rint(share * counts)), counts - 1)
-    held = sample_per_class(labels, wanted, seed, Stream.HOLDOUT)
-    return np.setdiff1d(np.arange(len(labels)), held), held
+    wanted = np.minimum(np.maximum(1, np.rint(fraction * counts)), counts - 1)
+    held_out = sample_per_class(labels, wanted, seed, Stream.HOLDOUT)
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def sample_per_class(labels: np.ndarray, wanted: np.ndarray, seed: int, stream: Stream) -> np.ndarray:
-    """Ascending rows: of each class c the first ``wanted[c]`` in an order that depends on (seed, stream) alone."""
+    """Return, ascending, the first ``wanted[c]`` rows of each class c in an order given by (seed, stream) alone."""
     order = permutation(len(labels), seed, stream)
     by_class = order[np.argsort(labels[order], kind="stable")]
     sorted_labels = labels[by_class]
@@ -81,45 +82,42 @@ def sample_per_class(labels: np.ndarray, wanted: np.ndarray, seed: int, stream: 
 
 
 def _get_strata(labels: np.ndarray) -> np.ndarray:
-    """int64 ``[N]``: what is drawn from apart from the rest, each class where an image has but one."""
+    """Return the strata to sample from, int64 ``[N]``: classes; all multi-label images are one stratum."""
     return labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
 
 
 def _parse_fraction(text: str) -> float | None:
     try:
-        share = float(text)
+        fraction = float(text)
     except ValueError:
         return None
-    return share if 0 < share < 1 else None
+    return fraction if 0 < fraction < 1 else None
 
 
 def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
-    """Names as the data have them, or the files' own names alone, as in SimCLR's lists of ImageNet."""
+    """Read names as the data have them, or bare file names, as in SimCLR's lists of ImageNet."""
     wanted = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    keys = [source.get_name(row) for row in range(len(source))]
-    bare = [posixpath.basename(key) for key in keys]
-    rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(keys, range(len(keys)), strict=True))
-    shared = {name for name, times in Counter(bare).items() if times > 1} - set(keys)
+    names = [source.get_name(row) for row in range(len(source))]
+    bare = [posixpath.basename(name) for name in names]
+    rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(names, range(len(names)), strict=True))
+    shared = {name for name, times in Counter(bare).items() if times > 1} - set(names)
     if ambiguous := [name for name in wanted if name in shared]:
         raise DataError(
             f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name.",
-            f"Write names as the data have them, such as {keys[bare.index(ambiguous[0])]}.",
+            f"Write names as the data have them, such as {names[bare.index(ambiguous[0])]}.",
         )
     unknown = [name for name in wanted if name not in rows]
     if unknown or not wanted:
-        what = f"{len(unknown)} names that {source.spec} has not, {unknown[0]} among them" if wanted else "no names"
-        raise DataError(f"{path} has {what}.", "Give a list of this data's own file names, one a line.")
+        what = f"{len(unknown)} names that are not in {source.spec}, such as {unknown[0]}" if wanted else "no names"
+        raise DataError(f"{path} has {what}.", "Give a list of this data's file names, one per line.")
     return np.array(sorted({rows[name] for name in wanted}), dtype=np.int64)
-
-
-MAX_NAMES_SHOWN = 5  # class names in a message
 
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """Images and their labels, int64 ``[N]``, in the numbering of ``classes``; int8 ``[N, C]`` as Tagged has them.
+    """Images and their labels, int64 ``[N]`` (indices into ``classes``), or int8 ``[N, C]`` of multi-label images.
 
-    ``missing``: classes without an image here. ``foreign``: the data's own classes that are none of ``classes``.
+    ``missing_classes``: without an image here. ``unknown_classes``: classes of the data that are not in ``classes``.
     """
 
     source: ImageDataset
@@ -132,13 +130,13 @@ class LabelledDataset:
 def open_train_test(
     config: LinearEvalConfig, download: bool, console: Console
 ) -> tuple[LabelledDataset, LabelledDataset]:
-    """The images to train on and those to test on.
+    """Open the images to train on and those to test on.
 
-    Raises DataError when labels are missing, classes differ or one has no image; UsageError when nothing is named.
+    Raises DataError when labels are missing, classes differ or one has no image; UsageError when no data are given.
     """
     data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
-        raise UsageError("No data is given, and no run that says which.", "Give --data and --val.")
+        raise UsageError("No data is given, and the encoder belongs to no run that has data.", "Give --data and --val.")
     train = open_dataset(data.train, split="train", download=download)
     _check_labelled(train)
     if data.val is not None:
@@ -148,15 +146,15 @@ def open_train_test(
             raise DataError(
                 f"{train.spec} and {test.spec} have different classes: "
                 f"{_format_class_difference(train.classes, test.classes)}.",
-                "Give folders of the same names, or score other images with --test NAME=DATA.",
+                "Give folders of the same names, or test on other images with --test NAME=DATA.",
             )
     elif val_fraction:
         train, test = split_holdout(train, val_fraction, config.seed)
         console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.val_fraction).")
     else:
         raise UsageError(
-            f"There are no images to test on beside {train.spec}.",
-            "Give --val, or hold out a share of the training images with --set eval.val_fraction=0.1.",
+            f"There are no images to test on besides {train.spec}.",
+            "Give --val, or hold out a fraction of the training images with --set eval.val_fraction=0.1.",
         )
     if data.subset is not None:
         if data.subset > len(train):
@@ -164,41 +162,43 @@ def open_train_test(
                 f"data.subset is {data.subset}, but there are only {len(train)} images.", "Lower data.subset."
             )
         train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: data.subset])
-    trained, tested = match_classes(train, train.classes), match_classes(test, train.classes)
-    for part, name in ((trained, "train"), (tested, "test")):
+    matched_train, matched_test = match_classes(train, train.classes), match_classes(test, train.classes)
+    for part, name in ((matched_train, "train"), (matched_test, "test")):
         if part.missing_classes:
             raise DataError(
                 f"{_format_class_names(part.missing_classes)} of {part.source.spec} has no image to {name} on.",
-                "Add images, remove the class everywhere, or take more of the data.",
+                "Add images, remove the class everywhere, or use more of the data.",
             )
-    return trained, tested
+    return matched_train, matched_test
 
 
 def match_classes(source: ImageDataset, classes: tuple[str, ...]) -> LabelledDataset:
-    """The images of ``source`` whose class is one of ``classes``. Raises DataError when there is none."""
+    """Return the images of ``source`` whose class is one of ``classes``. Raises DataError when there is none."""
     _check_labelled(source)
     assert source.labels is not None
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number.get(name, -1) for name in source.classes], dtype=np.int64)[source.labels]
-    foreign = tuple(name for name in source.classes if name not in number)
+    unknown = tuple(name for name in source.classes if name not in number)
     if (labels < 0).all():
         raise DataError(
-            f"No class of {source.spec} is one of the classifier's: "
+            f"No class of {source.spec} is known to the classifier: "
             f"{_format_class_difference(classes, source.classes)}.",
             "Name its folders as those of the training data.",
         )
-    if foreign:
+    if unknown:
         rows = np.flatnonzero(labels >= 0)
         source, labels = source.select(rows), labels[rows]
     counts = np.bincount(labels, minlength=len(classes))
     missing = tuple(name for name, count in zip(classes, counts, strict=True) if not count)
-    return LabelledDataset(source, labels, classes, missing, foreign)
+    return LabelledDataset(source, labels, classes, missing, unknown)
 
 
 def _check_labelled(source: ImageDataset) -> None:
     if source.labels is None or len(source.classes) < 2:
-        found = "no labels" if source.labels is None else f"only the class {source.classes[0]!r}"
-        raise DataError(f"{source.spec} has {found}, but a classifier needs two classes.", "Give one folder per class.")
+        problem = "no labels" if source.labels is None else f"only the class {source.classes[0]!r}"
+        raise DataError(
+            f"{source.spec} has {problem}, but a classifier needs two classes.", "Give one folder per class."
+        )
 
 
 def _format_class_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
@@ -211,28 +211,26 @@ def _format_class_names(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names[:MAX_NAMES_SHOWN])) + more
 
 
-MAX_HOLDOUT = 5000  # images; enough to tell half a point of accuracy
-
-
-def split_holdout(source: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
-    """What is left to train on, and the held-out part: ``share`` of the images, at most ``MAX_HOLDOUT``."""
+def split_holdout(source: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Return the images to train on, and the held-out ones: ``fraction`` of all, at most ``MAX_HOLDOUT``."""
     order = permutation(len(source), seed, Stream.HOLDOUT)
-    count = min(max(1, round(share * len(source))), MAX_HOLDOUT)
+    count = min(max(1, round(fraction * len(source))), MAX_HOLDOUT)
     return source.select(np.sort(order[count:])), source.select(np.sort(order[:count]))
 
 
 def align_labels(train: ImageDataset, held_out: ImageDataset) -> np.ndarray:
-    """``held_out``'s labels in the numbering of ``train``'s classes, by name. Raises DataError when they differ."""
+    """Return ``held_out``'s labels as indices of ``train``'s classes, by name. Raises DataError for unknown classes."""
     if held_out.labels is None:
         raise DataError(
-            f"{held_out.spec} has no labels, so nothing can be measured on it.",
+            f"{held_out.spec} has no labels, so there is nothing to evaluate on it.",
             "Give --val one folder per class, or leave it out.",
         )
     number = {name: i for i, name in enumerate(train.classes)}
     missing = [name for name in held_out.classes if name not in number]
     if missing:
         raise DataError(
-            f"{held_out.spec} has {len(missing)} classes that {train.spec} has not, {missing[0]!r} among them.",
+            f"{held_out.spec} has {len(missing)} classes that are not in {train.spec}, such as {missing[0]!r}.",
             "Give --val images of the same classes, in folders of the same names; or --set data.val=null.",
         )
-    return np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels]
+    labels: np.ndarray = np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels]
+    return labels

@@ -1,18 +1,18 @@
-"""Logistic regression for many strengths of regularisation in one solve: the classifier of transfer learning.
+"""L2-regularised logistic regression for many regularisation strengths in one solve.
 
 For every lambda it minimises, over weights W ``[C, F]`` and intercepts b ``[C]``,
 
     J(W, b) = sum_i loss(W x_i + b, y_i) + lambda / 2 |W|^2
 
-where the loss is the cross-entropy of a softmax (one class an image) or of C sigmoids (one-vs-rest, any number of
-classes an image, each over the images that count for it). The sum is over images and b is free, so lambda = 1 / C of
+where the loss is the cross-entropy of a softmax (single-label) or of C sigmoids (one-vs-rest or multi-label, each over
+the images that are not ignored for it). The sum is over images and b is not penalised, so lambda = 1 / C of
 scikit-learn's LogisticRegression.
 
-How: Newton's method. The features are centred and turned to their principal axes once, for all lambdas (|W| and b's
-freedom do not feel it), which leaves a Hessian that its own diagonal preconditions well. Lambdas go from strong to
-weak in waves; the waves before say, by extrapolation in log lambda, where the next one starts. All lambdas of a wave
-share every matrix product, and each leaves the wave when it is done. Directions come from conjugate gradients in
-float32; what is minimised, its gradient and the line search are float64.
+Newton's method: the features are centred and rotated to their principal axes once for all lambdas (which leaves |W|
+as it is), so that the Hessian is well preconditioned by its diagonal. Lambdas are solved from strong to weak in waves;
+each wave starts at an extrapolation, in log lambda, of the solutions before. All lambdas of a wave share every matrix
+product, and each leaves the wave when it has converged. Directions come from conjugate gradients in float32; the
+objective, its gradient and the line search are float64.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-WAVE_SIZE = 4  # lambdas solved side by side: wider shares more, but starts farther from the optimum
-NEWTON_TOLERANCE = 1e-7  # a lambda is done when a Newton step promises no larger share of its objective
-CG_TOLERANCE = 0.1  # a direction is good when its residual has fallen to this
+WAVE_SIZE = 4  # lambdas solved at once: a wider wave shares more, but starts farther from the optima
+NEWTON_TOLERANCE = 1e-7  # relative decrease of the objective that the last Newton step may still predict
+CG_TOLERANCE = 0.1  # relative residual at which a direction is good enough
 NEWTON_STEPS, CG_STEPS, LINE_SEARCH_STEPS = 100, 200, 40
-EIGENVALUE_CUTOFF = 1e-14  # of the largest eigenvalue: axes below hold the rounding of float32 features
+EIGENVALUE_CUTOFF = 1e-14  # of the largest eigenvalue: axes below hold rounding errors of float32 features
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def fit_logistic_regression(
 ) -> LogisticModels:
     """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or ``[N, C]`` for C sigmoids.
 
-    For sigmoids they are bool, or int8 of 1 and -1, and 0 where an image does not count for a class. A class that all
-    or none of the images are of has its optimum at infinity: it is left out, and keeps logits of 0.
-    ``start``: solutions of a like problem, one for each lambda, to begin at.
+    For sigmoids they are bool, or int8 of 1 and -1, and 0 where an image is ignored for a class. A class that all or
+    none of the images have has its optimum at infinity: it is left out, and its logits are 0.
+    ``start``: solutions of a similar problem, one for each lambda, to start from.
     """
     x = features.double()
     mean = x.mean(0)
@@ -86,7 +86,7 @@ def fit_logistic_regression(
 class _LogisticObjective:
     """The objective on principal axes. Coefficients are ``[C, R, F + 1]``, the intercept last; logits ``[C, R, N]``.
 
-    Classes come first: sums over them then run along whole rows.
+    Classes come first, so that sums over them run along contiguous rows.
     """
 
     def __init__(self, rotated: Tensor, targets: Tensor, classes: int) -> None:
@@ -117,12 +117,12 @@ class _LogisticObjective:
         return _apply_matrix(errors, self.x) + lambdas[:, None] * self.penalized * coefficients
 
     def compute_direction(self, gradient: Tensor, logits: Tensor, lambdas: Tensor) -> Tensor:
-        """About -H^-1 g, by preconditioned conjugate gradients, one run for each lambda side by side."""
+        """Return about -H^-1 g, by preconditioned conjugate gradients for all lambdas at once."""
         probabilities = self._compute_probabilities(logits).float()
         slope = probabilities * (1 - probabilities)
         ridge = (lambdas[:, None] * self.penalized).float()
         diagonal = _apply_matrix(slope, self._squares) + ridge
-        diagonal += 1e-7 * diagonal.amax((0, 2), keepdim=True)  # certain classes have hardly any curvature left
+        diagonal += 1e-7 * diagonal.amax((0, 2), keepdim=True)  # confidently predicted classes have almost no curvature
 
         def apply_hessian(vector: Tensor) -> Tensor:
             change = _apply_matrix(vector, self.x32.T)
@@ -131,7 +131,7 @@ class _LogisticObjective:
 
         def apply_preconditioner(vector: Tensor) -> Tensor:
             scaled = vector / diagonal
-            return scaled - scaled.mean(0) if self.softmax else scaled  # one shift of all classes changes nothing
+            return scaled - scaled.mean(0) if self.softmax else scaled  # a shift of all classes changes nothing
 
         residual = -gradient.float()
         direction = torch.zeros_like(residual)
@@ -151,7 +151,7 @@ class _LogisticObjective:
         return direction.double()
 
     def _compute_probabilities(self, logits: Tensor) -> Tensor:
-        """Shares of the classes; 0 where an image does not count, so that errors and slopes are 0 there too."""
+        """Return class probabilities; 0 where an image is ignored, so that errors and slopes are 0 there too."""
         return logits.softmax(0) if self.softmax else self._zero_ignored(logits.sigmoid())
 
     def _zero_ignored(self, values: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _LogisticObjective:
 
 
 def _run_newton(problem: _LogisticObjective, lambdas: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Newton's method from ``start`` ``[C, R, F + 1]``: coefficients, objectives ``[R]``, and which converged."""
+    """Run Newton's method from ``start`` ``[C, R, F + 1]``; return coefficients, objectives, and which converged."""
     coefficients, logits = start.clone(), problem.compute_logits(start)
     values = problem.compute_objective(coefficients, logits, lambdas)
     active = torch.arange(len(lambdas), device=lambdas.device)
@@ -187,30 +187,31 @@ def _run_newton(problem: _LogisticObjective, lambdas: Tensor, start: Tensor) -> 
 
 
 def _extrapolate_start(problem: _LogisticObjective, lambdas: Tensor, coefficients: Tensor, wave: slice) -> Tensor:
-    """Where a wave starts: on the parabola in log lambda through the last three solutions, or at the last if better."""
+    """Return where a wave starts: the parabola in log lambda through three solutions, or the last one if better."""
     known = slice(max(0, wave.start - 3), wave.start)
     x, at = lambdas[known].log(), lambdas[wave].log()
     if not len(x):
         return coefficients[:, wave]
     last = coefficients[:, wave.start - 1, None].expand(-1, len(at), -1)
-    shares = torch.ones(len(at), len(x), dtype=x.dtype, device=x.device)  # Lagrange's
+    factors = torch.ones(len(at), len(x), dtype=x.dtype, device=x.device)  # Lagrange's
     for i in range(len(x)):
         for j in range(len(x)):
             if i != j:
-                shares[:, i] *= (at - x[j]) / (x[i] - x[j])
-    parabola = torch.einsum("ri,cif->crf", shares, coefficients[:, known])
+                factors[:, i] *= (at - x[j]) / (x[i] - x[j])
+    parabola = torch.einsum("ri,cif->crf", factors, coefficients[:, known])
     values = [problem.compute_objective(c, problem.compute_logits(c), lambdas[wave]) for c in (parabola, last)]
     return torch.where((values[0] < values[1])[:, None], parabola, last)
 
 
 def _compute_principal_axes(centred: Tensor) -> Tensor:
-    """Orthonormal ``[F, r]``: what ``centred`` ``[N, F]`` spans, at most N - 1 axes."""
+    """Return an orthonormal basis ``[F, r]`` of what ``centred`` ``[N, F]`` spans."""
     if len(centred) < centred.shape[1]:  # through the smaller Gram matrix
         eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
-        keep = eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]
-        return torch.linalg.qr(centred.T @ vectors[:, keep])[0]
+        basis: Tensor = torch.linalg.qr(centred.T @ vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]])[0]
+        return basis
     eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
-    return vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]]
+    axes: Tensor = vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]]
+    return axes
 
 
 def _to_class_first(matrix: Tensor) -> Tensor:
@@ -219,10 +220,10 @@ def _to_class_first(matrix: Tensor) -> Tensor:
 
 
 def _apply_matrix(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``[C, R, A]`` times ``[A, B]``, as one matrix product."""
+    """Multiply ``[C, R, A]`` by ``[A, B]`` as one matrix product."""
     return (rows.reshape(-1, rows.shape[-1]) @ matrix).view(*rows.shape[:2], -1)
 
 
 def _compute_dot(one: Tensor, other: Tensor) -> Tensor:
-    """``[R]``: inner products of coefficients."""
+    """Return the inner products of coefficients, ``[R]``."""
     return (one * other).sum((0, 2))

@@ -1,4 +1,4 @@
-"""How well scores ``[N, C]`` tell classes: the metric that a data set of the transfer suite is measured by."""
+"""Metrics of classification: top-1, top-5, mean per class, VOC's mean average precision, and how to choose by them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATASET_METRICS = {
 
 
 def compute_metric(metric: str, scores: Tensor, targets: Tensor) -> float:
-    """A share of 1. ``targets``: int64 ``[N]``; for ``map11`` also bool or int8 ``[N, C]``, as it takes them."""
+    """Return a fraction of 1. ``targets``: int64 ``[N]``; for ``map11`` also bool or int8 ``[N, C]``."""
     if metric == "map11":
         truth = targets if targets.ndim == 2 else torch.nn.functional.one_hot(targets, scores.shape[1]).bool()
         return compute_map11(scores, truth)
@@ -30,7 +30,7 @@ def compute_metric(metric: str, scores: Tensor, targets: Tensor) -> float:
 
 
 def compute_mean_per_class(correct: Tensor, labels: Tensor) -> float:
-    """The mean over classes that have images of the share of ``right`` float64 ``[N]``."""
+    """Return the mean of ``correct``, float64 ``[N]``, in each class, averaged over classes with images."""
     counts = torch.bincount(labels).double()
     hits = torch.zeros_like(counts).index_add_(0, labels, correct)
     present = counts > 0
@@ -38,11 +38,11 @@ def compute_mean_per_class(correct: Tensor, labels: Tensor) -> float:
 
 
 def compute_map11(scores: Tensor, truth: Tensor) -> float:
-    """PASCAL VOC 2007's mean average precision: precision at recall 0, .1, ..., 1, each the best at or beyond it.
+    """Return PASCAL VOC 2007's mean average precision: the best precision at or beyond recall 0, .1, ..., 1.
 
-    ``truth`` ``[N, C]``: bool, or int8 of 1 and -1, and 0 for what does not count: as in VOC's own evaluation, an
+    ``truth`` ``[N, C]``: bool, or int8 of 1 and -1, and 0 for what is ignored: as in VOC's evaluation code, an
     image that shows a class in difficult objects alone is left out of that class's ranking. The mean is over classes
-    with an image, of which there must be one. Images of one score come in together, as at a threshold.
+    with an image, of which there must be one. Images of equal score enter together, as at a threshold.
     """
     valid = torch.ones_like(truth) if truth.dtype == torch.bool else truth != 0
     truth = truth > 0
@@ -55,18 +55,18 @@ def compute_map11(scores: Tensor, truth: Tensor) -> float:
 def _compute_ap11(scores: Tensor, truth: Tensor) -> float:
     scores, order = scores.sort(descending=True, stable=True)
     hits = truth[order].cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of images of one score
+    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of images of equal score
     retrieved = torch.arange(1, len(hits) + 1, device=hits.device)[last]
     hits = hits[last]
     precision = hits.double() / retrieved
     best = precision.flip(0).cummax(0).values.flip(0)  # at or beyond
-    first = [torch.searchsorted(10 * hits, tenth * hits[-1]) for tenth in range(11)]  # in whole numbers: exact
+    first = [torch.searchsorted(10 * hits, tenth * hits[-1]) for tenth in range(11)]  # integers: exact
     return best[torch.stack(first)].mean().item()
 
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """``confusion``: int64 ``[C, C]``, how many images of class (row) were told to be class (column)."""
+    """``confusion``: int64 ``[C, C]``, how many images of class (row) were predicted as class (column)."""
 
     top1: float
     top5: float
@@ -74,27 +74,29 @@ class ClassificationMetrics:
 
     @classmethod
     def from_logits(cls, logits: Tensor, labels: Tensor) -> ClassificationMetrics:
-        """Logits ``[N, C]``, labels int64 ``[N]``. With fewer than five classes the fifth guess is the last."""
+        """Logits ``[N, C]``, labels int64 ``[N]``. With fewer than five classes top-5 counts all of them."""
         classes = logits.shape[1]
-        guesses = logits.topk(min(5, classes), dim=1).indices
-        right = guesses == labels[:, None]
-        pairs = torch.bincount(labels * classes + guesses[:, 0], minlength=classes**2)
+        predicted = logits.topk(min(5, classes), dim=1).indices
+        correct = predicted == labels[:, None]
+        pairs = torch.bincount(labels * classes + predicted[:, 0], minlength=classes**2)
         return cls(
-            right[:, 0].double().mean().item(),
-            right.any(1).double().mean().item(),
+            correct[:, 0].double().mean().item(),
+            correct.any(1).double().mean().item(),
             pairs.view(classes, classes).cpu().numpy(),
         )
 
     @property
     def class_counts(self) -> np.ndarray:
-        """int64 ``[C]``: how many there were of each class."""
-        return self.confusion.sum(1)
+        """Number of images of each class, int64 ``[C]``."""
+        counts: np.ndarray = self.confusion.sum(1)
+        return counts
 
     @property
     def class_accuracy(self) -> np.ndarray:
-        """float64 ``[C]``: the share of each class told rightly; NaN where it has no image."""
+        """Accuracy within each class, float64 ``[C]``; NaN where it has no image."""
         with np.errstate(invalid="ignore"):
-            return self.confusion.diagonal() / self.class_counts
+            accuracy: np.ndarray = self.confusion.diagonal() / self.class_counts
+        return accuracy
 
     @property
     def mean_per_class(self) -> float:
@@ -104,14 +106,14 @@ class ClassificationMetrics:
         return {"top1": self.top1, "top5": self.top5, "mean_per_class": self.mean_per_class}
 
     def get_class_metrics(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Per class: its images, and the share told rightly (None without images)."""
+        """Return each class's number of images and accuracy (None without images)."""
         rows = zip(names, self.class_counts.tolist(), self.class_accuracy.tolist(), strict=True)
-        return {name: {"images": count, "top1": share if count else None} for name, count, share in rows}
+        return {name: {"images": count, "top1": accuracy if count else None} for name, count, accuracy in rows}
 
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """``value`` on the test images; what was ``chosen``, and each candidate's value on validation, ``candidates``."""
+    """``value`` on the test images, the hyperparameters chosen, and each candidate's value on validation."""
 
     value: float
     best_params: dict[str, float]
@@ -120,7 +122,7 @@ class ProtocolResult:
 
 
 def find_best_candidate(candidates: list[dict[str, float]]) -> dict[str, float]:
-    """The candidate with the highest ``value``; of several the middle one, as they were tried."""
+    """Return the candidate with the highest ``value``; of equal ones the middle one, in the order of ``candidates``."""
     highest = max(candidate["value"] for candidate in candidates)
     equal = [candidate for candidate in candidates if candidate["value"] == highest]
     return equal[(len(equal) - 1) // 2]

@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on: kNN and a linear probe on held-out images, never touching the networks."""
+"""Evaluation during pretraining: kNN, a linear probe, and warnings of collapse. It does not affect training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from relicctl.config.pretrain import EvalConfig
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.data.datasets.base import ImageDataset
@@ -22,7 +22,7 @@ from relicctl.models.resnet import ResNet
 
 
 class OnlineEvaluator:
-    """Classifies held-out images by the features of training images; ``size`` is the side in pixels.
+    """Classifies held-out images by the features of training images.
 
     Images that cannot be decoded are left out, and counted in ``bad_train`` and ``bad_held_out``.
     """
@@ -31,27 +31,27 @@ class OnlineEvaluator:
         self,
         train: ImageDataset,
         held_out: ImageDataset,
-        config: EvalConfig,
-        size: int,
-        seed: int,
+        config: PretrainConfig,
         device: torch.device,
         bad_train: BadImages,
     ) -> None:
+        eval_config, seed = config.eval, config.seed
+        size = eval_config.size or config.views.large.size
         held_out_labels = align_labels(train, held_out)
-        bank_rows = permutation(len(train), seed, Stream.EVAL)[: config.knn_train_images]
-        query_rows = permutation(len(held_out), seed, Stream.EVAL)[: config.val_images]
+        bank_rows = permutation(len(train), seed, Stream.EVAL)[: eval_config.knn_train_images]
+        query_rows = permutation(len(held_out), seed, Stream.EVAL)[: eval_config.val_images]
         assert train.labels is not None
-        self._config, self._device = config, device
+        self._use_probe, self._device = eval_config.probe, device
         self.bad_train, self.bad_held_out = bad_train, BadImages(len(held_out), bad_train.limit)
-        self._bank = EvalImages(train.select(bank_rows), size, config.crop_pct)
-        self._queries = EvalImages(held_out.select(query_rows), size, config.crop_pct)
+        self._bank = EvalImages(train.select(bank_rows), size, eval_config.crop_pct)
+        self._queries = EvalImages(held_out.select(query_rows), size, eval_config.crop_pct)
         self._bank_labels = torch.from_numpy(train.labels[bank_rows]).to(device)
         self._query_labels = torch.from_numpy(held_out_labels[query_rows]).to(device)
 
     def __call__(self, encoder: ResNet, world: World = SINGLE_PROCESS) -> dict[str, Any]:
-        """``knn20``, ``knn200`` and, if asked for, ``probe_top1``: shares of the held-out images told rightly.
+        """Return ``knn20``, ``knn200`` and, if configured, ``probe_top1``: accuracies on the held-out images.
 
-        All processes of ``world`` extract features; the main one classifies, the others are told nothing: {}.
+        All ranks extract features; the main one classifies, the others return {}.
         """
         bank = extract_features(encoder, self._bank, self._device, world)
         queries = extract_features(encoder, self._queries, self._device, world)
@@ -61,7 +61,7 @@ class OnlineEvaluator:
             return {}
         args = bank[bank_rows], self._bank_labels[bank_rows], queries[query_rows], self._query_labels[query_rows]
         metrics: dict[str, Any] = {f"knn{k}": value for k, value in compute_knn_accuracy(*args, ks=(20, 200)).items()}
-        if self._config.probe:
+        if self._use_probe:
             metrics["probe_top1"] = compute_probe_accuracy(*args)
         return metrics
 
@@ -69,33 +69,34 @@ class OnlineEvaluator:
     def protocol(self) -> dict[str, Any]:
         return {
             "knn": "cosine, weights exp(similarity / 0.07)",
-            "probe": "multinomial logistic regression on standardised frozen features" if self._config.probe else None,
+            "probe": "multinomial logistic regression on standardised frozen features" if self._use_probe else None,
             "train_images": len(self._bank) - len(self._bank.bad),
             "val_images": len(self._queries) - len(self._queries.bad),
         }
 
 
 def compute_rankme(features_NF: torch.Tensor) -> float:
-    """Effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023).
+    """Return the effective rank: exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023).
 
     Between 1 (all features on one line) and min(N, F).
     """
     values = torch.linalg.svdvals(features_NF.detach().float())
-    share = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float((-(share * share.log()).sum()).exp())
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float((-(p * p.log()).sum()).exp())
 
 
 def compute_normalized_std(outputs_ND: torch.Tensor) -> float:
-    """Standard deviation of L2-normalised outputs times sqrt(D): 1 when uniform on the sphere, 0 when collapsed."""
+    """Return the std of L2-normalised outputs times sqrt(D): 1 when uniform on the sphere, 0 when collapsed."""
     z = normalize(outputs_ND.detach().float(), dim=1)
-    return float(z.std(0).mean()) * z.shape[1] ** 0.5
+    scale: float = z.shape[1] ** 0.5
+    return float(z.std(0).mean()) * scale
 
 
 def get_collapse_warning(metrics: dict[str, Any], rows: int, candidates: int | None = None) -> str | None:
-    """A sentence when the figures of a log line say collapse, else None.
+    """Return a sentence when the metrics of a log line indicate collapse, else None.
 
-    ``rows``: how many features the rank was taken from. ``candidates``: among how many images the likelihood chooses;
-    where its entropy is that of a blind guess, target outputs no longer tell images apart.
+    ``rows``: the number of features in the rank. ``candidates``: the number of images that the likelihood is over;
+    an entropy of log(candidates) means that target outputs no longer distinguish images.
     """
     end = "the network is collapsing"
     if metrics["embedding_std"] < 0.05:
@@ -103,7 +104,7 @@ def get_collapse_warning(metrics: dict[str, Any], rows: int, candidates: int | N
     if rows >= 16 and metrics["rankme"] < 2:
         return f"features span almost one dimension (RankMe {metrics['rankme']:.2f}): {end}"
     if candidates and metrics["entropy"] > 0.999 * math.log(candidates):
-        return f"the likelihood is a blind guess among {candidates} (entropy {metrics['entropy']:.3f}): {end}"
+        return f"the likelihood is a uniform guess among {candidates} (entropy {metrics['entropy']:.3f}): {end}"
     return None
 
 

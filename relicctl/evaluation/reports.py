@@ -1,4 +1,4 @@
-"""The transfer table for people: on a terminal, as Markdown, and the bar chart of relative improvement."""
+"""Tables and charts: of a comparison (terminal, Markdown, bars of relative improvement) and of a linear evaluation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,37 @@ from typing import Any
 import numpy as np
 
 from relicctl.console import Console
-from relicctl.core.atomic_io import write_atomically
+from relicctl.evaluation.cells import Cell
 from relicctl.evaluation.linear import SweepResult
 from relicctl.evaluation.metrics import ClassificationMetrics
+from relicctl.runs.figures import new_figure, save_figure
 
-Cell = dict[str, Any]
 MAX_COLUMNS = 3  # panels side by side
+MAX_NAMED_CLASSES = 30  # most classes that are named on an axis, or listed in a table
+MAX_CONFUSION_CLASSES = 12  # most classes whose confusion is shown in numbers
+NUM_WORST_CLASSES = 10
 
 
 def build_transfer_table(
     cells: Sequence[Cell], encoders: Sequence[str], baselines: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: data, protocol, labels, metric; each encoder's %; each one's relative improvement in %."""
+    """Return header and rows: data, protocol, labels, metric, each encoder's %, and relative improvements in %."""
     names = shorten_encoder_names(encoders)
     others = [e for e in encoders if e not in baselines]
     header = ["data", "protocol", "labels", "metric", *(f"{names[e]} %" for e in encoders)]
     header += [f"{names[e]} vs {names[b]}" for b in baselines for e in others]
     rows = []
     for key, values in group_cells(cells).items():
-        shown = [f"{100 * values[e]:.1f}" for e in encoders]
-        shown += [format_percent(compute_relative_improvement(values[e], values[b])) for b in baselines for e in others]
-        rows.append([*key, *shown])
+        columns = [f"{100 * values[e]:.1f}" for e in encoders]
+        columns += [
+            format_percent(compute_relative_improvement(values[e], values[b])) for b in baselines for e in others
+        ]
+        rows.append([*key, *columns])
     return header, rows
 
 
 def group_cells(cells: Iterable[Cell]) -> dict[tuple[str, str, str, str], dict[str, float]]:
-    """Values by encoder, for each (data, protocol, labels, metric)."""
+    """Return values by encoder, for each (data, protocol, labels, metric)."""
     groups: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for cell in cells:
         key = cell["data"], cell["protocol"], cell["labels"], cell["metric"]
@@ -43,7 +48,7 @@ def group_cells(cells: Iterable[Cell]) -> dict[tuple[str, str, str, str], dict[s
 
 
 def compute_relative_improvement(value: float, baseline: float) -> float | None:
-    """(value - baseline) / baseline in %; None over a baseline of 0."""
+    """Return (value - baseline) / baseline in %; None over a baseline of 0."""
     return 100 * (value - baseline) / baseline if baseline else None
 
 
@@ -73,10 +78,7 @@ def format_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes:
 
 
 def plot_transfer_chart(path: Path, cells: Sequence[Cell], encoders: Sequence[str], baselines: Sequence[str]) -> None:
-    """PNG: bars of relative improvement over each baseline, or of the values themselves where there is none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Plot bars of the relative improvement over each baseline; without baselines, of the values."""
     groups, names = group_cells(cells), shorten_encoder_names(encoders)
     kinds = list(dict.fromkeys((protocol, labels) for _, protocol, labels, _ in groups))
     bars = [e for e in encoders if e not in baselines] if baselines else list(encoders)
@@ -84,9 +86,7 @@ def plot_transfer_chart(path: Path, cells: Sequence[Cell], encoders: Sequence[st
     columns = len(kinds) if len(kinds) <= MAX_COLUMNS else MAX_COLUMNS
     rows = -(-len(panels) // columns)
     most = max(sum(key[1:3] == kind for key in groups) for kind in kinds)
-    figure = Figure(figsize=(max(5.0, 1.5 + most * (0.5 + 0.35 * len(bars))) * columns, 3.8 * rows + 0.6))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.0, 1.5 + most * (0.5 + 0.35 * len(bars))) * columns, 3.8 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (baseline, kind) in zip(grid, panels, strict=False):
         here = {key: values for key, values in groups.items() if key[1:3] == kind}
@@ -112,11 +112,11 @@ def plot_transfer_chart(path: Path, cells: Sequence[Cell], encoders: Sequence[st
         axes.remove()
     handles, texts = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=min(4, len(bars)))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 def shorten_encoder_names(encoders: Sequence[str]) -> dict[str, str]:
-    """The last parts of paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as distinguish them."""
     for parts in range(1, 10):
         short = [_keep_last_parts(e, parts) for e in encoders]
         if len(set(short)) == len(short):
@@ -129,13 +129,8 @@ def _keep_last_parts(encoder: str, parts: int) -> str:
     return kind + colon + "/".join(rest.rstrip("/").removesuffix("/encoder.safetensors").split("/")[-parts:])
 
 
-MAX_NAMED_CLASSES = 30  # most classes whose names stand on an axis or all in a table
-MAX_CONFUSION_CLASSES = 12  # most whose confusion is told in numbers
-NUM_WORST_CLASSES = 10
-
-
 def print_linear_results(results: dict[str, Any], console: Console) -> None:
-    """The tables on stderr, from the content of results.json."""
+    """Print the tables on stderr, from the content of results.json."""
     named = (("top-1", "top1"), ("top-5", "top5"), ("mean per class", "mean_per_class"))
     rows = [[name, results[key]] for name, key in (*named, ("kNN(20)", "knn20"), ("kNN(200)", "knn200"))]
     console.print_table([f"accuracy on {results['protocol']['test_images']} images", ""], rows)
@@ -144,7 +139,7 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
         console.info("")
         rates = zip(sweep["rates"], sweep["held_out_top1"], strict=True)
         console.print_table(
-            ["rate per 256", "held-out top-1", ""],
+            ["learning rate per 256", "held-out top-1", ""],
             [[rate, value, "chosen" if rate == sweep["rate"] else ""] for rate, value in rates],
         )
     present = [(name, row) for name, row in results["per_class"].items() if row["images"]]
@@ -159,7 +154,7 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
     if len(results["per_class"]) <= MAX_CONFUSION_CLASSES:
         console.info("")
         console.print_table(
-            ["class \\ told to be", *(_truncate_name(name) for name in results["per_class"])],
+            ["true \\ predicted", *(_truncate_name(name) for name in results["per_class"])],
             [[name, *row] for name, row in zip(results["per_class"], results["confusion"], strict=True)],
         )
     if results["tests"]:
@@ -174,44 +169,40 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
 
 
 def plot_linear_results(
-    path: Path, scores: ClassificationMetrics, names: Sequence[str], choice: SweepResult | None, title: str
+    path: Path, scores: ClassificationMetrics, names: Sequence[str], sweep: SweepResult | None, title: str
 ) -> None:
-    """PNG: the confusion matrix, and beside it the sweep if there was one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = 1 if choice is None else 2
-    figure = Figure(figsize=(7.5 * panels, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Plot the confusion matrix, and beside it the learning rate sweep if there was one."""
+    panels = 1 if sweep is None else 2
+    figure = new_figure(7.5 * panels, 6.5)
     matrix, *others = figure.subplots(1, panels, squeeze=False)[0]
     with np.errstate(invalid="ignore"):
         percent = 100 * scores.confusion / scores.class_counts[:, None]
     image = matrix.imshow(percent, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
     figure.colorbar(image, ax=matrix, label="% of the class's images", shrink=0.8)
-    matrix.set(title="confusion matrix", xlabel="told to be", ylabel="class")
+    matrix.set(title="confusion matrix", xlabel="predicted class", ylabel="true class")
     if len(names) <= MAX_NAMED_CLASSES:
         ticks = range(len(names))
         matrix.set_xticks(ticks, [_truncate_name(name) for name in names], rotation=90)
         matrix.set_yticks(ticks, [_truncate_name(name) for name in names])
     if len(names) <= MAX_CONFUSION_CLASSES:
-        for (row, column), share in np.ndenumerate(percent):
-            if share >= 0.5:
-                colour = "white" if share > 50 else "black"
-                matrix.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        for (row, column), value in np.ndenumerate(percent):
+            if value >= 0.5:
+                colour = "white" if value > 50 else "black"
+                matrix.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     for axes in others:
-        assert choice is not None
+        assert sweep is not None
         axes.plot(
-            *zip(*sorted(zip(choice.rates, choice.accuracy, strict=True)), strict=True),
+            *zip(*sorted(zip(sweep.rates, sweep.accuracy, strict=True)), strict=True),
             marker=".",
             color="tab:blue",
             label="held-out training images",
         )
-        axes.axvline(choice.best_rate, color="tab:orange", linestyle="--", label=f"chosen: {choice.best_rate:g}")
+        axes.axvline(sweep.best_rate, color="tab:orange", linestyle="--", label=f"chosen: {sweep.best_rate:g}")
         axes.set(xscale="log", xlabel="learning rate per 256 images", ylabel="top-1", title="sweep")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    save_figure(path, figure, dpi=100)
 
 
 def _truncate_name(name: str) -> str:

@@ -1,9 +1,11 @@
-"""A data set of the transfer suite: what is learned from, what choices are made on, and what is tested once.
+"""A data set of a comparison: images to train on, to choose on, and to test on once; single-label or multi-label.
 
-``photos.zip`` or a folder holds ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; where ``{split}``
-stands in a name, as in ``cifar10-{split}.zip``, it becomes those words. torchvision's sets bring their own splits.
-The demo data are tested on what they call val. Data without splits are divided by a counted draw, which is our own
-and no published list. Images may have any number of classes each (see tagged.py).
+A folder or ``photos.zip`` holds ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; ``{split}`` in a name,
+as in ``cifar10-{split}.zip``, is replaced by these words. torchvision's data sets bring their splits, the demo data
+are tested on their val split. Data without splits are split by seed, which is our choice and no published list.
+
+Multi-label images are those of VOC-style folders, and of folders and archives with a table ``labels.csv``, one line
+``name.jpg,class;class`` for each image, without a header.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from relicctl.config.transfer import TransferConfig
 from relicctl.core.counter_rng import Stream
 from relicctl.data.datasets.archives import FileReader
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
-from relicctl.errors import DataError, RelicError
+from relicctl.errors import DataError
 from relicctl.evaluation.labelled_data import (
     LabelledDataset,
     match_classes,
@@ -31,11 +34,12 @@ from relicctl.evaluation.labelled_data import (
 )
 
 TRAIN_NAMES, VAL_NAMES = ("train", "trainval"), ("val", "valid", "validation")
+LABELS_FILE = "labels.csv"
 
 
 @dataclass(frozen=True)
 class TransferDataset:
-    """All images outside the test split are ``known``: the first ``trained`` of them are train, the others val."""
+    """``trainval``: all images outside the test split; the first ``num_train`` are train, the others val."""
 
     name: str
     trainval: LabelledDataset
@@ -45,9 +49,9 @@ class TransferDataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the known images: ``fit`` are learned from, ``val`` decide; in the end both are learned from.
+    """Rows of trainval: to train on, and to choose hyperparameters on; the final training is on both.
 
-    ``validation`` says in words where the latter come from.
+    ``val_source`` says in words where the validation images come from.
     """
 
     train: np.ndarray
@@ -56,56 +60,60 @@ class Split:
 
 
 def open_transfer_dataset(
-    name: str, spec: str, *, download: bool, warn: Callable[[str], None], test: str = "test",
-    draw: tuple[int, ...] = (), seed: int = 0,
-) -> TransferDataset:  # fmt: skip
-    """``test``: the split to test on. ``draw``: how many images of each class to take where there are no splits.
+    name: str, config: TransferConfig, *, download: bool, warn: Callable[[str], None]
+) -> TransferDataset:
+    """Open data set ``name`` of the config.
 
-    Raises DataError when there is no train or test split, or they cannot make a classification.
+    Raises DataError when it has no train or test split, or they cannot make a classification.
     """
-    found: dict[str, ImageDataset | None] = {}
-    if draw:
-        found["train"], found["test"] = draw_train_test(name, open_dataset(spec, download=download), draw, seed)
-    elif spec.partition(":")[0] == "shapes":
-        found = {"train": open_dataset(spec, split="train"), "test": open_dataset(spec, split="val")}
-    else:
-        spec = find_voc_folder(spec, download) or spec
-        train = found["train"] = _open_image_split(spec, TRAIN_NAMES, (), download, required=True)
-        known_classes = train.classes if train is not None else ()
-        for part, words in (("val", tuple(word for word in VAL_NAMES if word != test)), ("test", (test,))):
-            found[part] = _open_image_split(spec, words, known_classes, download, required=False)
-    train, val, test_source = (found.get(part) for part in ("train", "val", "test"))
-    assert train is not None
-    if test_source is None:
+    spec, test_split = config.data.datasets[name], config.data.test_split.get(name, "test")
+    train, val, test = _open_splits(name, spec, config, test_split, download)
+    if test is None:
         raise DataError(
-            f"{name} has no {test} split in {spec}.",
+            f"{name} has no {test_split} split in {spec}.",
             "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
-            f"data.test_split={{{name}: val}} to test on another, or data.samples_per_class={{{name}: [30]}} to learn "
-            "from 30 images of each class.",
+            f"data.test_split={{{name}: val}} to test on another, or data.samples_per_class={{{name}: [30]}} to train "
+            "on 30 images of each class.",
         )
     trainval = _match_split_classes(name, "train", train, train.classes, warn)
     if not isinstance(train, MultiLabelDataset) and len(trainval.labels) < len(trainval.classes):
         raise DataError(
-            f"{name} has {len(trainval.labels)} images to learn from, fewer than its {len(trainval.classes)} classes.",
+            f"{name} has {len(trainval.labels)} images to train on, fewer than its {len(trainval.classes)} classes.",
             "Give at least one image of every class.",
         )
-    test_images = _match_split_classes(name, "test", test_source, trainval.classes, warn)
-    if val is None:
-        return TransferDataset(name, trainval, len(trainval.labels), test_images)
-    return TransferDataset(
-        name,
-        _concat_labelled(trainval, _match_split_classes(name, "val", val, trainval.classes, warn)),
-        len(trainval.labels),
-        test_images,
-    )
+    num_train = len(trainval.labels)
+    test_images = _match_split_classes(name, "test", test, trainval.classes, warn)
+    if val is not None:
+        trainval = _concat_labelled(trainval, _match_split_classes(name, "val", val, trainval.classes, warn))
+    return TransferDataset(name, trainval, num_train, test_images)
+
+
+def _open_splits(
+    name: str, spec: str, config: TransferConfig, test_split: str, download: bool
+) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
+    """Return train, val and test; None for what is not there."""
+    if samples_per_class := config.data.samples_per_class.get(name, ()):
+        source = open_dataset(spec, download=download)
+        drawn_train, drawn_test = draw_train_test(name, source, samples_per_class, config.seed)
+        return drawn_train, None, drawn_test
+    if spec.partition(":")[0] == "shapes":
+        return open_dataset(spec, split="train"), None, open_dataset(spec, split="val")
+    spec = find_voc_folder(spec, download) or spec
+    found = _open_image_split(spec, TRAIN_NAMES, (), download)
+    if isinstance(found, DataError):
+        raise found
+    val_names = tuple(word for word in VAL_NAMES if word != test_split)
+    others = [_open_image_split(spec, words, found.classes, download) for words in (val_names, (test_split,))]
+    val, test = (None if isinstance(other, DataError) else other for other in others)
+    return found, val, test
 
 
 def draw_train_test(
     name: str, source: ImageDataset, draw: tuple[int, ...], seed: int
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Images to learn from, the first number of each class, and to test on: the second number, or all others.
+    """Return images to train on, ``draw[0]`` of each class, and to test on: ``draw[1]`` of each, or all others.
 
-    Our counted draw: it depends on the seed and the order of the images alone.
+    A deterministic split: it depends on the seed and the order of the images alone.
     """
     labels = match_classes(source, source.classes).labels
     counts = np.bincount(labels, minlength=len(source.classes))
@@ -121,30 +129,33 @@ def draw_train_test(
     return source.select(train), source.select(np.setdiff1d(candidates, train))
 
 
-def split_trainval(data: TransferDataset, labels: str, share: float, seed: int) -> Split:
-    """Which labels are known and which decide. With fewer labels than all, val's are not read either."""
+def split_trainval(data: TransferDataset, labels: str, val_fraction: float, seed: int) -> Split:
+    """Split the labelled images into those to train on and those to choose on.
+
+    With a labelled subset, the labels of val are not used at all.
+    """
     if labels == "all" and data.num_train < len(data.trainval.labels):
         rows = np.arange(len(data.trainval.labels))
         return Split(rows[: data.num_train], rows[data.num_train :], "val")
     train = data.trainval.source.select(np.arange(data.num_train))
     truth = data.trainval.labels[: data.num_train]
     rows = select_labelled_rows(train, truth, labels, seed)
-    fit, chosen_on = split_stratified(truth[rows], share, seed)
-    if not _is_usable_split(truth[rows], fit, chosen_on):
+    train_rows, val_rows = split_stratified(truth[rows], val_fraction, seed)
+    if not _is_usable_split(truth[rows], train_rows, val_rows):
         raise DataError(
-            f"{data.name} with --labels {labels} has too few labels to choose on some of them.",
-            "Keep at least two images of some class, and two classes.",
+            f"{data.name} with --labels {labels} has too few labels for a validation split.",
+            "Label at least two images of some class, and two classes.",
         )
     of = "of each class of train" if truth.ndim == 1 else "of train"
-    return Split(rows[fit], rows[chosen_on], f"{share:.0%} {of}, cut by seed {seed}")
+    return Split(rows[train_rows], rows[val_rows], f"{val_fraction:.0%} {of}, cut by seed {seed}")
 
 
 def _is_usable_split(labels: np.ndarray, train: np.ndarray, val: np.ndarray) -> bool:
-    """Whether a classifier can be learned from some of ``labels`` and judged by others."""
+    """Return whether a classifier can be trained on rows ``train`` of ``labels`` and evaluated on rows ``val``."""
     if labels.ndim == 1:
         return len(val) > 0 and len(np.unique(labels)) > 1
-    learned = (labels[train] > 0).any(0) & (labels[train] < 0).any(0)
-    return bool((learned & (labels[val] > 0).any(0)).any())
+    learnable = (labels[train] > 0).any(0) & (labels[train] < 0).any(0)
+    return bool((learnable & (labels[val] > 0).any(0)).any())
 
 
 def _concat_labelled(train: LabelledDataset, val: LabelledDataset) -> LabelledDataset:
@@ -177,7 +188,7 @@ def _match_split_classes(
 
 
 def _assign_folder_class(source: ImageDataset, classes: tuple[str, ...]) -> ImageDataset:
-    """``source``; where it is a single folder that is one of the known ``classes``, with these and their labels."""
+    """Return ``source``; if it is a single folder named as one of ``classes``, with these classes and their labels."""
     if source.labels is None and classes:
         folders = {source.get_name(row).partition("/")[0] for row in range(len(source))}
         if len(folders) == 1 and folders <= set(classes):
@@ -187,31 +198,26 @@ def _assign_folder_class(source: ImageDataset, classes: tuple[str, ...]) -> Imag
 
 
 def _open_image_split(
-    spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool, *, required: bool
-) -> ImageDataset | None:
-    """The first of a split's names that is there; None, or the last refusal, if none is."""
-    refusal: RelicError | None = None
+    spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool
+) -> ImageDataset | DataError:
+    """Open the first of a split's names that is there; return the first error if none is."""
+    errors: list[DataError] = []
     for word in words:
         place = spec.replace("{split}", word) if "{split}" in spec else join_spec(spec, word)
-        tagged = open_multilabel(spec, place, word, classes)
-        if tagged is not None:
-            return tagged
+        multilabel = open_multilabel(spec, place, word, classes)
+        if multilabel is not None:
+            return multilabel
         try:
             return _assign_folder_class(
                 open_dataset(place, split="train" if word in TRAIN_NAMES else "val", download=download), classes
             )
         except DataError as error:
-            refusal = refusal or error
-    if required and refusal is not None:
-        raise refusal
-    return None
-
-
-LABELS_FILE = "labels.csv"
+            errors.append(error)
+    return errors[0]
 
 
 class MultiLabelDataset(ImageDataset):
-    """``images`` with ``labels`` int8 ``[N, C]``: 1 for a class that is there, -1 for others, 0 where none counts."""
+    """``images`` with ``labels`` int8 ``[N, C]``: 1 for present classes, -1 for absent ones, 0 where it is ignored."""
 
     def __init__(self, images: ImageDataset, classes: tuple[str, ...], labels: np.ndarray) -> None:
         self.spec, self.namespace, self.images = images.spec, images.namespace, images
@@ -241,42 +247,42 @@ class MultiLabelDataset(ImageDataset):
 
 
 def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) -> MultiLabelDataset | None:
-    """The split ``word`` of data at ``spec``, or the folder or archive ``place`` of that split.
+    """Open split ``word`` of VOC-style data at ``spec``, or the folder or archive ``place`` of that split.
 
-    None if neither is laid out as above. ``classes``: those of train, where this is another split; what it has
-    beside them comes after them. Raises DataError for lists, annotations or tables that cannot be used.
+    Returns None if neither is multi-label. ``classes``: those of train, where this is another split; further ones
+    come after them. Raises DataError for lists, annotations or tables that cannot be used.
     """
     if (files := _open_file_reader(spec)) is not None and (
         listed := files.read(f"ImageSets/Main/{word}.txt")
     ) is not None:
-        found = read_voc(files, parse_first_words(listed), classes or None, spec)
-        easy, boxes = ~found.boxes.ignored, found.boxes
-        labels = np.full((len(found.files), len(found.classes)), -1, dtype=np.int8)
-        labels[found.image_indices, boxes.labels] = 0
-        labels[found.image_indices[easy], boxes.labels[easy]] = 1
-        return _open_listed_images(join_spec(spec, "JPEGImages"), found.files, found.classes, labels)
+        voc = read_voc(files, parse_first_words(listed), classes or None, spec)
+        easy, boxes = ~voc.boxes.ignored, voc.boxes
+        labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
+        labels[voc.image_indices, boxes.labels] = 0
+        labels[voc.image_indices[easy], boxes.labels[easy]] = 1
+        return _open_listed_images(join_spec(spec, "JPEGImages"), voc.files, voc.classes, labels)
     if (files := _open_file_reader(place)) is not None and (content := files.read(LABELS_FILE)) is not None:
         table = _read_label_table(content, f"{LABELS_FILE} in {place}")
-        known = {tag: number for number, tag in enumerate(classes)}
-        for tag in sorted(set().union(*table.values())):
-            known.setdefault(tag, len(known))
-        labels = np.full((len(table), len(known)), -1, dtype=np.int8)
-        for row, tags in enumerate(table.values()):
-            labels[row, [known[tag] for tag in tags]] = 1
-        return _open_listed_images(place, list(table), tuple(known), labels)
+        number = {name: index for index, name in enumerate(classes)}
+        for name in sorted(set().union(*table.values())):
+            number.setdefault(name, len(number))
+        labels = np.full((len(table), len(number)), -1, dtype=np.int8)
+        for row, names in enumerate(table.values()):
+            labels[row, [number[name] for name in names]] = 1
+        return _open_listed_images(place, list(table), tuple(number), labels)
     return None
 
 
 def match_multilabel_classes(source: MultiLabelDataset, classes: tuple[str, ...]) -> LabelledDataset:
-    """Its images in the numbering of ``classes``, which are the first of its own. Raises DataError."""
+    """Return the images with labels of ``classes``, which are the first of the data set's. Raises DataError."""
     if len(classes) < 2:
         raise DataError(
             f"{source.spec} has only {len(classes)} class, but a classifier needs two.", "Give labels of two classes."
         )
-    there = np.any(source.labels > 0, axis=0).tolist()
-    if not any(there):
+    present = np.any(source.labels > 0, axis=0).tolist()
+    if not any(present):
         raise DataError(f"No image that {source.spec} lists has a class.", "Check its labels.")
-    missing = tuple(name for name, found in zip(classes, there, strict=False) if not found)
+    missing = tuple(name for name, is_present in zip(classes, present, strict=False) if not is_present)
     return LabelledDataset(source, source.labels, classes, missing, source.classes[len(classes) :])
 
 
@@ -284,20 +290,20 @@ def _open_file_reader(spec: str) -> FileReader | None:
     try:
         return FileReader(spec)
     except DataError:
-        return None  # not there, or no archive: told where it is opened as plain data
+        return None  # missing, or no archive: opening it as plain images raises the error
 
 
 def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
-    """Classes by the name of the image."""
+    """Return the classes of each image by its name."""
     table: dict[str, set[str]] = {}
     try:
         for cells in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
             if not cells:
                 continue
-            name, tags = cells  # ValueError unless they are two
+            name, classes = cells  # ValueError unless they are two
             if name in table:
-                raise ValueError(f"{name} stands there twice")
-            table[name] = {tag.strip() for tag in tags.split(";")} - {""}
+                raise ValueError(f"{name} is listed twice")
+            table[name] = {text.strip() for text in classes.split(";")} - {""}
     except (ValueError, csv.Error) as reason:
         raise DataError(f"{where} cannot be read ({reason}).", "Write lines like name.jpg,class;class.") from None
     return table
@@ -307,13 +313,13 @@ def _open_listed_images(
     place: str, names: list[str], classes: tuple[str, ...], labels: np.ndarray
 ) -> MultiLabelDataset:
     if not names:
-        raise DataError(f"A list of {place} names no image.", "Name one image a line.")
+        raise DataError(f"A list of {place} is empty.", "Write one image name per line.")
     images = open_dataset(place)
     rows = {images.get_name(row): row for row in range(len(images))}
     missing = [name for name in names if name not in rows]
     if missing:
         raise DataError(
-            f"{place} lacks images that its lists name: {summarize_names(missing)}, of {len(names)}.",
-            "Add them or take them out of the list, which has no header.",
+            f"{place} lacks listed images: {summarize_names(missing)}, of {len(names)}.",
+            "Add them, or remove them from the list, which has no header.",
         )
     return MultiLabelDataset(images.select([rows[name] for name in names]), classes, labels)

@@ -156,8 +156,7 @@ def build_evaluator(
     if data.train.labels is None:
         console.info("The training images have no labels: no kNN accuracy during this run, whatever --val has.")
         return None
-    size = config.eval.size or config.views.large.size
-    return OnlineEvaluator(data.train, data.val, config.eval, size, config.seed, device, bad)
+    return OnlineEvaluator(data.train, data.val, config, device, bad)
 
 
 def check_batch_split(config: PretrainConfig, world: World) -> None:

@@ -36,11 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     # The names are looked up in the real modules: one that was renamed is an error here.
     monkeypatch.setattr("relicctl.commands.pretrain.pretrain", record)
-    monkeypatch.setattr(
-        "relicctl.commands.linear_eval.linear_eval", lambda resolver, options: record(resolver(), options)
-    )
+    monkeypatch.setattr("relicctl.commands.linear_eval.linear_eval", record)
     monkeypatch.setattr("relicctl.commands.transfer.transfer", record)
-    monkeypatch.setattr("relicctl.commands.transfer.transfer_dense", record)
     monkeypatch.setattr("relicctl.commands.train_bgmask.train_bgmask", record)
     monkeypatch.setattr("relicctl.bgmask.dry_run.format_bgmask_dry_run", lambda *_: "plan")
     monkeypatch.setattr("relicctl.pretraining.estimate.format_pretrain_dry_run", lambda *_: "plan")

@@ -84,7 +84,7 @@ def test_with_a_run_alone_it_finds_everything_else_there(run, capsys):
     said = capsys.readouterr()
     folder = run / "linear-eval"
     assert said.out == f"{folder}\n"
-    assert all(word in said.err for word in ("top-1", "top-5", "kNN(200)", "rate per 256", "told to be"))
+    assert all(word in said.err for word in ("top-1", "top-5", "kNN(200)", "rate per 256", "predicted"))
     found = results(folder)
     for name in ("top1", "top5", "mean_per_class", "knn20", "knn200"):
         assert 0 <= found[name] <= 1
@@ -278,7 +278,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, phot
         (["--data", "train", "--val", "val", "--test", "flat"], 2, "NAME=DATA"),
         (["--data", "train", "--val", "val", "--test", "x=nowhere"], 3, "nowhere"),
         (["--out", "train"], 2, "not empty"),
-        (["--resume", "nowhere"], 2, "not a run folder"),
+        (["--resume", "nowhere"], 2, "no folder of results"),
         (["--resume", "RUN"], 2, "pretrain"),
         (["--set", "sweep.lrs=[]"], 2, "sweep.lrs"),
         (["--set", "crop.hflip_prob=0"], 2, "fast"),

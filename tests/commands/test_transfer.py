@@ -248,8 +248,8 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, p
         (["A", "--data", "x=full", "--set", "data.samples_per_class={x: [1, 2, 3]}"], 2, "data.samples_per_class"),
         (["A", "--data", "x=full/train", "--set", "data.samples_per_class={x: [9]}"], 3, "only 4 images"),
         (["A", "--data", "x=full", "--set", "finetune.epochs=[]"], 2, "finetune.epochs"),
-        (["A", "--data", "x=voc", "--set", "data.metrics={x: top1}"], 2, "any number of classes"),
-        (["A", "--data", "x=voc", "--labels", "1-per-class"], 2, "any number of classes"),
+        (["A", "--data", "x=voc", "--set", "data.metrics={x: top1}"], 2, "multi-label"),
+        (["A", "--data", "x=voc", "--labels", "1-per-class"], 2, "multi-label"),
         (["A", "--data", "x=full", "--out", "full"], 2, "not empty"),
         (["--resume", "nowhere"], 2, "--resume"),
         (["A", "--data", "x=full", "--preset", "demo"], 2, "pretrain"),
@@ -282,7 +282,7 @@ def test_a_draw_is_named_in_the_table(encoders, compare, photos):
         "source": "", "classes": 3, "train": 6, "val": None, "test": 3, "draw": [2, 1],
     }  # fmt: skip
     notes = [line for line in (photos / "out" / "table.md").read_text().splitlines() if "drawn" in line]
-    assert notes == ["- x: 2 images of each class to learn from and 1 to test on, drawn by seed 0"]
+    assert notes == ["- x: 2 images of each class to train on and 1 to test on, drawn by seed 0"]
 
 
 def test_a_dry_run_prints_the_config_and_makes_nothing(encoders, photos, monkeypatch, capsys):
@@ -328,7 +328,7 @@ def test_a_signal_says_how_to_go_on(encoders, compare, tmp_path, monkeypatch, ca
 
     monkeypatch.setitem(command.FROZEN_PROTOCOLS, "logistic", judge)
     assert compare("cut", encoders[0], "--data", f"one={DATA}") == code
-    assert f"Go on with: relicctl transfer --resume {tmp_path / 'cut'}" in capsys.readouterr().err
+    assert f"Resume with: relicctl transfer --resume {tmp_path / 'cut'}" in capsys.readouterr().err
 
 
 def test_another_precision_is_another_fine_tuning(encoders, compare, tmp_path):
@@ -344,4 +344,4 @@ def test_what_is_told_of_data_that_are_none_is_warned_of(encoders, tmp_path, cap
     (tmp_path / "fast.yaml").write_text(FAST)
     told = ["--config", str(tmp_path / "fast.yaml"), "--out", str(tmp_path / "out"), "--data", f"one={DATA}"]
     assert relicctl(["transfer", encoders[0], *told, "--set", "data.metrics={onr: mean_per_class}"]) == 0
-    assert "speaks of onr" in capsys.readouterr().err
+    assert "unknown data set onr" in capsys.readouterr().err

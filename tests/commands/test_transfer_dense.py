@@ -146,7 +146,7 @@ def test_without_pycocotools_a_sentence_says_how_to_get_it(encoders, compare, mo
         (["--task", "detection", "A", "--data", f"x={DATA}", "--preset", "finetune-quick"], 2, "relicctl transfer`"),
         (["A", "--data", f"x={DATA}", "--preset", "segmentation-quick"], 2, "transfer --task segmentation`"),
         (["--task", "segmentation", "A", "A2", "--data", f"x={DATA}"], 2, "the same encoder"),
-        (["--task", "segmentation", "pixels", "--data", f"x={DATA}"], 2, "no maps of features"),
+        (["--task", "segmentation", "pixels", "--data", f"x={DATA}"], 2, "no feature maps"),
         (["--task", "segmentation", "A", "--data", "x=nowhere"], 3, "nowhere"),
         (["--task", "detection", "A", "--data", "x=empty"], 3, "no train split"),
         (["--task", "segmentation", "A", "--data", f"x={DATA}", "--set", "crop.scale=[2, 1]"], 2, "crop.scale"),

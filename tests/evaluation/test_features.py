@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from relicctl.config.pretrain import EvalConfig
+from relicctl.config.pretrain import EvalConfig, PretrainConfig
 from relicctl.core.distributed import World
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError, BadImages
@@ -128,8 +128,8 @@ def test_k_processes_see_what_one_sees_to_the_bit(size):
 def test_the_evaluation_of_a_run_gives_the_figures_of_one_process():
     def evaluate(world: World):
         bad = BadImages(40, 0.5)
-        told = EvalConfig(crop_pct=1.0, probe=True)
-        evaluator = OnlineEvaluator(Noise(40, BAD), Noise(30, {7}), told, 16, 0, CPU, bad)
+        config = PretrainConfig(eval=EvalConfig(crop_pct=1.0, probe=True, size=16))
+        evaluator = OnlineEvaluator(Noise(40, BAD), Noise(30, {7}), config, CPU, bad)
         figures = evaluator(encoders[world.rank], world)
         return figures, evaluator.protocol, sorted(bad.seen), sorted(evaluator.bad_held_out.seen)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from relicctl.config.linear_eval import LinearEvalConfig
-from relicctl.config.resolve import resolve_config
+from relicctl.config.resolve import replace_defaults, resolve_config
 from relicctl.console import Console
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.errors import DataError, RelicError
@@ -58,6 +58,6 @@ def test_unlabelled_and_single_class_data_are_refused():
     ],
 )
 def test_what_cannot_be_used_is_refused(keys, says):
-    config = resolve_config(schema=LinearEvalConfig, base=keys).config
+    config = replace_defaults(resolve_config(schema=LinearEvalConfig), keys).config
     with pytest.raises(RelicError, match=says):
         open_train_test(config, False, Console(quiet=True))

@@ -10,14 +10,21 @@ from relicctl.core.loop import LoopConfig, TrainState, train
 from relicctl.core.optim import compute_learning_rate
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import Batch
-from relicctl.evaluation.linear import EncodedFeatureLoader, FeatureLoader, LinearClassifier, LinearTask, StandardScaler
+from relicctl.evaluation.linear import (
+    EncodedFeatureLoader,
+    FeatureLoader,
+    LinearClassifier,
+    LinearClassifierGrid,
+    LinearTask,
+    StandardScaler,
+)
 
 CPU = torch.device("cpu")
 RATES = (0.02, 5.0, 0.3)
 STEPS = 24
 
 
-class NoJournal:
+class NullLogger:
     def write_metrics(self, record):
         pass
 
@@ -37,9 +44,9 @@ def data():
 
 def trained(data, rates):
     sampler = Sampler(0, 96, 32)
-    task = LinearTask(7, 4, rates, batch_size=32, momentum=0.9, total_steps=STEPS, device=CPU)
+    task = LinearTask(LinearClassifierGrid(7, 4, rates), batch_size=32, momentum=0.9, total_steps=STEPS)
     plan = LoopConfig(total=STEPS, steps_per_epoch=3, batch_size=32)
-    train(task, FeatureLoader(*data, sampler), plan, NoJournal(), state=TrainState(), device=CPU)
+    train(task, FeatureLoader(*data, sampler), plan, NullLogger(), state=TrainState(), device=CPU)
     return task.model
 
 
@@ -67,7 +74,7 @@ def test_every_rate_of_a_sweep_trains_as_plain_sgd_does_alone(data):
 
 
 def test_a_single_rate_logs_its_own_loss(data):
-    task = LinearTask(7, 4, (0.3,), batch_size=32, momentum=0.9, total_steps=STEPS, device=CPU)
+    task = LinearTask(LinearClassifierGrid(7, 4, (0.3,)), batch_size=32, momentum=0.9, total_steps=STEPS)
     losses = task.compute_loss(data, 0)
     torch.testing.assert_close(losses["loss"], torch.tensor(4.0).log())  # it starts at zero: all classes alike
     assert losses["loss"] == losses["nll"]
@@ -76,7 +83,7 @@ def test_a_single_rate_logs_its_own_loss(data):
 
 def test_a_folded_classifier_gives_the_same_logits_from_raw_features(data):
     features = data[0] * torch.arange(1.0, 8) + 3
-    features[:, 2] = 1.5  # a channel that tells nothing
+    features[:, 2] = 1.5  # a constant channel
     standard = StandardScaler.from_features(features)
     generator = torch.Generator().manual_seed(1)
     linear = LinearClassifier(torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator))

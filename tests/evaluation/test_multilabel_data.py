@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relicctl.config.transfer import TransferConfig
 from relicctl.data.datasets.voc import VOC_CLASSES
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation.transfer_data import open_transfer_dataset, split_trainval
@@ -22,9 +23,11 @@ LISTS = {
 }
 
 
-def opened(spec, warnings=None, **options):
-    warn = (warnings if warnings is not None else []).append
-    return open_transfer_dataset("x", str(spec), download=False, warn=warn, **options)
+def opened(spec, warnings=None, *, seed=0, **by_name):
+    """The data set ``x`` at ``spec``, with keys of section data such as draw or test_split."""
+    data = {"datasets": {"x": str(spec)}} | {key: {"x": value} for key, value in by_name.items()}
+    config = TransferConfig.model_validate({"data": data, "seed": seed})
+    return open_transfer_dataset("x", config, download=False, warn=(warnings if warnings is not None else []).append)
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_few_labels_are_a_share_of_the_images(voc):
     assert max(*division.train, *division.val) < data.num_train
     assert set(division.train).isdisjoint(division.val)
     assert not np.array_equal(division.train, split_trainval(data, "0.5", 0.2, 1).train)
-    with pytest.raises(UsageError, match="any number of classes"):
+    with pytest.raises(UsageError, match="multi-label"):
         split_trainval(data, "2-per-class", 0.2, 0)
     with pytest.raises(DataError, match="too few labels"):
         split_trainval(data, "0.01", 0.2, 0)
@@ -127,9 +130,9 @@ def test_classes_without_an_image_are_told(voc):
     [
         ("a.png,sea\nb.png,sun\n", "a.png,sky\n", "'sky'"),
         ("a.png,sea\nb.png,sun\n", "a.png,\n", "No image"),
-        ("a.png,sea\nb.png,sun\n", "", "names no image"),
+        ("a.png,sea\nb.png,sun\n", "", "is empty"),
         ("a.png,sea\nb.png,sea\n", "a.png,sea\n", "only 1 class"),
-        ("name,classes\na.png,sea\n", "a.png,sea\n", "lacks images .* name"),
+        ("name,classes\na.png,sea\n", "a.png,sea\n", "lacks listed images: name"),
         ("a.png,sea\na.png,sun\n", "a.png,sea\n", "twice"),
         ("a.png\n", "a.png,sea\n", "cannot be read"),
         ('a.png,"sea\n', "a.png,sea\n", "cannot be read"),

@@ -31,7 +31,7 @@ def test_warnings_come_with_collapse_only():
     assert "dimension" in str(online.get_collapse_warning(HEALTHY | {"rankme": 1.2}, rows=64))
     assert online.get_collapse_warning(HEALTHY | {"rankme": 1.2}, rows=2) is None  # two images cannot span more
     blind = HEALTHY | {"entropy": math.log(11)}
-    assert "blind guess among 11" in str(online.get_collapse_warning(blind, rows=64, candidates=11))
+    assert "uniform guess among 11" in str(online.get_collapse_warning(blind, rows=64, candidates=11))
     assert online.get_collapse_warning(blind, rows=64) is None  # an objective without a likelihood
 
 

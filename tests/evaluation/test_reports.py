@@ -60,4 +60,4 @@ def test_pictures_and_tables_of_few_and_many_classes(classes, tmp_path, capsys):
     assert said.out == ""
     assert ("worst" in said.err) == (classes == 100)
     assert ("chosen" in said.err) == (choice is not None)
-    assert ("told to be" in said.err) == (classes == 3)
+    assert ("predicted" in said.err) == (classes == 3)

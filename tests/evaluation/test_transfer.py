@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from relicctl.evaluation.metrics import find_best_candidate
-from relicctl.evaluation.transfer import LabelledFeatures, evaluate_knn, evaluate_logistic
+from relicctl.evaluation.transfer import FeatureSplits, LabelledFeatures, evaluate_knn, evaluate_logistic
 
 
 @pytest.fixture(scope="module")
@@ -18,47 +20,41 @@ def examples() -> LabelledFeatures:
     return LabelledFeatures(noise + 4 * labels[:, None], labels)
 
 
-def parts(examples: LabelledFeatures) -> tuple[LabelledFeatures, ...]:
-    fit, chosen_on, test = np.split(np.arange(90), 3)
-    return (
-        examples.select_rows(fit),
-        examples.select_rows(chosen_on),
-        examples.select_rows(np.concatenate([fit, chosen_on])),
-        examples.select_rows(test),
-    )
+def split(examples: LabelledFeatures) -> FeatureSplits:
+    train, val, test = np.split(np.arange(90), 3)
+    rows = (train, val, np.concatenate([train, val]), test)
+    return FeatureSplits(*map(examples.select_rows, rows), classes=2)
 
 
 @pytest.mark.parametrize("metric", ["top1", "mean_per_class"])
 def test_the_lambda_that_classifies_best_is_taken_and_told_at_the_end_of_the_grid(examples, metric):
-    found = evaluate_logistic(*parts(examples), metric=metric, classes=2, l2=(1.0, 1e9, 2e9))
+    found = evaluate_logistic(split(examples), metric=metric, l2=(1.0, 1e9, 2e9))
     assert found.best_params == {"lambda": 1.0}  # at the others all are of the more frequent class
     assert found.value > 0.95
     assert [candidate["lambda"] for candidate in found.candidates] == [2e9, 1e9, 1.0]
     assert len(found.warnings) == 1
     assert "smaller ones to logistic.l2" in found.warnings[0]
-    inside = evaluate_logistic(*parts(examples), metric=metric, classes=2, l2=(1e-4, 1.0, 1e4, 1e9))
+    inside = evaluate_logistic(split(examples), metric=metric, l2=(1e-4, 1.0, 1e4, 1e9))
     assert inside.warnings == []
 
 
 def test_map11_fits_one_class_against_the_rest(examples):
-    found = evaluate_logistic(*parts(examples), metric="map11", classes=2, l2=(0.1, 1.0, 10.0))
+    found = evaluate_logistic(split(examples), metric="map11", l2=(0.1, 1.0, 10.0))
     assert found.value > 0.95
 
 
 def test_the_final_fit_knows_validations_images(examples):
-    fit, chosen_on, _, test = parts(examples)
-    both = LabelledFeatures(examples.features[:60], 1 - examples.labels[:60])  # all labels turned round
-    found = evaluate_logistic(fit, chosen_on, both, test, metric="top1", classes=2, l2=(1.0,))
+    both = LabelledFeatures(examples.features[:60], 1 - examples.labels[:60])  # all labels swapped
+    splits = replace(split(examples), trainval=both)
+    found = evaluate_logistic(splits, metric="top1", l2=(1.0,))
     assert found.value < 0.05
-    assert evaluate_knn(fit, chosen_on, both, test, metric="top1", classes=2, k=(1,)).value < 0.05
+    assert evaluate_knn(splits, metric="top1", k=(1,)).value < 0.05
 
 
 def test_the_number_of_neighbours_is_chosen(examples):
     noisy = examples.labels.clone()
     noisy[:30:7] = 1 - noisy[:30:7]  # a single neighbour is misled now and then
-    turned = LabelledFeatures(examples.features, noisy)
-    fit, chosen_on, both, test = parts(turned)
-    found = evaluate_knn(fit, chosen_on, both, test, metric="mean_per_class", classes=2, k=(1, 5, 30))
+    found = evaluate_knn(split(LabelledFeatures(examples.features, noisy)), metric="mean_per_class", k=(1, 5, 30))
     values = {candidate["k"]: candidate["value"] for candidate in found.candidates}
     assert values[found.best_params["k"]] == max(values.values())
     assert found.value > 0.8

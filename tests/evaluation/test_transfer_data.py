@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relicctl.config.transfer import TransferConfig
 from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError
 from relicctl.evaluation import transfer_data
@@ -28,9 +29,11 @@ def photos(tmp_path):
     return make
 
 
-def opened(spec, warnings=None, **options):
-    warn = (warnings if warnings is not None else []).append
-    return open_transfer_dataset("x", str(spec), download=False, warn=warn, **options)
+def opened(spec, warnings=None, *, seed=0, **by_name):
+    """The data set ``x`` at ``spec``, with keys of section data such as draw or test_split."""
+    data = {"datasets": {"x": str(spec)}} | {key: {"x": value} for key, value in by_name.items()}
+    config = TransferConfig.model_validate({"data": data, "seed": seed})
+    return open_transfer_dataset("x", config, download=False, warn=(warnings if warnings is not None else []).append)
 
 
 def test_folder_archive_and_pattern_are_the_same(photos, tmp_path):
@@ -57,7 +60,7 @@ def test_without_val_a_part_of_train_is_cut_and_said_so(photos):
 
 def test_val_can_be_what_is_tested_on(photos):
     folder = photos({"train": "abc", "val": "abc"})
-    data = opened(folder, test="val")
+    data = opened(folder, test_split="val")
     assert (data.num_train, len(data.trainval.labels), len(data.test.labels)) == (15, 15, 15)
     assert data.test.source.load(0)[0, 0].tolist() == [0, ord("a"), 3]
     with pytest.raises(DataError, match="no test split") as refused:
@@ -68,12 +71,12 @@ def test_val_can_be_what_is_tested_on(photos):
 @pytest.mark.parametrize(("draw", "tested"), [((3,), 9), ((2, 2), 6)])
 def test_without_splits_a_counted_draw_makes_them(photos, draw, tested):
     folder = photos({"": "abc"}, each=6)
-    data = opened(folder, draw=draw)
+    data = opened(folder, samples_per_class=draw)
     assert np.bincount(data.trainval.labels).tolist() == [draw[0]] * 3
     assert np.bincount(data.test.labels).tolist() == [tested // 3] * 3
     names = [{part.source.get_name(row) for row in range(len(part.labels))} for part in (data.trainval, data.test)]
     assert len(names[0] | names[1]) == len(data.trainval.labels) + tested
-    again, other = opened(folder, draw=draw), opened(folder, draw=draw, seed=1)
+    again, other = opened(folder, samples_per_class=draw), opened(folder, samples_per_class=draw, seed=1)
     assert (
         again.trainval.source.compute_fingerprint()
         == data.trainval.source.compute_fingerprint()
@@ -86,7 +89,7 @@ def test_without_splits_a_counted_draw_makes_them(photos, draw, tested):
 @pytest.mark.parametrize("draw", [(6,), (7,), (4, 3)])
 def test_no_more_is_drawn_than_there_is(photos, draw):
     with pytest.raises(DataError, match="only 6 images of"):
-        opened(photos({"": "abc"}, each=6), draw=draw)
+        opened(photos({"": "abc"}, each=6), samples_per_class=draw)
 
 
 def test_fewer_images_than_classes_are_refused(photos, monkeypatch):
@@ -96,7 +99,7 @@ def test_fewer_images_than_classes_are_refused(photos, monkeypatch):
         return source
 
     monkeypatch.setattr(transfer_data, "open_dataset", with_more_classes)
-    with pytest.raises(DataError, match="4 images to learn from, fewer than its 8 classes"):
+    with pytest.raises(DataError, match="4 images to train on, fewer than its 8 classes"):
         opened(photos({"train": "ab", "test": "ab"}, each=2))
 
 

@@ -1,4 +1,4 @@
-"""From samples to batches of prepared images with their targets; whatever the number of workers, the same."""
+"""Data sets of images with targets, and their batches, which are the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -20,36 +20,46 @@ from relicctl.data.sampler import Sampler
 from relicctl.data.workers import load_in_workers
 from relicctl.errors import DataError
 
-UNIFORMS_PER_IMAGE = 6  # uniform numbers for each image: more than any way of preparing needs
-Transform = Callable[[np.ndarray, Any, np.ndarray], Any]  # image, target, uniforms [DRAWS] -> an item of the batch
+UNIFORMS_PER_IMAGE = 6  # at least as many as a transform uses; the draws depend on it
+# (image, target, uniforms [UNIFORMS_PER_IMAGE]) -> an item of the batch
+Transform = Callable[[np.ndarray, Any, np.ndarray], Any]
 Collate = Callable[[list[Any]], Any]
 
 
-class DenseLoader:
-    """The loop's batches, this process's rows of each. An item is a function of (seed, epoch, its sample) alone.
+class DenseBatches:
+    """Batches of images and targets; ``rows``: those of this rank.
 
-    ``collate`` makes nested tuples and lists of tensors, which are sent to the device. Images that cannot be decoded
-    are replaced by the next one.
+    An image's item is a function of (seed, epoch, image) alone; ``collate`` makes nested tuples and lists of tensors.
+    Images that cannot be decoded are replaced by the next one.
     """
 
     def __init__(
-        self,
-        samples: DenseDataset,
-        sampler: Sampler,
-        transform: Transform,
-        collate: Collate,
-        *,
-        seed: int,
-        device: torch.device,
-        world: World,
-        workers: int,
-        bad: BadImages,
+        self, samples: DenseDataset, sampler: Sampler, transform: Transform, collate: Collate, seed: int
     ) -> None:
-        self.data_wait_seconds = 0.0
-        self._batches = _DenseBatches(
-            samples, sampler, transform, collate, seed, world.get_local_rows(sampler.batch_size)
+        self.samples, self.sampler, self.rows = samples, sampler, slice(None)
+        self._transform, self._collate, self._seed = transform, collate, seed
+
+    def build_batch(self, step: int) -> tuple[Any, list[tuple[int, str]]]:
+        """Build the batch of ``step``; also return the images that were skipped."""
+        indices = self.sampler.get_batch_indices(step)[self.rows]
+        uniforms = draw_uniform(
+            self._seed, Stream.GEOMETRY, self.sampler.get_epoch(step), indices, n=UNIFORMS_PER_IMAGE
         )
-        self._key, self._device, self._workers, self._bad = samples.get_name, device, workers, bad
+        items, all_skipped = [], []
+        for index, uniform in zip(indices.tolist(), uniforms, strict=True):
+            image, used, skipped = load_or_next(self.samples, index)
+            all_skipped += skipped
+            items.append(self._transform(image, self.samples.load_target(used), uniform))
+        return self._collate(items), all_skipped
+
+
+class DenseLoader:
+    """The loop's batches, on ``device``: of each batch the rows of this rank."""
+
+    def __init__(self, batches: DenseBatches, device: torch.device, world: World, workers: int, bad: BadImages) -> None:
+        self.data_wait_seconds = 0.0
+        batches.rows = slice(*world.get_local_rows(batches.sampler.batch_size))
+        self._batches, self._device, self._workers, self._bad = batches, device, workers, bad
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[Any]:
         """The batches of steps ``step`` to ``stop - 1``."""
@@ -68,38 +78,11 @@ class DenseLoader:
 
     def _record_skipped(self, skipped: list[tuple[int, str]]) -> None:
         for index, reason in skipped:
-            self._bad.add(self._key(index), reason)
-
-
-class _DenseBatches:
-    def __init__(
-        self,
-        samples: DenseDataset,
-        sampler: Sampler,
-        transform: Transform,
-        collate: Collate,
-        seed: int,
-        rows: tuple[int, int],
-    ) -> None:
-        self._samples, self._sampler, self._seed, self._rows = samples, sampler, seed, slice(*rows)
-        self._transform, self._collate = transform, collate
-
-    def build_batch(self, step: int) -> tuple[Any, list[tuple[int, str]]]:
-        """Build the batch of ``step``; also return the images that were skipped."""
-        indices = self._sampler.get_batch_indices(step)[self._rows]
-        uniforms = draw_uniform(
-            self._seed, Stream.GEOMETRY, self._sampler.get_epoch(step), indices, n=UNIFORMS_PER_IMAGE
-        )
-        items, passed = [], []
-        for index, uniform in zip(indices.tolist(), uniforms, strict=True):
-            image, used, skipped = load_or_next(self._samples, index)
-            passed += skipped
-            items.append(self._transform(image, self._samples.load_target(used), uniform))
-        return self._collate(items), passed
+            self._bad.add(self._batches.samples.get_name(index), reason)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with all its tensors on ``device``."""
+    """Return ``batch`` with all its tensors on ``device``."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -115,7 +98,7 @@ SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
 
 
 class DenseDataset(ABC):
-    """``classes``: names of what ``target``'s numbers mean. Cheap to fork; safe to read from many threads."""
+    """Images with targets; ``classes`` names the indices in them. Cheap to fork; safe to read from many threads."""
 
     source: ImageDataset
     classes: tuple[str, ...]
@@ -127,20 +110,20 @@ class DenseDataset(ABC):
         return self.source.get_name(index)
 
     def load(self, index: int) -> np.ndarray:
-        """The image, uint8 ``[H, W, 3]``. Raises BadImage."""
+        """Load the image, uint8 ``[H, W, 3]``. Raises BadImageError."""
         return self.source.load(index)
 
     @abstractmethod
     def load_target(self, index: int) -> Any:
-        """What is known of an image that ``load`` gives. Raises DataError."""
+        """Load the target of the image: a mask, or boxes. Raises DataError."""
 
     @abstractmethod
     def compute_fingerprint(self) -> str:
-        """SHA-256 (hex) over the samples' names and sizes, and those of what is known of them."""
+        """Return the SHA-256 (hex) over the names and sizes of images and targets."""
 
 
 class CachedDenseDataset(DenseDataset):
-    """``samples``, decoded once and kept in memory, which forked workers share."""
+    """``samples``, decoded once and cached in memory, which forked workers share."""
 
     def __init__(self, samples: DenseDataset) -> None:
         self.source, self.classes, self._samples = samples.source, samples.classes, samples

@@ -1,7 +1,7 @@
 """Object detection: the encoder under torchvision's Faster R-CNN on a feature pyramid, and COCO's average precision.
 
-Networks and losses are torchvision's; the losses are summed. Its own random draws (which regions are trained on,
-which size an image is resized to) come from its generator, which is set anew from (seed, step).
+Networks and losses are torchvision's; the losses are summed. torchvision draws (which regions are trained on, which
+size an image is resized to) from torch's generator, which is seeded anew from (seed, step).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ DetectionBatch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> FasterRCNN:
-    """``classes`` are those of objects; the background comes on top. Keeps the encoder's modules, not copies."""
+    """Build the detector of ``classes`` object classes and the background, with the encoder's modules, not copies."""
     head, images = config.head, config.images
     depths = [getattr(encoder, stage)[-1] for stage in PYRAMID_STAGES]
     channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in depths]
     names = {stage: str(level) for level, stage in enumerate(PYRAMID_STAGES)}
     weights = encoder.state_dict()
     backbone = BackboneWithFPN(encoder, names, channels, head.channels)
-    backbone.body.load_state_dict(weights, strict=True)  # the pyramid stands on all of the encoder and nothing else
+    backbone.body.load_state_dict(weights, strict=True)  # strict: the backbone is exactly the encoder
     mean, std = (t.flatten().tolist() for t in get_normalization(encoder, torch.device("cpu")))
     return FasterRCNN(
         backbone,
@@ -73,7 +73,7 @@ def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> Fa
 
 
 class DetectionTask(Task):
-    """The loop's task. A batch is (images uint8 [3, H, W] each, targets as torchvision wants them)."""
+    """The loop's task. A batch is (images uint8 [3, H, W] each, targets in torchvision's form)."""
 
     def __init__(
         self, encoder: Any, classes: int, config: DetectionConfig, device: torch.device, precision: str, world: World
@@ -88,7 +88,7 @@ class DetectionTask(Task):
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def compute_loss(self, batch: DetectionBatch, step: int) -> dict[str, Tensor]:
-        """The sum of Faster R-CNN's four losses, and each."""
+        """Return the sum of Faster R-CNN's four losses, and each."""
         images, targets = batch
         with _fork_rng(derive_seed(self._seed, Stream.NEGATIVES, step, self._rank), self._device), self._autocast:
             losses = self._network([image / 255 for image in images], targets)
@@ -99,7 +99,7 @@ class DetectionTask(Task):
 
     @torch.no_grad()
     def score(self, samples: DetectionDataset, bad: dict[int, str]) -> dict[str, Any]:
-        """Average precision on ``samples``; images that cannot be decoded come into ``bad`` and do not count."""
+        """Return average precision on ``samples``; images that cannot be decoded are added to ``bad`` and left out."""
         self.model.eval()
         detections: dict[int, Detections] = {}
         for first in range(0, len(samples), EVAL_BATCH_SIZE):
@@ -112,15 +112,15 @@ class DetectionTask(Task):
                     bad[row] = reason.reason
             with self._autocast:
                 outputs = self.model(images) if images else []
-            for row, one in zip(rows, outputs, strict=True):
-                corners, scores, labels = (one[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
+            for row, output in zip(rows, outputs, strict=True):
+                corners, scores, labels = (output[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
                 detections[row] = Detections(corners, scores, labels.astype(np.int64) - 1)
         return compute_average_precision(samples, detections)
 
 
 @dataclass(frozen=True)
 class DetectionTransform:
-    """Perhaps flipped; boxes that are ignored are left out."""
+    """Random flip; ignored boxes are left out."""
 
     probability: float
 
@@ -147,7 +147,7 @@ def _to_channels_first(image: np.ndarray) -> Tensor:
 
 @contextmanager
 def _fork_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """What is drawn within from torch's generators, the host's and the device's, is a function of ``seed``."""
+    """Seed torch's generators, of the CPU and of ``device``, within the block; restore them afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.random.default_generator.manual_seed(seed)
@@ -166,19 +166,19 @@ class Detections:
 
 
 def check_pycocotools() -> None:
-    """Raises UsageError where it is not installed."""
+    """Raises UsageError if pycocotools is not installed."""
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
         raise UsageError(
-            "--task detection is measured by pycocotools, which is not installed.", "pip install 'relicctl[detection]'."
+            "--task detection needs pycocotools, which is not installed.", "pip install 'relicctl[detection]'."
         ) from None
 
 
 def compute_average_precision(samples: DetectionDataset, detections: dict[int, Detections]) -> dict[str, float]:
-    """``ap`` over thresholds .50 to .95, ``ap50`` and ``ap75``, on the images that ``found`` has, by row.
+    """Return ``ap`` over thresholds .50 to .95, ``ap50`` and ``ap75``, on the images (rows) of ``detections``.
 
-    Boxes are matched up to 100 a picture; ignored ones, crowds among them, neither help nor harm.
+    At most 100 boxes per image are matched; ignored boxes, crowds among them, do not count.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -191,15 +191,15 @@ def compute_average_precision(samples: DetectionDataset, detections: dict[int, D
         "annotations": [a for row in detections for a in _to_coco_annotations(samples, row)],
     }
     for number, annotation in enumerate(truth.dataset["annotations"], 1):
-        annotation["id"] = number  # from 1: the evaluation takes 0 for no match
+        annotation["id"] = number  # from 1: 0 means no match to pycocotools
     results = [
         {"image_id": row, "category_id": int(label), "bbox": _to_xywh(corners), "score": float(score)}
-        for row, one in detections.items()
-        for corners, score, label in zip(one.corners, one.scores, one.labels, strict=True)
+        for row, detected in detections.items()
+        for corners, score, label in zip(detected.corners, detected.scores, detected.labels, strict=True)
     ]
     if not results:
         return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
-    with redirect_stdout(io.StringIO()):  # it prints, and stdout is for results
+    with redirect_stdout(io.StringIO()):  # pycocotools prints, and stdout is for results
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.params.imgIds = sorted(detections)

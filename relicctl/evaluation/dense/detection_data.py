@@ -1,4 +1,4 @@
-"""Boxes from COCO's JSON and from VOC's XML."""
+"""Images with boxes: from COCO's JSON, from VOC's XML, or from the demo data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import posixpath
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
 from relicctl.evaluation.dense.data import SPLIT_FOLDERS, DenseDataset, SplitName, make_missing_split_error
 
+MIN_BOX_SIDE = 0.01  # pixels; smaller boxes vanish when images are resized
 ANNOTATION_FILES = (
     "annotations/instances_{part}2017.json", "annotations/instances_{part}2014.json",
     "annotations/instances_{part}.json", "annotations/{part}.json", "{part}.json", "{part}/_annotations.coco.json",
@@ -40,7 +42,7 @@ def read_annotations(
     name: str, spec: str, part: SplitName, config: DetectionDataConfig, classes: tuple[str, ...] | None,
     warn: Callable[[str], None],
 ) -> DetectionDataset:  # fmt: skip
-    """One split. ``classes``: those of train, where this is another one. Raises DataError."""
+    """Read one split. ``classes``: those of train, if this is another split. Raises DataError."""
     files = FileReader(spec)
     chosen = config.voc_train if part == "train" else config.voc_val
     stems = files.read(f"ImageSets/Main/{chosen}.txt")
@@ -55,15 +57,12 @@ def read_annotations(
             raise make_missing_split_error(name, spec, part, DETECTION_LAYOUTS)
         annotations = parse_coco(content, f"{place} in {spec}")
         source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files)
-        annotations = BoxAnnotations(
-            stripped, annotations.sizes, annotations.image_indices, annotations.boxes, annotations.classes
-        )
+        annotations = replace(annotations, files=stripped)
     rows = {source.get_name(row): row for row in range(len(source))}
     missing = [file for file in annotations.files if file not in rows]
     if missing:
         raise DataError(
-            f"{name} lacks images that {part}'s annotations name: {summarize_names(missing)}, of "
-            f"{len(annotations.files)}.",
+            f"{name} lacks images of {part}'s annotations: {summarize_names(missing)}, of {len(annotations.files)}.",
             "Put the images where the annotations say, or in a folder of the split's name.",
         )
     source, boxes = source.select([rows[file] for file in annotations.files]), annotations.boxes
@@ -72,29 +71,21 @@ def read_annotations(
         unknown = sorted({annotations.classes[label] for label in np.unique(boxes.labels)} - set(classes))
         if unknown:
             raise DataError(
-                f"{name} has boxes in {part} of categories that train has not: {summarize_names(unknown)}.",
+                f"{name} has boxes in {part} of categories that are not in train: {summarize_names(unknown)}.",
                 "Give both the same categories.",
             )
         labels = np.array([number.get(known, -1) for known in annotations.classes], dtype=np.int64)[boxes.labels]
-        boxes = Boxes(boxes.corners, labels, boxes.ignored, boxes.area)
-    return build_detection_dataset(
-        name,
-        source,
-        classes or annotations.classes,
-        annotations.sizes,
-        annotations.image_indices,
-        boxes,
-        config.max_corrupt_fraction,
-        warn,
-    )
+        boxes = replace(boxes, labels=labels)
+    annotations = replace(annotations, boxes=boxes, classes=classes or annotations.classes)
+    return build_detection_dataset(name, source, annotations, config.max_corrupt_fraction, warn)
 
 
 def parse_coco(content: bytes, where: str) -> BoxAnnotations:
-    """``where`` names the file. Raises DataError for anything that is not as COCO writes it."""
+    """Parse COCO's JSON; ``where`` names the file. Raises DataError for anything that is not in COCO's format."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as reason:
-        raise DataError(f"{where} is no JSON ({reason}).", "Write or copy it again.") from None
+        raise DataError(f"{where} is not JSON ({reason}).", "Write or copy it again.") from None
     try:
         images, annotations, categories = tree["images"], tree["annotations"], tree["categories"]
         categories = sorted(categories, key=lambda category: category["id"])
@@ -121,7 +112,7 @@ def parse_coco(content: bytes, where: str) -> BoxAnnotations:
 
 
 def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[ImageDataset, list[str]]:
-    """Where the listed images lie, and their names from there. Raises DataError if the first is nowhere."""
+    """Return the data set of the listed images, and their names in it. Raises DataError if the first is not found."""
     if not files:
         raise DataError(f"{spec} lists no image in {word}.", "Give annotations with images.")
     shared = posixpath.commonpath([posixpath.dirname(file) for file in files])  # "" unless all are in one folder
@@ -141,13 +132,10 @@ def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[I
 
 def _make_coco_error(where: str, reason: Any) -> DataError:
     return DataError(
-        f"{where} is not as COCO writes it: {reason}.",
+        f"{where} is not in COCO's format: {reason}.",
         "Give images with id, file_name, width and height; annotations with image_id, category_id and bbox; "
         "and categories with id and name.",
     )
-
-
-MIN_BOX_SIDE = 0.01  # pixels; less is lost when images are resized
 
 
 class DetectionDataset(DenseDataset):
@@ -175,7 +163,7 @@ class DetectionDataset(DenseDataset):
         return digest.hexdigest()
 
     def select_with_boxes(self) -> DetectionDataset:
-        """The images that have a box to learn from."""
+        """Return the images that have a box to train on."""
         image_indices = np.repeat(np.arange(len(self)), np.diff(self.starts))
         counts = np.bincount(image_indices[~self.boxes.ignored], minlength=len(self))
         return self._select_rows(np.flatnonzero(counts))
@@ -188,14 +176,13 @@ class DetectionDataset(DenseDataset):
 
 
 def build_detection_dataset(
-    name: str, source: ImageDataset, classes: tuple[str, ...], sizes: np.ndarray, image_indices: np.ndarray,
-    boxes: Boxes,
-    max_bad: float, warn: Callable[[str], None],
-) -> DetectionDataset:  # fmt: skip
-    """Boxes clipped to their images (``owners`` int64 ``[K]``) and put in the images' order.
+    name: str, source: ImageDataset, annotations: BoxAnnotations, max_bad: float, warn: Callable[[str], None]
+) -> DetectionDataset:
+    """Clip boxes to their images, and put them in the images' order.
 
     Boxes of no size, or outside their image, are left out; DataError when they are more than ``max_bad`` of all.
     """
+    sizes, image_indices, boxes = annotations.sizes, annotations.image_indices, annotations.boxes
     limits = sizes[image_indices][:, [1, 0, 1, 0]] if len(image_indices) else np.empty((0, 4))
     corners = np.clip(boxes.corners, 0, limits).astype(np.float32)
     usable = (corners[:, 2:] - corners[:, :2]).min(1, initial=np.inf) > MIN_BOX_SIDE
@@ -207,20 +194,19 @@ def build_detection_dataset(
         )
         if (~usable).mean() > max_bad:
             raise DataError(
-                f"{what}.", "Mend the boxes ([left, top, width, height] in pixels), or raise data.max_corrupt_fraction."
+                f"{what}.", "Fix the boxes ([left, top, width, height] in pixels), or raise data.max_corrupt_fraction."
             )
         warn(f"{what}; they are left out")
     order = np.flatnonzero(usable)[np.argsort(image_indices[usable], kind="stable")]
     starts = np.searchsorted(image_indices[order], np.arange(len(source) + 1))
     usable_boxes = Boxes(corners[order], boxes.labels[order], boxes.ignored[order], boxes.area[order])
-    return DetectionDataset(source, classes, usable_boxes, starts, sizes)
+    return DetectionDataset(source, annotations.classes, usable_boxes, starts, sizes)
 
 
 def open_detection_data(
     name: str, spec: str, config: DetectionDataConfig, warn: Callable[[str], None]
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """The images to train on, those with boxes, and those to test on. Raises DataError."""
-
+    """Open the images with boxes to train on, and the images to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
         train, val = (build_shapes_detection(ShapesDataset.from_spec(spec, part)) for part in ("train", "val"))
     else:
@@ -234,7 +220,7 @@ def open_detection_data(
 
 
 def build_shapes_detection(source: ShapesDataset) -> DetectionDataset:
-    """Every object's box."""
+    """Return the demo data with the bounding box of every object."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(lambda index: _compute_bounding_box(source.load_mask(index)), range(len(source))))
     image_indices = np.array([index for index, corners in enumerate(found) if corners is not None], dtype=np.int64)
@@ -247,7 +233,7 @@ def build_shapes_detection(source: ShapesDataset) -> DetectionDataset:
 
 
 def _compute_bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Left, top, right, bottom of what is True in bool ``[H, W]``."""
+    """Return left, top, right, bottom of the True pixels of bool ``[H, W]``; None if there are none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None

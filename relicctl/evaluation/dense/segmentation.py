@@ -1,8 +1,8 @@
 """Semantic segmentation: a dilated encoder, a small head, and mean intersection over union.
 
 The set-up of BYOL (arXiv 2006.07733, appendix D): the encoder's last stage dilated, two 3x3 convolutions
-with dilation 6, each with BatchNorm and ReLU, and a 1x1 convolution to the classes. Logits are enlarged bilinearly to
-the image; where a mask says 255 nothing is asked.
+with dilation 6, each with BatchNorm and ReLU, and a 1x1 convolution to the classes. Logits are upsampled bilinearly
+to the image; pixels with mask value 255 are ignored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from relicctl.models.layers import convert_sync_batchnorm
 from relicctl.models.resnet import STEMS, ResNet
 
 EVAL_BATCH_SIZE = 16
-PAD_COLOR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # beyond the border: about 0 once normalised
+PAD_COLOR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # about 0 after normalisation
 
 
 class Segmenter(nn.Module):
@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
 
 
 class SegmentationTask(Task):
-    """The loop's task. A batch is (images uint8 [B, H, W, 3], masks uint8 [B, H, W]), this process's rows of it."""
+    """The loop's task. A batch is (images uint8 [B, H, W, 3], masks uint8 [B, H, W]), this rank's rows of it."""
 
     def __init__(
         self, encoder: Any, classes: int, config: SegmentationConfig, device: torch.device, precision: str, world: World
@@ -83,15 +83,16 @@ class SegmentationTask(Task):
 
     def _compute_logits(self, network: nn.Module, images: Tensor) -> Tensor:
         with self._autocast:
-            return network((images.permute(0, 3, 1, 2) / 255 - self._mean) / self._std)
+            logits: Tensor = network((images.permute(0, 3, 1, 2) / 255 - self._mean) / self._std)
+        return logits
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
-        """Cross-entropy, the mean over all pixels of the batch that count."""
+        """Return the cross-entropy, averaged over all pixels of the batch that are not ignored."""
         images, masks = batch
         logits = self._compute_logits(self._network, images)
         total = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE_INDEX, reduction="sum")
         count = (masks != IGNORE_INDEX).sum().float()
-        if self._world.size > 1:  # the mean of the processes' gradients is then the gradient of the batch's mean
+        if self._world.size > 1:  # so that averaging gradients over ranks gives the gradient of the batch's mean
             count = all_reduce_sum(count) / self._world.size
         return {"loss": total / count.clamp(min=1)}
 
@@ -100,7 +101,7 @@ class SegmentationTask(Task):
 
     @torch.no_grad()
     def score(self, samples: DenseDataset, bad: dict[int, str]) -> dict[str, Any]:
-        """Figures on whole images; those that cannot be decoded come into ``bad``."""
+        """Return metrics on whole images; add those that cannot be decoded to ``bad``."""
         self.model.eval()
         confusion = torch.zeros(self._classes, self._classes, dtype=torch.int64, device=self._device)
         for images, masks in _iter_same_size_batches(samples, bad):
@@ -114,34 +115,34 @@ class SegmentationTask(Task):
         return {
             "miou": iou[~iou.isnan()].mean().item(),
             "pixel_accuracy": accuracy.item(),
-            "iou": {name: share if share == share else None for name, share in named},
+            "iou": {name: value if value == value else None for name, value in named},
         }
 
 
 def compute_confusion_matrix(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """int64 ``[C, C]``: pixels of class (row) told to be class (column); pixels that are 255 in truth do not count."""
+    """Return int64 ``[C, C]``: pixels of class (row) predicted as class (column), without those of value 255."""
     valid = truth != IGNORE_INDEX
     return torch.bincount(truth[valid] * classes + predicted[valid], minlength=classes**2).view(classes, classes)
 
 
 def compute_iou(confusion: Tensor) -> Tensor:
-    """float64 ``[C]``; NaN for a class that neither is there nor was told."""
+    """Return the IoU of each class, float64 ``[C]``; NaN for a class that is neither present nor predicted."""
     both = confusion.diagonal().double()
     return both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
 @dataclass(frozen=True)
 class SegmentationTransform:
-    """Resized by a drawn factor, placed or cut at random to a square, perhaps flipped; image and mask alike."""
+    """Random resize, crop or pad to a square, and flip; the same for image and mask."""
 
     config: SegmentationCropConfig
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor]:
-        """uint8 ``[size, size, 3]`` and uint8 ``[size, size]``, where 255 lies beyond the border."""
+        """Return uint8 ``[size, size, 3]`` and uint8 ``[size, size]``, 255 where it is padded."""
         if image.shape[:2] != mask.shape:
             raise DataError(
                 f"An image of {image.shape[1]} x {image.shape[0]} has a mask of {mask.shape[1]} x {mask.shape[0]}.",
-                "Give one index for every pixel of the image as it stands upright.",
+                "Give one class index for every pixel of the image, upright.",
             )
         size, (low, high) = self.config.size, self.config.scale
         factor = low + (high - low) * float(uniform[0])
@@ -172,7 +173,7 @@ def collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 
 
 def _iter_same_size_batches(samples: DenseDataset, bad: dict[int, str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Whole images of one size in a row, at most so many, with their masks."""
+    """Yield batches of consecutive whole images of equal size, with their masks."""
     images: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     for index in range(len(samples)):
@@ -191,7 +192,7 @@ def _iter_same_size_batches(samples: DenseDataset, bad: dict[int, str]) -> Itera
 
 
 def dilate_last_stage(encoder: ResNet) -> ResNet:
-    """A copy of ``encoder`` whose last stage has stride 1, and dilation 2 behind its first convolution."""
+    """Return a copy of ``encoder`` whose last stage has stride 1, and dilation 2 after its first convolution."""
     encoder = copy.deepcopy(encoder)
     strided_before = False
     for block in encoder.layer4:
@@ -209,15 +210,16 @@ def dilate_last_stage(encoder: ResNet) -> ResNet:
 
 
 def get_output_stride(encoder: ResNet) -> int:
-    """Pixels between two features of ``dilated(encoder)``."""
+    """Return the pixels per feature of ``dilate_last_stage(encoder)``."""
     pooled = 1 if isinstance(encoder.maxpool, nn.Identity) else 2
     return STEMS[encoder.stem][1] * pooled * 4
 
 
 def compute_feature_map(encoder: ResNet, images: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N, feature_dim, h, w]: what the encoder takes the spatial mean of."""
+    """[N, 3, H, W] -> [N, feature_dim, h, w]: the features before the spatial mean."""
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
-    return encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
+    features: Tensor = encoder.layer4(encoder.layer3(encoder.layer2(encoder.layer1(x))))
+    return features
 
 
 def _remove_stride(conv: nn.Conv2d) -> nn.Conv2d:
@@ -232,8 +234,8 @@ def _remove_stride(conv: nn.Conv2d) -> nn.Conv2d:
 class _UnstridedSameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding at stride 2, without the stride.
 
-    At an even size SAME puts all its padding behind, so the strided kernels lie one pixel further than PyTorch's.
-    Rows and columns are padded so that output 2 i is the strided one's output i.
+    At an even size SAME pads only at the end, so the strided kernels lie one pixel further than PyTorch's.
+    Rows and columns are padded so that output 2 i equals output i of the strided convolution.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -242,5 +244,5 @@ class _UnstridedSameConv2d(nn.Conv2d):
 
 
 def _compute_same_padding(size: int) -> int:
-    """Pixels that SAME puts before ``size`` for a 3x3 kernel of stride 2."""
+    """Return the pixels that SAME pads before ``size`` for a 3x3 kernel of stride 2."""
     return max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) // 2

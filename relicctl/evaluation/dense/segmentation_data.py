@@ -1,11 +1,11 @@
-"""Images with masks of class indices, from files as VOC has them, from plain folders, or from the demo data.
+"""Images with masks of class indices: VOC-style files, plain folders, or the demo data.
 
     VOCdevkit/VOC2012            JPEGImages, SegmentationClass, ImageSets/Segmentation/{train,val}.txt
-    streets.zip                  {train,val}/images and {train,val}/masks: masks of the same names but their endings
+    streets.zip                  {train,val}/images and {train,val}/masks, of the same names but for their suffixes
     streets-{split}.zip          images and masks in each
     shapes[:key=value,...]       the embedded demo data: 0 is the background, then the ten kinds of objects
 
-255 in a mask is nothing that counts.
+Pixels of value 255 are ignored.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ShapesSegmentationDataset(DenseDataset):
 
 
 class SegmentationDataset(DenseDataset):
-    """``masks``: one of each image, in the images' order."""
+    """``masks``: one per image, in the images' order."""
 
     def __init__(self, source: ImageDataset, masks: ImageDataset, classes: tuple[str, ...]) -> None:
         self.source, self.masks, self.classes = source, masks, classes
@@ -72,11 +72,10 @@ class SegmentationDataset(DenseDataset):
 def open_segmentation_data(
     name: str, spec: str, config: SegmentationDataConfig, note: Callable[[str], None]
 ) -> tuple[DenseDataset, DenseDataset]:
-    """The images to train on and those to test on, checked. Raises DataError."""
+    """Open and check the images to train on and those to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
-        return ShapesSegmentationDataset(ShapesDataset.from_spec(spec, "train")), ShapesSegmentationDataset(
-            ShapesDataset.from_spec(spec, "val")
-        )
+        shapes_train, shapes_val = (ShapesDataset.from_spec(spec, part) for part in ("train", "val"))
+        return ShapesSegmentationDataset(shapes_train), ShapesSegmentationDataset(shapes_val)
     train, voc = _open_mask_split(name, spec, "train", config)
     val, _ = _open_mask_split(name, spec, "val", config)
     number = config.classes.get(name) or (len(VOC_CLASSES) + 1 if voc else None)
@@ -93,7 +92,7 @@ def open_segmentation_data(
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
-    """uint8 ``[H, W]`` of class indices: a palette's or grey picture's numbers as they are. Raises DataError."""
+    """Decode a mask to class indices, uint8 ``[H, W]``: the values of a palette or grey image. Raises DataError."""
     try:
         image = Image.open(BytesIO(data), formats=LOSSLESS_FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
@@ -106,8 +105,8 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
         ) from None
     if values.ndim != 2:
         raise DataError(
-            f"The mask {name} is a picture in {image.mode}, not one of class indices.",
-            "Save it as a palette or grey PNG whose numbers are the classes.",
+            f"The mask {name} is an image in {image.mode}, not one of class indices.",
+            "Save it as a palette or grey PNG whose values are the classes.",
         )
     if values.min() < 0 or values.max() > IGNORE_INDEX:
         raise DataError(f"The mask {name} has the class index {values.max()}.", "Indices go from 0 to 254.")
@@ -117,7 +116,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
 def _open_mask_split(
     name: str, spec: str, part: SplitName, config: SegmentationDataConfig
 ) -> tuple[SegmentationDataset, bool]:
-    """One split, and whether it is laid out as VOC is."""
+    """Open one split; return also whether it is VOC-style."""
     if "{split}" not in spec:
         chosen = config.voc_train if part == "train" else config.voc_val
         listed = FileReader(spec).read(f"ImageSets/Segmentation/{chosen}.txt")
@@ -135,19 +134,19 @@ def _open_mask_split(
 
 
 def _pair_masks(name: str, images: ImageDataset, masks: ImageDataset, stems: list[str] | None) -> SegmentationDataset:
-    """Each image that ``stems`` name, or each there is, with its mask."""
+    """Pair each image of ``stems``, or every image, with its mask."""
     image_rows, mask_rows = (
         {str(PurePosixPath(s.get_name(row)).with_suffix("")): row for row in range(len(s))} for s in (images, masks)
     )
     stems = list(image_rows) if stems is None else stems
     if not stems:
-        raise DataError(f"{name} has an empty list of images.", "Name one image a line.")
+        raise DataError(f"{name} has an empty list of images.", "Write one image name per line.")
     for what, rows in (("image", image_rows), ("mask", mask_rows)):
         missing = [stem for stem in stems if stem not in rows]
         if missing:
             raise DataError(
                 f"{name} lacks the {what} of {summarize_names(missing)}, of {len(stems)} in {images.spec}.",
-                "Give images and masks the same names but for their endings.",
+                "Give images and masks the same names but for their suffixes.",
             )
     return SegmentationDataset(
         images.select([image_rows[stem] for stem in stems]), masks.select([mask_rows[stem] for stem in stems]), ()
@@ -155,7 +154,7 @@ def _pair_masks(name: str, images: ImageDataset, masks: ImageDataset, stems: lis
 
 
 def _check_mask_files(name: str, samples: SegmentationDataset, classes: int | None) -> int:
-    """The largest index. Raises DataError for masks of another size than their image or with other classes."""
+    """Return the largest index. Raises DataError for masks of another size than their image, or with other classes."""
 
     def get_mask_info(index: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
         mask = samples.load_target(index)
@@ -166,30 +165,30 @@ def _check_mask_files(name: str, samples: SegmentationDataset, classes: int | No
         )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(get_mask_info, range(len(samples))))
-    keys = samples.masks.get_name
-    odd = [f"{keys(i)}: {m[1]} x {m[0]}, image {s[1]} x {s[0]}" for i, (_, m, s) in enumerate(found) if m != s]
+        infos = list(pool.map(get_mask_info, range(len(samples))))
+    names = samples.masks.get_name
+    odd = [f"{names(i)}: {m[1]} x {m[0]}, image {s[1]} x {s[0]}" for i, (_, m, s) in enumerate(infos) if m != s]
     if odd:
         raise DataError(
             f"{name} has masks of another size than their image: {summarize_names(odd)}.",
             "Give one index for every pixel.",
         )
-    beyond = [f"{keys(i)} with {largest}" for i, (largest, _, _) in enumerate(found) if classes and largest >= classes]
+    beyond = [f"{names(i)} with {largest}" for i, (largest, _, _) in enumerate(infos) if classes and largest >= classes]
     if beyond:
         raise DataError(
             f"{name} has masks with a class index beyond its {classes} classes: {summarize_names(beyond)}.",
-            f"Set data.classes={{{name}: N}}, or use 255 for what does not count.",
+            f"Set data.classes={{{name}: N}}, or use 255 for pixels to ignore.",
         )
-    return max(largest for largest, _, _ in found)
+    return max(largest for largest, _, _ in infos)
 
 
 def _read_image_size(samples: DenseDataset, index: int) -> tuple[int, int] | None:
-    """Height and width of the image upright, from its header; None where it cannot be read."""
+    """Return height and width of the upright image from its header; None if it cannot be read."""
     try:
         data = samples.source.read(index)
         assert isinstance(data, bytes)
         image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        rotated = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
     except (BadImageError, OSError, ValueError, SyntaxError):
-        return None  # told, and left out, when it is trained on
-    return image.size if turned else (image.height, image.width)
+        return None  # training skips and lists it
+    return image.size if rotated else (image.height, image.width)

@@ -1,4 +1,4 @@
-"""What both dense tasks train with: the schedule, the optimiser, and an encoder that is held in part or whole."""
+"""What both dense tasks train with: learning rate schedule, SGD, and an encoder that may be frozen."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from relicctl.models.layers import convert_sync_batchnorm
 
 
 def compute_multistep_lr(step: int, schedule: DenseOptimConfig) -> float:
-    """Linear up to ``base_lr`` over the warm-up, then a tenth of it after each drop that is passed."""
-    drops = sum(step >= share * schedule.steps for share in schedule.milestones)
+    """Return the learning rate: linear warm-up to ``base_lr``, then a tenth of it after each of ``milestones``."""
+    drops = sum(step >= fraction * schedule.steps for fraction in schedule.milestones)
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    return schedule.base_lr * warmup / 10**drops
+    rate: float = schedule.base_lr * warmup / 10**drops
+    return rate
 
 
 def build_sgd(network: nn.Module, schedule: DenseOptimConfig) -> torch.optim.Optimizer:
-    """Of all parameters that are trained."""
+    """Build SGD for all parameters that are trained."""
     return torch.optim.SGD(
         [p for p in network.parameters() if p.requires_grad], schedule.base_lr, schedule.momentum,
         weight_decay=schedule.weight_decay, foreach=True,
@@ -32,7 +33,7 @@ def build_sgd(network: nn.Module, schedule: DenseOptimConfig) -> torch.optim.Opt
 
 
 def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.device, world: World) -> Any:
-    """A copy of ``encoder`` to be trained as ``told``; norms that are frozen never leave eval mode."""
+    """Return a copy of ``encoder`` to train as configured; frozen BatchNorm layers never leave eval mode."""
     encoder = copy.deepcopy(encoder).train().requires_grad_(not config.freeze_encoder)
     if not (config.freeze_encoder or config.freeze_bn):
         return convert_sync_batchnorm(encoder, device) if world.size > 1 else encoder
@@ -43,17 +44,17 @@ def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.devi
 
 
 def wrap_ddp(network: nn.Module, world: World) -> nn.Module:
-    """``network`` with gradients that are the mean over all processes."""
+    """Return ``network`` with gradients averaged over ranks."""
     return DistributedDataParallel(network) if world.size > 1 else network
 
 
 def _freeze_in_eval_mode(module: nn.Module) -> None:
-    """Eval mode, whatever mode is set around it."""
+    """Set eval mode, whatever mode its parents are set to."""
     module.eval()
     vars(module)["train"] = lambda mode=True: module
 
 
 def get_normalization(encoder: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[3, 1, 1]`` of pixels in [0, 1] that the encoder was trained with."""
+    """Return the mean and standard deviation ``[3, 1, 1]`` of pixels in [0, 1] that the encoder was trained with."""
     mean, std = (torch.tensor(json.loads(encoder.metadata[name]), device=device) for name in ("mean", "std"))
     return mean.view(3, 1, 1), std.view(3, 1, 1)

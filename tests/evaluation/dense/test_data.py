@@ -11,7 +11,7 @@ from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError, BadImages
 from relicctl.data.sampler import Sampler
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import CachedDenseDataset, DenseLoader
+from relicctl.evaluation.dense.data import CachedDenseDataset, DenseBatches, DenseLoader
 from relicctl.evaluation.dense.segmentation import SegmentationTransform, collate_segmentation
 from relicctl.evaluation.dense.segmentation_data import ShapesSegmentationDataset
 from relicctl.evaluation.dense.training import compute_multistep_lr
@@ -31,12 +31,10 @@ def samples(kind=ShapesSegmentationDataset):
 
 
 def batches(of, start=0, *, workers=0, world=None, bad=None):
-    feed = DenseLoader(
-        of, Sampler(5, len(of), 4), SegmentationTransform(SegmentationCropConfig(size=16)), collate_segmentation,
-        seed=5,
-        device=torch.device("cpu"), world=world or World(), workers=workers, bad=bad or BadImages(12, 0.5),
-    )  # fmt: skip
-    return [torch.cat([part.flatten() for part in batch]) for batch in feed.iter_from_step(start, 6)]
+    transform = SegmentationTransform(SegmentationCropConfig(size=16))
+    items = DenseBatches(of, Sampler(5, len(of), 4), transform, collate_segmentation, seed=5)
+    loader = DenseLoader(items, torch.device("cpu"), world or World(), workers, bad or BadImages(12, 0.5))
+    return [torch.cat([part.flatten() for part in batch]) for batch in loader.iter_from_step(start, 6)]
 
 
 def test_workers_memory_and_the_step_it_starts_from_change_nothing():

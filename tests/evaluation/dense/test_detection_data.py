@@ -178,11 +178,11 @@ def spoil(coco, what) -> None:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("json", "is no JSON"),
+        ("json", "is not JSON"),
         ("keys", "'annotations'"),
-        ("list", "not as COCO writes it"),
+        ("list", "not in COCO's format"),
         ("image id", "99"),
-        ("three numbers", "not as COCO writes it"),
+        ("three numbers", "not in COCO's format"),
         ("nan", "not finite"),
         ("twice", "occur twice"),
         ("an image missing", "train-2.png"),

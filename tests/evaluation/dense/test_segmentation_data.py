@@ -130,7 +130,7 @@ def spoilt(folders, what):
     [
         ("missing", "lacks the mask of 01"),
         ("size", "20 x 24, image 24 x 20"),
-        ("colour", "picture in RGB"),
+        ("colour", "image in RGB"),
         ("beyond", "beyond its 3 classes: 04.png with 3"),
         ("wide", "class index 300"),
         ("broken", "01.png cannot be read"),
