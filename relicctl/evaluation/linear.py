@@ -312,6 +312,6 @@ def compute_probe_accuracy(
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)
     with torch.no_grad():
         return (queries @ weight + bias).argmax(1).eq(labels).float().mean().item()
