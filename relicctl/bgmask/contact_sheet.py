@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from relicctl.runs.figures import new_figure, save_figure
+from relicctl.runs.plots import new_figure, save_figure
 
 MAX_IMAGES = 16  # on a sheet
 MAX_ROWS = 8  # of one column of images; more stand in a second block beside it

@@ -16,8 +16,7 @@ from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.core.hardware import count_elements, format_bytes, get_free_memory, pick_precision
 from relicctl.data.mask_bank import MASK_SIDE
-from relicctl.runs.context import Session
-from relicctl.runs.distributed import resolve_device
+from relicctl.runs.distributed import Session, resolve_device
 from relicctl.runs.estimate import (
     OPTIMIZER_STATES,
     check_memory,

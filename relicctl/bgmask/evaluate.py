@@ -32,7 +32,7 @@ from relicctl.core.hardware import count_process_cores
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.decoding import BadImages
 from relicctl.data.mask_bank import MASK_SIDE
-from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import RunContext
 
 BETA2 = 0.3  # weight of recall against precision in F, as in Achanta et al., CVPR 2009
 METRICS = ("max_f", "f_50", "mae", "iou", "accuracy", "s_measure", "e_measure")

@@ -33,7 +33,7 @@ from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages
 from relicctl.data.mask_bank import FILE_NAME, OTHER_DATA_FILE_NAME, MaskBank
 from relicctl.errors import DataError
-from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import RunContext
 
 METRIC_TITLES = ("max-F", "F at .5", "MAE", "IoU", "accuracy", "S", "E")  # of METRICS, in their order
 

@@ -23,7 +23,7 @@ from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.mask_bank import MASK_SIDE, MaskBankWriter
-from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import RunContext
 
 SIZE_DIVISOR = 32  # the side of a network's input is a multiple of this at every scale
 

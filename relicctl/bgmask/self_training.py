@@ -37,8 +37,7 @@ from relicctl.core.loop import LoopConfig, TrainState, restore_state
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.photometric import AugmentConfig
 from relicctl.errors import UsageError
-from relicctl.runs.context import RunContext
-from relicctl.runs.distributed import load_newest_checkpoint
+from relicctl.runs.distributed import RunContext, load_newest_checkpoint
 from relicctl.runs.training import train_with_progress
 
 LABEL_BATCH_SIZE = 64  # images whose labels are made together

@@ -19,11 +19,12 @@ from relicctl.encoders.resolve import ResolvedEncoder, open_deepmind_encoder, op
 from relicctl.errors import RunFailed, UsageError
 from relicctl.export import native, onnx, timm, torchvision, transformers
 from relicctl.export.bundle import ExportBundle, load_head, to_symmetric_padding
-from relicctl.export.model_card import Verification, format_model_card
 from relicctl.export.write import (
     TOLERANCE,
+    Verification,
     check_output_free,
     compute_max_difference,
+    format_model_card,
     format_padding_change,
     hash_file,
     open_atomic_output,

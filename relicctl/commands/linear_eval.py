@@ -39,8 +39,7 @@ from relicctl.evaluation.knn import TEMPERATURE, compute_knn_accuracy
 from relicctl.evaluation.labelled_data import LabelledDataset, match_classes, open_train_test
 from relicctl.evaluation.linear import LinearClassifier, LinearTrainer, SweepResult
 from relicctl.evaluation.metrics import ClassificationMetrics
-from relicctl.runs.context import RunContext, Session
-from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
+from relicctl.runs.distributed import RunContext, Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder
 from relicctl.runs.resume import LinearOptions, resume_config
 from relicctl.version import __version__

@@ -36,8 +36,9 @@ from relicctl.pretraining.data import (
 from relicctl.pretraining.estimate import check_step_memory, check_view_memory
 from relicctl.pretraining.run import make_record, resume_record, resume_training, save_results, write_config
 from relicctl.pretraining.task import PretrainTask, Schedule, load_initial_weights
-from relicctl.runs.context import RunContext, Session
 from relicctl.runs.distributed import (
+    RunContext,
+    Session,
     SharedBadImages,
     open_distributed_session,
     open_or_create_run_folder,

@@ -15,8 +15,7 @@ from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_mask
 from relicctl.bgmask.self_training import count_total_steps
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.data.mask_bank import MaskBank
-from relicctl.runs.context import Session
-from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
+from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
 from relicctl.runs.resume import BgmaskOptions
 from relicctl.version import __version__

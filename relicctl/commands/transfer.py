@@ -28,8 +28,7 @@ from relicctl.evaluation.cells import Cell, TransferTask, check_unique_encoders
 from relicctl.evaluation.dense.transfer import DENSE_TASKS, DenseTransfer
 from relicctl.evaluation.labelled_data import check_label_subset
 from relicctl.evaluation.transfer import ClassificationTransfer, format_labels
-from relicctl.runs.context import Session
-from relicctl.runs.distributed import open_distributed_session, open_or_create_run_folder
+from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder
 from relicctl.runs.resume import TransferOptions
 from relicctl.version import __version__

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relicctl.errors import UsageError
-from relicctl.runs.context import RunContext, Session
-from relicctl.runs.distributed import open_sub_run
+from relicctl.runs.distributed import RunContext, Session, open_sub_run
 
 Cell = dict[str, Any]
 

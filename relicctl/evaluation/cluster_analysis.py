@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from relicctl.errors import UsageError
-from relicctl.runs.figures import new_figure, save_figure
+from relicctl.runs.plots import new_figure, save_figure
 
 NUM_NEIGHBOURS = 5
 ROWS_PER_STEP = 1024

@@ -32,7 +32,7 @@ from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, load_or_next
 from relicctl.errors import DataError, RunFailed
 from relicctl.evaluation.labelled_data import LabelledDataset
-from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import RunContext
 from relicctl.runs.folder import RunFolder
 
 IMAGES_PER_CHUNK = 128

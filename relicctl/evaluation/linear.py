@@ -24,8 +24,7 @@ from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.evaluation.cells import open_subfolder
 from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
 from relicctl.evaluation.labelled_data import LabelledDataset
-from relicctl.runs.context import RunContext
-from relicctl.runs.distributed import resolve_num_workers
+from relicctl.runs.distributed import RunContext, resolve_num_workers
 from relicctl.runs.training import restore_or_start, train_with_progress
 
 

@@ -12,7 +12,7 @@ from relicctl.console import Console
 from relicctl.evaluation.cells import Cell
 from relicctl.evaluation.linear import SweepResult
 from relicctl.evaluation.metrics import ClassificationMetrics
-from relicctl.runs.figures import new_figure, save_figure
+from relicctl.runs.plots import new_figure, save_figure
 
 MAX_COLUMNS = 3  # panels side by side
 MAX_NAMED_CLASSES = 30  # most classes that are named on an axis, or listed in a table

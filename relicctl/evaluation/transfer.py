@@ -23,7 +23,7 @@ from relicctl.evaluation.labelled_data import LabelledDataset
 from relicctl.evaluation.logistic_regression import LogisticModels, fit_logistic_regression
 from relicctl.evaluation.metrics import DATASET_METRICS, ProtocolResult, compute_metric, find_best_candidate
 from relicctl.evaluation.transfer_data import Split, TransferDataset, open_transfer_dataset, split_trainval
-from relicctl.runs.context import RunContext, Session
+from relicctl.runs.distributed import RunContext, Session
 from relicctl.version import __version__
 
 

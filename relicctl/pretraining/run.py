@@ -18,10 +18,9 @@ from relicctl.encoders.file import save_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.pretraining.data import PretrainData, check_same_mask_bank
 from relicctl.pretraining.task import PretrainTask, load_initial_weights, resolve_precision
-from relicctl.runs.context import RunContext
-from relicctl.runs.curves import plot_curves
-from relicctl.runs.distributed import load_newest_checkpoint
+from relicctl.runs.distributed import RunContext, load_newest_checkpoint
 from relicctl.runs.folder import RunFolder
+from relicctl.runs.plots import plot_curves
 from relicctl.runs.resume import read_resumable_record
 from relicctl.version import __version__
 

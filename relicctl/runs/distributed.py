@@ -1,6 +1,7 @@
 """A command on the ranks that ``torchrun`` starts: the main process writes, prints and decides for all.
 
-All ranks must see the run's folder. A process started without torchrun is the main process of one rank. Also here:
+``Session`` and ``RunContext`` carry device, ranks, console and run folder as one object. All ranks must see the run's
+folder. A process started without torchrun is the main process of one rank. Also here:
 the device and number of data workers that ``auto`` stands for.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from relicctl.core.distributed import World, destroy_distributed, init_distribut
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, is_decodable
 from relicctl.errors import Interrupted, UsageError
-from relicctl.runs.context import Session
 from relicctl.runs.folder import RunFolder
 
 LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
@@ -169,3 +170,27 @@ def select_progress_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
             "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
         }
     return shown
+
+
+@dataclass(frozen=True)
+class Session:
+    """The device, rank and console of a command's process."""
+
+    device: torch.device
+    world: World
+    console: Console
+
+    def with_run(self, run: RunFolder, precision: str = "fp32") -> RunContext:
+        """Return the context of this session in ``run``, computing in ``precision`` ("fp32" or "bf16")."""
+        return RunContext(self.device, self.world, self.console, run, precision)
+
+
+@dataclass(frozen=True)
+class RunContext(Session):
+    """A session that has its run folder; ``precision`` is that of the networks' forward pass."""
+
+    run: RunFolder
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

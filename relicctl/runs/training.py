@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
-from relicctl.runs.context import RunContext
-from relicctl.runs.distributed import load_newest_checkpoint, select_progress_metrics
+from relicctl.runs.distributed import RunContext, load_newest_checkpoint, select_progress_metrics
 
 
 def restore_or_start(

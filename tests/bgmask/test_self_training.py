@@ -34,7 +34,7 @@ from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
 from relicctl.encoders.file import save_encoder
 from relicctl.models.resnet import build_encoder
-from relicctl.runs.context import RunContext
+from relicctl.runs.distributed import RunContext
 from relicctl.runs.folder import RunFolder
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from relicctl.core import checkpoint
 
 # A process that has imported torch and done nothing with it: forks of it start at once and may compute gradients.
 NURSERY = multiprocessing.get_context("forkserver")
-PRELOADED = ["relicctl.commands.pretrain", "relicctl.commands.export", "relicctl.runs.curves"]
+PRELOADED = ["relicctl.commands.pretrain", "relicctl.commands.export", "relicctl.runs.plots"]
 assert all(map(importlib.util.find_spec, PRELOADED))  # the fork server swallows import errors
 NURSERY.set_forkserver_preload(PRELOADED)
 

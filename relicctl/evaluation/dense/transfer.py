@@ -31,8 +31,7 @@ from relicctl.evaluation.dense.data import CachedDenseDataset, DenseBatches, Den
 from relicctl.evaluation.dense.detection_data import open_detection_data
 from relicctl.evaluation.dense.segmentation_data import open_segmentation_data
 from relicctl.evaluation.features import compute_encoder_hash, make_bad_images
-from relicctl.runs.context import RunContext, Session
-from relicctl.runs.distributed import resolve_num_workers
+from relicctl.runs.distributed import RunContext, Session, resolve_num_workers
 from relicctl.runs.training import resume_and_train
 from relicctl.version import __version__
 

@@ -1,12 +1,16 @@
-"""curves.png of a run: loss, accuracy, collapse metrics and schedules over the steps."""
+"""Plots: matplotlib figures saved whole or not at all, and curves.png of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relicctl.config.renamed import rename_metrics
-from relicctl.runs.figures import new_figure, save_figure
+from relicctl.core.atomic_io import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 # title, metrics on the left axis, metrics on the right axis
 PANELS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -57,3 +61,18 @@ def _add_legend(axes: Any, lines: list[Any]) -> None:
         handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
         fontsize="small", handlelength=1, columnspacing=1,
     )  # fmt: skip
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """Return a figure of so many inches; ``options`` are matplotlib's own, by default with constrained layout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported late: it takes half a second
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), **{"layout": "constrained", **options})
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(path: Path, figure: Figure, dpi: float = 110) -> None:
+    """Write ``figure`` to ``path`` as PNG."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
