@@ -12,8 +12,8 @@ from relicctl.cli.options import AsJson, Debug, NetworkChoice, Quiet, print_resu
 
 EXAMPLES = """\b
 Examples:
-  relicctl export runs/demo --format torchvision --out encoder.safetensors
-  relicctl export runs/demo --format timm --classifier runs/linear-demo --out encoder-timm
+  relicctl export runs/r50 --format torchvision --out r50.safetensors
+  relicctl export runs/r50 --format timm --classifier runs/r50/linear-eval --out r50-timm
   relicctl pretrain --preset demo | relicctl export - --format onnx --out encoder.onnx"""
 
 
