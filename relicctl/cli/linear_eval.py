@@ -31,7 +31,7 @@ Examples:
   relicctl linear-eval random:runs/demo
   relicctl linear-eval runs/demo --test swapped=shapes:backgrounds=swapped
   relicctl linear-eval runs/demo random:runs/demo pixels:runs/demo --analysis
-  relicctl linear-eval torchvision:resnet50 --data photos.zip#train --val photos.zip#val
+  relicctl linear-eval torchvision:resnet50 --data birds.zip#train --val birds.zip#val
   relicctl linear-eval --preset linear-imagenet runs/r50 --data imagenet/train --val imagenet/val
   relicctl pretrain --preset demo | relicctl linear-eval -"""
 

@@ -39,11 +39,12 @@ APPENDED: dict[str, tuple[list[str], list[str]]] = {
 }
 # The same for one example, by a text in it.
 FOR_ONE = {
-    "--resume": [],
-    "demo-bgmask": ["--data", DATA],
+    "demo-bgmask": ["--data", DATA, "--set", "data.eval_images=4"],
     "byol-suite": ["--data", f"shapes={DATA}"],
-    "shapes=shapes": ["--data", f"shapes={DATA}"],
+    "torchvision:resnet50": ["--set", "eval.size=32"],
     "--analysis": ["--set", "analysis.images=16"],
+    "linear-imagenet": ["--set", "optim.batch_size=4"],
+    "cifar10-r18 --set": ["--data", DATA],
     "finetune-quick": ["--set", "finetune.steps=2", "--set", "finetune.batch_size=8"],
     "segmentation": ["--set", "optim.steps=2", "--set", "crop.size=32", "--set", "head.channels=8"],
     "detection": ["--set", "optim.steps=2", "--set", "optim.batch_size=2", "--set", "images.short=[32]",
@@ -59,8 +60,9 @@ def list_examples() -> list[str]:
 
 
 def shorten_command(words: list[str]) -> list[str]:
-    """The command with options that make it small."""
-    text = shlex.join(words)
+    """The command on fewer and smaller demo images, with options that make it short."""
+    words = [re.sub("^(|.*=)shapes(:|$)", rf"\1{DATA},", word).rstrip(",") for word in words]
+    text = " ".join(words)
     options, keys = APPENDED[words[0]]
     sets = [word for key in keys for word in ("--set", key)]
     more = [word for part, appended in FOR_ONE.items() if part in text for word in appended]
@@ -78,26 +80,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = ShapesDataset.from_spec(DATA, "train")
     pixels = [images.load(index) for index in range(len(images))]
 
-    def write_folder(folder: Path, first: int, last: int, classes: int = 2) -> None:
-        for index in range(first, last):
-            path = root / folder / f"class{index % classes}" / f"{index}.png"
+    def write_folder(folder: Path, count: int) -> None:
+        for index in range(count):
+            path = root / folder / f"class{index % 2}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[index]).save(path)
+            Image.fromarray(pixels[index % len(pixels)]).save(path)
 
     def pack(name: str) -> None:
         shutil.make_archive(str(root / name), "zip", root / name)
 
-    for folder in ("photos", "dtd", "imagenet"):
-        for part, first, last in (("train", 0, 12), ("val", 12, 18), ("test", 18, 24)):
-            write_folder(Path(folder) / part, first, last)
-    write_folder(Path("pets-train"), 0, 12)
-    write_folder(Path("pets-test"), 12, 24)
-    write_folder(Path("more"), 0, 4)
+    for folder in ("birds", "dtd", "imagenet"):
+        for part, count in (("train", 80 if folder == "dtd" else 12), ("val", 8), ("test", 8)):
+            write_folder(Path(folder) / part, count)
+    for folder, count in (("pets-train", 12), ("pets-test", 12), ("photos", 16), ("more", 4)):
+        write_folder(Path(folder), count)
     for index in range(4):
         for kind, content in (("images", pixels[index]), ("masks", images.load_mask(index).astype(np.uint8) * 255)):
             (root / "ecssd" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(content).save(root / "ecssd" / kind / f"{index}.png")
-    for name in ("photos", "dtd", "pets-train", "pets-test", "ecssd"):
+    for name in ("photos", "birds", "dtd", "pets-train", "pets-test", "ecssd"):
         pack(name)
     write_voc(root / "VOCdevkit" / "VOC2012", pixels[:8])
     write_coco(root / "coco", pixels[:8])
@@ -161,6 +162,8 @@ def test_an_example_in_the_help_runs(
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     monkeypatch.setattr("relicctl.benchmark.hardware_limits.MATMUL_SIZE", {"cpu": 64})
     out = ""
+    if given := re.search(r"--out (runs/\S+)", line):
+        shutil.rmtree(folder / given[1], ignore_errors=True)
     for stage in line.split(" | "):
         monkeypatch.setattr("sys.stdin", io.StringIO(out))
         code = cli.run(shorten_command(shlex.split(stage)[1:]))
