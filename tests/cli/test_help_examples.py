@@ -39,7 +39,7 @@ APPENDED: dict[str, tuple[list[str], list[str]]] = {
 }
 # The same for one example, by a text in it.
 FOR_ONE = {
-    "demo-bgmask": ["--data", DATA, "--set", "data.eval_images=4"],
+    "demo-bgmask": ["--data", DATA, "--set", "data.max_eval_images=4"],
     "byol-suite": ["--data", f"shapes={DATA}"],
     "torchvision:resnet50": ["--set", "eval.size=32"],
     "--analysis": ["--set", "analysis.images=16"],
@@ -47,7 +47,7 @@ FOR_ONE = {
     "cifar10-r18 --set": ["--data", DATA],
     "finetune-quick": ["--set", "finetune.steps=2", "--set", "finetune.batch_size=8"],
     "segmentation": ["--set", "optim.steps=2", "--set", "crop.size=32", "--set", "head.channels=8"],
-    "detection": ["--set", "optim.steps=2", "--set", "optim.batch_size=2", "--set", "images.short=[32]",
+    "detection": ["--set", "optim.steps=2", "--set", "optim.batch_size=2", "--set", "images.min_size=[32]",
                   "--set", "head.channels=8", "--set", "head.hidden=16"],
 }  # fmt: skip
 
