@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import (
-    ConfigFile,
-    Debug,
-    Device,
-    Download,
-    Quiet,
-    Sets,
-    Workers,
-    print_result,
-    resolve_options,
-)
+from relicctl.cli import options as opt
+from relicctl.cli.options import option, print_result, resolve_options
 
 EXAMPLES = """\b
 Examples:
@@ -27,23 +18,20 @@ Examples:
 
 
 def bench(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to benchmark.")] = None,
-    config: ConfigFile = None,
-    sets: Sets = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="Images (default: the preset's, else generated JPEGs).")
-    ] = None,
+    preset: Annotated[opt.Text, option("NAME", "Preset to benchmark.")] = None,
+    config: opt.ConfigFile = None,
+    sets: opt.Sets = None,
+    data: Annotated[opt.Text, option("DATA", "Images (default: the preset's, else generated JPEGs).", "--data")] = None,
     batch: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Batch size (default: the largest that fits and finishes in minutes)."),
+        int | None, option("N", "Batch size (default: the largest that fits and finishes in minutes).")
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each metric, after one warm-up.")] = 5,
-    download: Download = False,
-    device: Device = None,
-    workers: Workers = None,
+    repeats: Annotated[int, option("N", "Measurements of each metric, after one warm-up.")] = 5,
+    download: opt.Download = False,
+    device: opt.Device = None,
+    workers: opt.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Benchmark a pretraining on this machine: images/s, waits, memory, hours; prints the bottleneck."""
     from relicctl.commands import bench as command

@@ -7,17 +7,8 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import (
-    ConfigFile,
-    Debug,
-    Device,
-    Download,
-    Quiet,
-    Sets,
-    Workers,
-    print_result,
-    resolve_options,
-)
+from relicctl.cli import options as opt
+from relicctl.cli.options import option, print_result, resolve_options
 
 EXAMPLES = """\b
 Examples:
@@ -27,19 +18,18 @@ Examples:
 
 
 def doctor(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset that the machine is meant for.")] = None,
-    config: ConfigFile = None,
-    sets: Sets = None,
+    preset: Annotated[opt.Text, option("NAME", "Preset that the machine is meant for.")] = None,
+    config: opt.ConfigFile = None,
+    sets: opt.Sets = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="DATA", help="Images (default: generated JPEGs and the demo's shapes)."),
+        opt.Text, option("DATA", "Images (default: generated JPEGs and the demo's shapes).", "--data")
     ] = None,
-    download: Download = False,
-    device: Device = None,
-    workers: Workers = None,
+    download: opt.Download = False,
+    device: opt.Device = None,
+    workers: opt.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Check this machine before a long run; prints ok, or the checks that fail (exit code 1)."""
     from relicctl.commands import doctor as command

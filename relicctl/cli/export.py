@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import AsJson, Debug, NetworkChoice, Quiet, print_result
+from relicctl.cli import options as opt
+from relicctl.cli.options import option, print_result
 
 EXAMPLES = """\b
 Examples:
@@ -21,25 +22,20 @@ def export(
     source: Annotated[
         str, typer.Argument(metavar="RUN|CHECKPOINT|WEIGHTS|-", help="The encoder; - reads a path from stdin.")
     ],
-    format: Annotated[
-        str, typer.Option("--format", metavar="torchvision|timm|transformers|onnx|relicctl", help="Target library.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="File; for timm and transformers a folder.")],
-    network: NetworkChoice = "online",
+    format: Annotated[str, option("torchvision|timm|transformers|onnx|relicctl", "Target library.", "--format")],
+    out: Annotated[Path, option("PATH", "File; for timm and transformers a folder.")],
+    network: opt.NetworkChoice = "online",
     origin: Annotated[
-        str,
-        typer.Option(
-            "--from", metavar="relicctl|deepmind", help="Source format; deepmind: the authors' published .pkl."
-        ),
+        str, option("relicctl|deepmind", "Source format; deepmind: the authors' published .pkl.", "--from")
     ] = "relicctl",
     classifier: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Linear evaluation whose classifier is exported as the head.")
+        Path | None, option("RUN", "Linear evaluation whose classifier is exported as the head.")
     ] = None,
-    license: Annotated[str, typer.Option(metavar="NAME", help="Licence of the weights, for the card.")] = "unspecified",
+    license: Annotated[str, option("NAME", "Licence of the weights, for the card.")] = "unspecified",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that --out holds.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Export an encoder for another library and verify it there; prints its path."""
     from relicctl.commands import export as command

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from relicctl.cli.options import (
-    AsJson,
-    ConfigFile,
-    Debug,
-    Device,
-    Download,
-    DryRun,
-    NetworkChoice,
-    Overwrite,
-    Quiet,
-    Seed,
-    Workers,
-    print_result,
-    resolve_options,
-)
+from relicctl.cli import options as opt
+from relicctl.cli.options import option, print_result, print_run, resolve_options, set_option
 
 EXAMPLES = """\b
 Examples:
@@ -38,51 +23,38 @@ Examples:
 
 def linear_eval(
     sources: Annotated[
-        list[str] | None,
+        opt.Texts,
         typer.Argument(
             metavar="RUN|WEIGHTS|-",
             help="The encoder; - reads a path from stdin. Also random[:RUN], pixels[:RUN], torchvision:NAME. "
             "More than one with --analysis.",
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="Labelled training images (default: the run's).")
-    ] = None,
-    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to test on.")] = None,
+    data: Annotated[opt.Text, option("DATA", "Labelled training images (default: the run's).", "--data")] = None,
+    val: Annotated[opt.Text, option("DATA", "Labelled images to test on.")] = None,
     tests: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--test", metavar="NAME=DATA", help="Additional test set, with classes matched by name; repeatable."
-        ),
+        opt.Texts, option("NAME=DATA", "Additional test set, with classes matched by name; repeatable.", "--test")
     ] = None,
     analysis: Annotated[
         bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
     ] = False,
-    network: NetworkChoice = "online",
+    network: opt.NetworkChoice = "online",
     preset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="linear-imagenet for the ImageNet protocol (default: the fast one)."),
+        opt.Text, option("NAME", "linear-imagenet for the ImageNet protocol (default: the fast one).")
     ] = None,
-    config: ConfigFile = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in sweep.lrs=[0.3]; repeatable."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Results folder (default: a new one in the encoder's run).")
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option(metavar="[DIR]", help="Resume an evaluation. Default: the one in --out.")
-    ] = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    download: Download = False,
-    device: Device = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    config: opt.ConfigFile = None,
+    sets: Annotated[opt.Texts, set_option("sweep.lrs=[0.3]")] = None,
+    out: Annotated[Path | None, option("DIR", "Results folder (default: a new one in the encoder's run).")] = None,
+    resume: Annotated[opt.Text, option("[DIR]", "Resume an evaluation. Default: the one in --out.")] = None,
+    overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
+    download: opt.Download = False,
+    device: opt.Device = None,
+    workers: opt.Workers = None,
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
     from relicctl.commands import linear_eval as command
@@ -98,6 +70,4 @@ def linear_eval(
     if dry_run:
         print_result(command.format_linear_dry_run(resolved, linear_options))
         return
-    result = command.linear_eval(resolved, linear_options)
-    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        print_result(json.dumps(result) if as_json else result["run"])
+    print_run(command.linear_eval(resolved, linear_options), as_json)

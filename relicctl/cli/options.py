@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -17,29 +18,44 @@ if TYPE_CHECKING:
     from relicctl.config.base import CommandConfig
     from relicctl.config.resolve import ResolvedConfig
 
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML that overrides the preset.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in loss.beta=1; repeatable."),
-]
+
+def option(metavar: str, help: str, *names: str) -> Any:
+    """Define an option that takes a value; ``names`` where it is not named like its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+def set_option(example: str) -> Any:
+    """Define ``--set``; the help shows a key of the command."""
+    return option("KEY=VALUE", f"Override one key, as in {example}; repeatable.", "--set")
+
+
+Text = str | None
+Texts = list[str] | None
+Preset = Annotated[Text, option("NAME", "Preset to start from.")]
+ConfigFile = Annotated[Path | None, option("FILE", "YAML that overrides the preset.")]
+Sets = Annotated[Texts, set_option("loss.beta=1")]
+RunFolder = Annotated[Path | None, option("DIR", "The run's folder.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")]
-Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="Worker processes that decode and crop images.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every random draw.")]
+Device = Annotated[Text, option("auto|cpu|cuda", "Device to compute on.")]
+Workers = Annotated[int | None, option("N", "Worker processes that decode and crop images.")]
+Seed = Annotated[int | None, option("N", "Seed of every random draw.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only print warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NetworkChoice = Annotated[str, typer.Option(metavar="online|target", help="Which network's encoder.")]
+NetworkChoice = Annotated[str, option("online|target", "Which network's encoder.")]
+OverwriteRun = Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
+DryRunWithCost = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the config, where its values come from and an estimate of the cost; then stop."
+    ),
+]
 
 
 def resolve_options(
-    preset: str | None,
-    config_file: Path | None,
-    sets: list[str] | None,
-    options: dict[str, Any],
-    schema: type[CommandConfig],
+    preset: Text, config_file: Path | None, sets: Texts, options: dict[str, Any], schema: type[CommandConfig]
 ) -> ResolvedConfig:
     """``resolve_config``, with one warning that lists the keys given under their old names."""
     from relicctl.config.resolve import resolve_config
@@ -59,8 +75,7 @@ def handle_early_interrupt() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
         signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        what = "Stopped before the first step; nothing was lost."
-        raise Interrupted(what, "Start it again.", signum) from None
+        raise Interrupted("Stopped before the first step; nothing was lost.", "Start it again.", signum) from None
 
 
 def print_result(result: str) -> None:
@@ -68,3 +83,9 @@ def print_result(result: str) -> None:
     from relicctl.console import write_result
 
     write_result(result)
+
+
+def print_run(result: dict[str, Any], as_json: bool) -> None:
+    """Print the folder of a run or evaluation; of a process group, one process prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print_result(json.dumps(result, default=str) if as_json else str(result["run"]))

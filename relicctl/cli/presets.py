@@ -39,10 +39,7 @@ def presets_show(name: PresetName) -> None:
 
 
 @app.command("cp")
-def presets_cp(
-    name: PresetName,
-    destination: Annotated[Path, typer.Argument(metavar="DEST")],
-) -> None:
+def presets_cp(name: PresetName, destination: Annotated[Path, typer.Argument(metavar="DEST")]) -> None:
     """Copy a preset to a file or folder, to change it and pass it to --config; prints the file."""
     from relicctl.commands.presets import copy_preset
 

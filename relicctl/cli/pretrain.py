@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from relicctl.cli.options import (
-    AsJson,
-    ConfigFile,
-    Debug,
-    Device,
-    Download,
-    Quiet,
-    Seed,
-    Sets,
-    Workers,
-    handle_early_interrupt,
-    print_result,
-    resolve_options,
-)
+from relicctl.cli import options as opt
+from relicctl.cli.options import handle_early_interrupt, option, print_result, print_run, resolve_options
 
 EXAMPLES = """\b
 Examples:
@@ -35,50 +18,35 @@ Examples:
 
 
 def pretrain(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to start from.")] = None,
-    config: ConfigFile = None,
-    sets: Sets = None,
+    preset: opt.Preset = None,
+    config: opt.ConfigFile = None,
+    sets: opt.Sets = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            help="Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].",
-        ),
+        opt.Text,
+        option("DATA", "Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].", "--data"),
     ] = None,
-    val: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled images to evaluate on.")] = None,
+    val: Annotated[opt.Text, option("DATA", "Labelled images to evaluate on.")] = None,
     bgmask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|BANK|-",
-            help="Background masks of the training images: a run of train-bgmask, or its mask bank.",
-        ),
+        opt.Text,
+        option("RUN|BANK|-", "Background masks of the training images: a run of train-bgmask, or its mask bank."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    out: opt.RunFolder = None,
     resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[RUN]",
-            help="Resume a run. Default: the run in --out (started if missing), else the latest of this preset.",
+        opt.Text,
+        option(
+            "[RUN]", "Resume a run. Default: the run in --out (started if missing), else the latest of this preset."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
-    init_from: Annotated[
-        str | None, typer.Option(metavar="WEIGHTS", help="Start the encoder from these weights or this run.")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the config, where its values come from and an estimate of the cost; then stop."
-        ),
-    ] = False,
-    download: Download = False,
-    device: Device = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    overwrite: opt.OverwriteRun = False,
+    init_from: Annotated[opt.Text, option("WEIGHTS", "Start the encoder from these weights or this run.")] = None,
+    dry_run: opt.DryRunWithCost = False,
+    download: opt.Download = False,
+    device: opt.Device = None,
+    workers: opt.Workers = None,
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Train an encoder on images, without their labels; prints the run's folder."""
     with handle_early_interrupt():
@@ -99,5 +67,4 @@ def pretrain(
         from relicctl.commands import pretrain as command
 
         result = command.pretrain(resolved, pretrain_options)
-    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        print_result(json.dumps(result, default=str) if as_json else str(result["run"]))
+    print_run(result, as_json)

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from relicctl.cli.options import (
-    AsJson,
-    ConfigFile,
-    Debug,
-    Device,
-    Download,
-    Quiet,
-    Seed,
-    Workers,
-    handle_early_interrupt,
-    print_result,
-    resolve_options,
-)
+from relicctl.cli import options as opt
+from relicctl.cli.options import handle_early_interrupt, option, print_result, print_run, resolve_options, set_option
 
 EXAMPLES = """\b
 Examples:
@@ -34,57 +18,43 @@ Examples:
 
 
 def train_bgmask(
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Preset to start from.")] = None,
-    config: ConfigFile = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in optim.epochs=5; repeatable."),
-    ] = None,
+    preset: opt.Preset = None,
+    config: opt.ConfigFile = None,
+    sets: Annotated[opt.Texts, set_option("optim.epochs=5")] = None,
     data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            help="Unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder]; repeatable, then "
+        opt.Texts,
+        option(
+            "DATA",
+            "Unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder]; repeatable, then "
             "all are trained on together, and the first gets the masks.",
+            "--data",
         ),
     ] = None,
     eval_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Images with true masks, to measure on and never to train: a folder or archive with images/ and "
+        opt.Text,
+        option(
+            "DATA",
+            "Images with true masks, to measure on and never to train: a folder or archive with images/ and "
             "masks/, or shapes.",
         ),
     ] = None,
-    masks_for: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Images to generate masks for (default: the first --data).")
-    ] = None,
+    masks_for: Annotated[opt.Text, option("DATA", "Images to generate masks for (default: the first --data).")] = None,
     init_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|WEIGHTS", help="Encoder that model.arch=resnet starts from: one trained without labels."
-        ),
+        opt.Text, option("RUN|WEIGHTS", "Encoder that model.arch=resnet starts from: one trained without labels.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder.")] = None,
+    out: opt.RunFolder = None,
     resume: Annotated[
-        str | None,
-        typer.Option(metavar="[RUN]", help="Resume a run. Default: the run in --out, else the latest of this preset."),
+        opt.Text, option("[RUN]", "Resume a run. Default: the run in --out, else the latest of this preset.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the config, where its values come from and an estimate of the cost; then stop."
-        ),
-    ] = False,
-    download: Download = False,
-    device: Device = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    overwrite: opt.OverwriteRun = False,
+    dry_run: opt.DryRunWithCost = False,
+    download: opt.Download = False,
+    device: opt.Device = None,
+    workers: opt.Workers = None,
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
     with handle_early_interrupt():
@@ -112,5 +82,4 @@ def train_bgmask(
             print_result(format_bgmask_dry_run(resolved, bgmask_options))
             return
         result = command.train_bgmask(resolved, bgmask_options)
-    if os.environ.get("RANK", "0") == "0":  # of a process group, one process prints
-        print_result(json.dumps(result) if as_json else result["run"])
+    print_run(result, as_json)

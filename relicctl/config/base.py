@@ -56,8 +56,7 @@ class EncoderConfig(Section):
     )
     width: PositiveFloat = key(1.0, "factor on all channels, the stem's too, in steps of 1/8", multiple_of=0.125)
     stem: Literal["imagenet", "cifar", "stride2"] = key(
-        "imagenet",
-        "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, no pool; stride2: 3x3 stride 2, no pool",
+        "imagenet", "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, no pool; stride2: 3x3 stride 2, no pool"
     )
     padding: Literal["symmetric", "same"] = key(
         "symmetric", "symmetric as in torchvision, or TensorFlow's SAME (asymmetric at stride 2)"

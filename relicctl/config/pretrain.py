@@ -211,11 +211,7 @@ class PretrainConfig(CommandConfig):
     def _check_views(self) -> None:
         views = self.views
         check_ranges(
-            {
-                "views.large.area": views.large.area,
-                "views.small.area": views.small.area,
-                "views.ratio": views.ratio,
-            }
+            {"views.large.area": views.large.area, "views.small.area": views.small.area, "views.ratio": views.ratio}
         )
 
     def _check_objective(self) -> None:

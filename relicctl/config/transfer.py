@@ -28,12 +28,7 @@ AnchorSizes = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length
 ScaleRange = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 
 
-DENSE_OPTION_KEYS = {
-    "data": "data.datasets",
-    "device": "runtime.device",
-    "workers": "runtime.workers",
-    "seed": "seed",
-}
+DENSE_OPTION_KEYS = {"data": "data.datasets", "device": "runtime.device", "workers": "runtime.workers", "seed": "seed"}
 
 
 class DenseEncoderConfig(EncoderConfig):

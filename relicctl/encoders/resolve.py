@@ -103,8 +103,7 @@ def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> R
     found = checkpoint.load_newest_valid(run / "checkpoints", warn)
     if found is None:
         raise UsageError(
-            f"{run} has no checkpoint that can be read.",
-            f"Let the run write one: relicctl pretrain --resume {run}.",
+            f"{run} has no checkpoint that can be read.", f"Let the run write one: relicctl pretrain --resume {run}."
         )
     path, tensors, _ = found
     return ResolvedEncoder(_extract_encoder(tensors, run, network, path), path, run)

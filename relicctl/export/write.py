@@ -133,11 +133,7 @@ def format_model_card(
     metadata = bundle.metadata
     task = "image-classification" if bundle.head else "image-feature-extraction"
     origin = f"objective {metadata['objective']}" + (f", preset {metadata['preset']}" if metadata["preset"] else "")
-    front = [
-        f"library_name: {library}",
-        f"pipeline_tag: {task}",
-        "tags: [self-supervised-learning, relicctl]",
-    ]
+    front = [f"library_name: {library}", f"pipeline_tag: {task}", "tags: [self-supervised-learning, relicctl]"]
     if metadata["license"] != "unspecified":
         front.insert(0, f"license: {json.dumps(metadata['license'])}")
     rows = {
@@ -162,10 +158,7 @@ def format_model_card(
             sections += [f"## Figures: {title}", "", *_format_markdown_table("figure", "value", figures), ""]
     sections += ["## Agreement with the original encoder", "", verification.statement]
     if verification.padding:
-        sections += [
-            "",
-            f"The padding was changed from TensorFlow's to the symmetric one: {verification.padding}.",
-        ]
+        sections += ["", f"The padding was changed from TensorFlow's to the symmetric one: {verification.padding}."]
     return "\n".join(sections) + "\n"
 
 

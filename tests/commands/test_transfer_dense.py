@@ -141,8 +141,8 @@ def test_without_pycocotools_a_sentence_says_how_to_get_it(encoders, compare, mo
     [
         (["--task", "segmentation", "A"], 2, "No data"),
         (["--task", "panoptic", "A", "--data", f"x={DATA}"], 2, "no task 'panoptic'"),
-        (["--task", "segmentation", "A", "--data", f"x={DATA}", "--labels", "0.1"], 2, "--labels means nothing"),
-        (["--task", "detection", "A", "--data", f"x={DATA}", "--protocol", "knn"], 2, "--protocol means nothing"),
+        (["--task", "segmentation", "A", "--data", f"x={DATA}", "--labels", "0.1"], 2, "--labels has no effect"),
+        (["--task", "detection", "A", "--data", f"x={DATA}", "--protocol", "knn"], 2, "--protocol has no effect"),
         (["--task", "detection", "A", "--data", f"x={DATA}", "--preset", "finetune-quick"], 2, "relicctl transfer`"),
         (["A", "--data", f"x={DATA}", "--preset", "segmentation-quick"], 2, "transfer --task segmentation`"),
         (["--task", "segmentation", "A", "A2", "--data", f"x={DATA}"], 2, "the same encoder"),
