@@ -37,7 +37,8 @@ def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
             if networks.target is not None:
                 networks.forward_target(views[0])
             outputs.sum().backward()
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2
 
 
 def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> float:

@@ -149,7 +149,8 @@ def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConf
 
 def load_run_config(path: Path) -> PretrainConfig:
     """Load the config in RUN/config.yaml. Raises UsageError when the file is missing or wrong."""
-    return resolve_config(config_file=path, schema=PretrainConfig).config
+    config: PretrainConfig = resolve_config(config_file=path, schema=PretrainConfig).config
+    return config
 
 
 def dump_yaml(config: CommandConfig, origin: dict[str, str] | None = None) -> str:

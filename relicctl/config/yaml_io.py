@@ -18,10 +18,11 @@ class _StrictLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):  # a few nested aliases can stand for terabytes
-            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
         if self.depth == MAX_DEPTH:  # found at the first bracket too many: reading thousands takes minutes
-            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

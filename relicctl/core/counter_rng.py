@@ -80,7 +80,7 @@ def _to_word(part: Any) -> np.ndarray:
 def fork_seeded_rng(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator within the block, and restore its state after."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -162,7 +162,8 @@ JITTER_OPS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _adjust_
 
 def _to_grayscale(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).expand_as(x)
+    gray: Tensor = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    return gray.expand_as(x)
 
 
 def _solarize(x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ compute the channel means that contrast needs; flip, jitter and grayscale, read 
 and the normalisation, after the blur. The arithmetic is that of ``augment``, operation by operation.
 """
 
+# Arguments of kernels are pointers and numbers on the GPU: they have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 from __future__ import annotations
 
 import numpy as np

@@ -28,7 +28,10 @@ from relicctl.data.mask_bank import MaskBank
 from relicctl.data.sampler import DrawKey
 
 FillMode = Literal["mean", "gray", "noise"]
-FILL_COLORS = {"mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
+FILL_COLORS: dict[str, np.ndarray] = {
+    "mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8),
+    "gray": np.full(3, 128, np.uint8),
+}
 PIXEL = np.dtype("V3")  # three bytes as one
 ALPHA_THRESHOLD = 128  # pixels of at least this alpha are foreground
 NOISE_KEY = 1  # separates the noise from the draws of views
@@ -64,7 +67,8 @@ class BankMasks:
 
     def is_usable(self) -> np.ndarray:
         """Return whose foreground lies within the limits: bool ``[N]``."""
-        return _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
+        usable: np.ndarray = _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
+        return usable
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         row = int(self.rows[index])
@@ -201,7 +205,8 @@ class BackgroundFill:
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the mask at the size of its image: bool ``[height, width]``."""
     rows, columns = _compute_nearest_indices(height, mask.shape[0]), _compute_nearest_indices(width, mask.shape[1])
-    return mask[rows][:, columns]
+    resized: np.ndarray = mask[rows][:, columns]
+    return resized
 
 
 @lru_cache(maxsize=256)

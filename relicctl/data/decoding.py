@@ -85,7 +85,8 @@ def _read_orientation(image: Image.Image) -> int:
     if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation: int = image.getexif().get(_ORIENTATION_TAG, 1)
+        return orientation
     except Exception:  # damaged metadata beside sound pixels
         return 1
 

@@ -199,7 +199,7 @@ def find_cached_weights(name: str) -> Path:
         raise UsageError(f"torchvision has no ResNet {name!r}.", "Give torchvision:resnet50, or 18, 34, 101 or 152.")
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for entry in entries:  # the first are those that papers compare with
-        file = folder / entry.url.rpartition("/")[2]
+        file = folder / str(entry.url).rpartition("/")[2]
         if file.is_file():
             return file
     raise DataError(

@@ -51,11 +51,13 @@ class ExportBundle:
 
     @property
     def mean(self) -> list[float]:
-        return json.loads(self.metadata["mean"])
+        mean: list[float] = json.loads(self.metadata["mean"])
+        return mean
 
     @property
     def std(self) -> list[float]:
-        return json.loads(self.metadata["std"])
+        std: list[float] = json.loads(self.metadata["std"])
+        return std
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ class ExportBundle:
 
     @property
     def feature_dim(self) -> int:
-        return self.encoder.feature_dim
+        return int(self.encoder.feature_dim)
 
     @property
     def stem_channels(self) -> int:

@@ -181,7 +181,8 @@ class Zip(Archive):
         header = self._read_bytes(member.offset, _LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
             raise BadImageError("its entry in the archive is damaged")
-        return member.offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
+        lengths: tuple[int, ...] = _LOCAL_HEADER.unpack(header)
+        return member.offset + len(header) + sum(lengths)
 
 
 def open_container(path: str) -> Container:

@@ -124,7 +124,8 @@ class FileDataset(ImageDataset):
     def read(self, index: int) -> bytes:
         name = self._names.get_raw_name(index)
         place, *fields = self._members[index].tolist()
-        return self._containers[place].read(name[self._prefix_lengths[place] :], Member(*fields))
+        data: bytes = self._containers[place].read(name[self._prefix_lengths[place] :], Member(*fields))
+        return data
 
     def size(self, index: int) -> int:
         return int(self._members[index, 1 + Member._fields.index("size")])

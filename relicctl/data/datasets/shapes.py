@@ -133,8 +133,13 @@ class ShapesDataset(ImageDataset):
         kinds = len(CLASSES)
         wrong = (self.labels + 1 + (other * (kinds - 1)).astype(np.int64)) % kinds
         if self.split == "train":
-            return np.where(which < self.settings.correlation, self.labels, wrong)
-        choices = {"random": (other * kinds).astype(np.int64), "matched": self.labels, "swapped": wrong}
+            ids: np.ndarray = np.where(which < self.settings.correlation, self.labels, wrong)
+            return ids
+        choices: dict[str, np.ndarray] = {
+            "random": (other * kinds).astype(np.int64),
+            "matched": self.labels,
+            "swapped": wrong,
+        }
         return choices[self.settings.backgrounds]
 
     def _draw_uniforms(self, rows: np.ndarray, purpose: int, n: int) -> np.ndarray:

@@ -67,7 +67,8 @@ class _UniformStream:
         self._rest = iter(uniforms.tolist())
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * next(self._rest)
+        number: float = next(self._rest)
+        return low + (high - low) * number
 
     def draw_lattice(self, knots: int) -> Array:
         return np.array(list(islice(self._rest, knots * knots)), dtype=np.float32).reshape(knots, knots)
@@ -80,11 +81,13 @@ def _rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 def _compute_coverage(distance: Array, size: int) -> Array:
     """Compute how much of each pixel lies within an outline, from the signed distance to it."""
-    return np.clip(0.5 - distance * (size / 2), 0, 1)
+    coverage: Array = np.clip(0.5 - distance * (size / 2), 0, 1)
+    return coverage
 
 
 def _blend(a: Array, b: Array, t: Array) -> Array:
-    return a + (b - a) * t
+    blended: Array = a + (b - a) * t
+    return blended
 
 
 def _make_rgb(hue: float, saturation: float, value: float) -> Array:
@@ -102,13 +105,15 @@ def _make_grid(size: int) -> tuple[Array, Array]:
 def _upsample_lattice(knots: Array, size: int) -> Array:
     """Stretch a lattice ``[k, k]`` over the image by linear interpolation."""
     weights = _make_interpolation(size, len(knots))
-    return weights @ knots @ weights.T
+    upsampled: Array = weights @ knots @ weights.T
+    return upsampled
 
 
 @lru_cache
 def _make_interpolation(size: int, knots: int) -> Array:
     at = np.linspace(0, knots - 1, size)[:, None] - np.arange(knots)
-    return np.maximum(0, 1 - np.abs(at)).astype(np.float32)
+    weights: Array = np.maximum(0, 1 - np.abs(at)).astype(np.float32)
+    return weights
 
 
 # Objects. Each is a function of its coordinates (u to the right, v down, about 1 from centre to rim) and

@@ -48,7 +48,7 @@ class ArrayDataset(ImageDataset):
         return np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else np.array(image, order="C")
 
     def size(self, index: int) -> int:
-        return self._images[index].nbytes
+        return int(self._images[index].nbytes)
 
 
 def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDataset:
@@ -146,7 +146,8 @@ def _get_attribute(dataset: Any, *names: str) -> Any:
 
 
 def _get_samples(dataset: Any) -> list[tuple[Any, int]] | None:
-    return _get_attribute(dataset, "samples", "_samples", "imgs")
+    samples: list[tuple[Any, int]] | None = _get_attribute(dataset, "samples", "_samples", "imgs")
+    return samples
 
 
 def _get_labels(dataset: Any) -> np.ndarray | None:

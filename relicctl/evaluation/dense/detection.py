@@ -150,7 +150,7 @@ def _fork_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators, of the CPU and of ``device``, within the block; restore them afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
         yield
