@@ -8,18 +8,18 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from relicctl.errors import Interrupted, Terminated, describe_error
 
 PLAIN_INTERVAL_SECONDS = 5.0  # between two lines of progress where stderr is no terminal
 
 
-class Progress(Protocol):
-    """Shows how far a run is."""
+class Progress:
+    """Shows how far a run is; this base class shows nothing."""
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """``step`` steps are done; ``values`` (numbers or text) replace earlier ones of the same names."""
+        """Show that ``step`` steps are done; ``values`` (numbers or text) replace earlier ones of the same names."""
 
 
 class Console:
@@ -53,7 +53,7 @@ class Console:
     def progress(self, total: int, start: int = 0) -> Iterator[Progress]:
         """Show progress from ``start`` to ``total`` steps: a live bar on a terminal, else plain lines."""
         if self.quiet:
-            yield _NoProgress()
+            yield Progress()
         elif sys.stderr is not None and sys.stderr.isatty():
             with _open_bar(total, start) as bar:
                 yield bar
@@ -65,12 +65,7 @@ class Console:
                 lines.flush()
 
 
-class _NoProgress:
-    def update(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-
-class _PlainProgress:
+class _PlainProgress(Progress):
     """Plain, flushed lines, each with the metrics of its step and no older ones.
 
     Lines with the same metrics, such as a step's losses, are printed every few seconds, and the last one; new metrics,
@@ -115,7 +110,7 @@ def _open_bar(total: int, start: int) -> Iterator[Progress]:
             yield self.make_tasks_table(self.tasks)
             yield Text(_format_metrics(metrics))
 
-    class Bar:
+    class Bar(Progress):
         def update(self, step: int, values: Mapping[str, Any]) -> None:
             metrics.update(values)
             progress.update(task, completed=step)
@@ -134,18 +129,14 @@ def write_result(result: str) -> None:
 def report_error(error: BaseException, *, debug: bool = False) -> int:
     """Print on stderr what went wrong and what to do about it; return the exit code."""
     if isinstance(error, BrokenPipeError):
-        _discard_stdout()  # the reading process has ended: no error of ours
+        # The reading process has ended: no error of ours. The interpreter's flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     if debug and not isinstance(error, (Interrupted, KeyboardInterrupt, Terminated)):
         _print_stderr("".join(traceback.format_exception(error)).rstrip())
     what, fix, code = describe_error(error, debug=debug)
     _print_stderr(f"error: {what}\n  fix: {fix}")
     return code
-
-
-def _discard_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's flush at exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _print_stderr(text: str) -> None:

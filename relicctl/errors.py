@@ -11,12 +11,8 @@ from typing import Any
 
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 LOST_PEER_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo/transport",
-    "NCCL error",
-    "remote process",
-)
+    "Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error", "remote process",
+)  # fmt: skip
 
 
 class RelicError(Exception):
@@ -96,7 +92,7 @@ def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, s
         return f"The networks cannot be compiled here: {_get_first_line(error)}.", "Set runtime.compile=false.", 1
     if outside := _describe_outside_error(error):
         return *outside, 1
-    fix = "--debug shows the traceback." if not debug else "The traceback is above."
+    fix = "The traceback is above." if debug else "--debug shows the traceback."
     return f"Unexpected {type(error).__name__}: {_get_first_line(error)}.", fix, 1
 
 
@@ -124,15 +120,11 @@ def _describe_outside_error(error: BaseException) -> tuple[str, str] | None:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"The disk is full{where}.", "Make room; --resume continues a run from its last checkpoint."
     if _is_dead_worker(error):
-        return (
-            f"A data worker died ({text}).",
-            "If memory ran out, lower --workers; --resume continues a run from its last checkpoint.",
-        )
+        fix = "If memory ran out, lower --workers; --resume continues a run from its last checkpoint."
+        return f"A data worker died ({text}).", fix
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_MESSAGES):
-        return (
-            f"Another process of this run has ended or cannot be reached ({text}).",
-            "See its own message first; --resume continues the run from its last checkpoint.",
-        )
+        fix = "See its own message first; --resume continues the run from its last checkpoint."
+        return f"Another process of this run has ended or cannot be reached ({text}).", fix
     return None
 
 

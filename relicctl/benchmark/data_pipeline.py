@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from relicctl.benchmark.train_step import measure_cpu_seconds, summarize_timings
+from relicctl.benchmark.train_step import Spread, measure_cpu_seconds, summarize_timings
 from relicctl.core.counter_rng import draw_uniform
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import decode_rgb
@@ -21,8 +20,8 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of generated photos: about 110 KB each
 NUM_DISTINCT = 48  # generated photos
 
 
-def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> dict[str, Any]:
-    """Return images per second of one core, over all stages and for each (spreads)."""
+def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> dict[str, Spread]:
+    """Return images per second on one core, for each stage and for ``all`` together."""
     samples = np.arange(min(IMAGES_PER_REPEAT, len(source)))
     files = [source.read(int(i)) for i in samples]
     images = [_decode_file(file) for file in files]
@@ -49,18 +48,12 @@ def measure_data_loading(source: ImageDataset, plan: ViewSpec, repeats: int) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        seconds_by_stage = {
-            stage.__name__: measure_cpu_seconds(stage, repeats) for stage in (read, decode, crop, collate)
-        }
+        stages = {stage.__name__: measure_cpu_seconds(stage, repeats) for stage in (read, decode, crop, collate)}
     finally:
         torch.set_num_threads(threads)
-    seconds_by_stage = {
-        "all": [sum(stages) for stages in zip(*seconds_by_stage.values(), strict=True)],
-        **seconds_by_stage,
-    }
+    stages["all"] = [sum(seconds) for seconds in zip(*stages.values(), strict=True)]
     return {
-        stage: summarize_timings([len(samples) / max(s, 1e-9) for s in seconds])
-        for stage, seconds in seconds_by_stage.items()
+        stage: summarize_timings([len(samples) / max(s, 1e-9) for s in seconds]) for stage, seconds in stages.items()
     }
 
 

@@ -22,21 +22,15 @@ def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
 
     Counted on the meta device, without memory or values; what is computed twice to save memory counts once.
     """
-    config = config.model_copy(
-        update={
-            "optim": config.optim.model_copy(update={"microbatch": None}),
-            "runtime": config.runtime.model_copy(update={"activation_checkpointing": False}),
-        }
-    )
-    networks = outline_networks(config, classes)
-    with torch.device("meta"):
-        sizes = [view for view in (config.views.large, config.views.small) if view.count]
-        views = [torch.empty(view.count, 2, 3, view.size, view.size) for view in sizes]
-        with FlopCounterMode(display=False) as counter:
-            _, outputs = networks.forward_online(views)
-            if networks.target is not None:
-                networks.forward_target(views[0])
-            outputs.sum().backward()
+    optim = config.optim.model_copy(update={"microbatch": None})
+    runtime = config.runtime.model_copy(update={"activation_checkpointing": False})
+    networks = outline_networks(config.model_copy(update={"optim": optim, "runtime": runtime}), classes)
+    views = _draw_views(config, 2, torch.device("meta"))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        _, outputs = networks.forward_online(views)
+        if networks.target is not None:
+            networks.forward_target(views[0])
+        outputs.sum().backward()
     flops: int = counter.get_total_flops()
     return flops // 2
 
@@ -78,11 +72,10 @@ def find_largest_fit(fits: Callable[[int], bool], guess: int, step: int = 8) -> 
 
 def try_train_step(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> bool:
     """Return whether a step with the config's batch runs on a CUDA device without running out of memory."""
-    sizes = [view for view in (config.views.large, config.views.small) if view.count]
     batch = config.optim.batch_size
     try:
         task = PretrainTask(config, Schedule(config, 1, 1), classes=classes, device=device, precision=precision)
-        views = [torch.randn(view.count, batch, 3, view.size, view.size, device=device) for view in sizes]
+        views = _draw_views(config, batch, device)
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         for step in range(2):  # momentum is allocated by the first
             task.compute_loss(Batch(views, labels), step)["loss"].backward()
@@ -96,3 +89,8 @@ def try_train_step(config: PretrainConfig, classes: int, precision: str, device:
         task = views = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
     return True
+
+
+def _draw_views(config: PretrainConfig, batch: int, device: torch.device) -> list[torch.Tensor]:
+    sizes = [view for view in (config.views.large, config.views.small) if view.count]
+    return [torch.randn(view.count, batch, 3, view.size, view.size, device=device) for view in sizes]

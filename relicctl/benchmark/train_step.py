@@ -15,21 +15,20 @@ from relicctl.data.loader import ViewLoader
 from relicctl.pretraining.task import PretrainTask
 
 NETWORKS = ("networks forward", "networks backward")
+Spread = dict[str, float]  # median, min, max and the number of values, ``runs``
 
 
 def measure_step_parts(
     task: PretrainTask, feed: ViewLoader, repeats: int, log_every: int, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, list[float]]:
     """Return the seconds of each part of a step (lists over ``repeats`` steps), without the wait for data.
 
     The work is that of the loop, and keeps a GPU as busy; the first step is not counted. Logging, for which the loop
     waits, is timed after all steps, and its cost is spread over the steps between two log lines.
     """
-    laps = LapTimer(device)
     bad_step = torch.full((), -1, dtype=torch.int64, device=device)
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
-    data_wait = feed.data_wait_seconds
-    laps.reset()
+    laps, data_wait = LapTimer(device), feed.data_wait_seconds
     for step, batch in enumerate(feed.iter_from_step(0, repeats + 1)):
         laps.record_lap("augmentation", excluded=feed.data_wait_seconds - data_wait)
         outputs, target = task.embed(batch)
@@ -74,18 +73,13 @@ def summarize_step(parts: dict[str, list[float]], batch: int) -> dict[str, Any]:
 
 def measure_train_loop(
     task: PretrainTask, feed: ViewLoader, batch: int, repeats: int, window: int, device: torch.device
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Spread, Spread]:
     """Run the training loop; return images per second and the fraction of data wait (spreads over windows of steps)."""
     logger = _RecordingLogger()
-    loop_config = LoopConfig(
-        total=(repeats + 1) * window, steps_per_epoch=sys.maxsize, batch_size=batch, log_every=window
-    )
-    train(task, feed, loop_config, logger, state=TrainState(), device=device)
-    measured = logger.records[1:]
-    return (
-        summarize_timings([record["images_per_s"] for record in measured]),
-        summarize_timings([record["data_wait"] for record in measured]),
-    )
+    config = LoopConfig((repeats + 1) * window, steps_per_epoch=sys.maxsize, batch_size=batch, log_every=window)
+    train(task, feed, config, logger, state=TrainState(), device=device)
+    speed, wait = ([record[name] for record in logger.records[1:]] for name in ("images_per_s", "data_wait"))
+    return summarize_timings(speed), summarize_timings(wait)
 
 
 class _RecordingLogger:
@@ -110,9 +104,6 @@ class LapTimer:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._laps: list[tuple[str, Any, Any, float]] = []
-        self.reset()
-
-    def reset(self) -> None:
         self._last = self._record_time()
 
     def record_lap(self, name: str, excluded: float = 0.0) -> None:
@@ -153,7 +144,7 @@ def measure_cpu_seconds(function: Callable[[], object], repeats: int) -> list[fl
     return seconds
 
 
-def summarize_timings(values: Sequence[float]) -> dict[str, float]:
+def summarize_timings(values: Sequence[float]) -> Spread:
     """Return median, minimum and maximum, four digits each, and the number of values."""
     spread = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: float(f"{value:.4g}") for name, value in spread.items()} | {"runs": len(values)}

@@ -24,7 +24,7 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError, UsageError
-from relicctl.runs.resume import BgmaskOptions, find_run_to_resume, read_resumable_record, resume_config
+from relicctl.runs.resume import TrainingOptions, find_run_to_resume, read_resumable_record, resume_config
 from relicctl.version import __version__
 
 IMAGES, MASKS = "images", "masks"  # folders of a data set with true masks
@@ -52,7 +52,7 @@ class BgmaskData:
     masks_for_is_prefix: bool
 
 
-def resolve_bgmask_run(resolved: ResolvedConfig, options: BgmaskOptions) -> tuple[ResolvedConfig, Path | None]:
+def resolve_bgmask_run(resolved: ResolvedConfig, options: TrainingOptions) -> tuple[ResolvedConfig, Path | None]:
     """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
     if options.resume is None:
         return resolved, None

@@ -26,10 +26,10 @@ from relicctl.runs.estimate import (
     format_dry_run,
     list_saving_layers,
 )
-from relicctl.runs.resume import BgmaskOptions
+from relicctl.runs.resume import TrainingOptions
 
 
-def format_bgmask_dry_run(resolved: ResolvedConfig, options: BgmaskOptions) -> str:
+def format_bgmask_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
     resolved, _ = resolve_bgmask_run(resolved, options)
     estimate = estimate_bgmask(resolved.config, options.download)

@@ -51,11 +51,11 @@ def pretrain(
     """Train an encoder on images, without their labels; prints the run's folder."""
     with handle_early_interrupt():
         from relicctl.config.pretrain import PretrainConfig
-        from relicctl.runs.resume import PretrainOptions
+        from relicctl.runs.resume import TrainingOptions
 
     options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
-    pretrain_options = PretrainOptions(
+    pretrain_options = TrainingOptions(
         out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
     )
     if dry_run:

@@ -59,7 +59,7 @@ def train_bgmask(
     """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
     with handle_early_interrupt():
         from relicctl.config.bgmask import BgmaskConfig
-        from relicctl.runs.resume import BgmaskOptions
+        from relicctl.runs.resume import TrainingOptions
 
     options = {
         "data": tuple(data) if data else None,
@@ -71,7 +71,7 @@ def train_bgmask(
         "seed": seed,
     }
     resolved = resolve_options(preset, config, sets, options, BgmaskConfig)
-    bgmask_options = BgmaskOptions(
+    bgmask_options = TrainingOptions(
         out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
     )
     with handle_early_interrupt():

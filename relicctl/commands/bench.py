@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from relicctl.benchmark.hardware_limits import (
     measure_matmul_peak,
     try_train_step,
 )
-from relicctl.benchmark.train_step import measure_step_parts, measure_train_loop, summarize_step
+from relicctl.benchmark.train_step import Spread, measure_step_parts, measure_train_loop, summarize_step
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
@@ -43,14 +43,45 @@ DATA_WAIT_THRESHOLD = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: a config on its images and a device; ``dataset`` is None where images are generated."""
+    """A config, the images it trains on and the device; measured with another batch (``with_batch_size``)."""
 
     config: PretrainConfig
-    dataset: ImageDataset | None
-    images: int
-    classes: int
+    source: ImageDataset
+    schedule: Schedule
     device: torch.device
     precision: str
+    cache: str
+    workers: int
+
+    @property
+    def generated(self) -> bool:
+        return isinstance(self.source, GeneratedPhotos)
+
+    def with_batch_size(self, size: int) -> Workload:
+        """Return this with another batch, and fewer negatives where that batch has too few for the config's."""
+        optim, loss = self.config.optim, self.config.loss
+        microbatch = optim.microbatch if optim.microbatch and size % optim.microbatch == 0 else None
+        negatives = loss.negatives if loss.negatives == "all" else min(loss.negatives, size - 1)
+        sections = {
+            "optim": optim.model_copy(update={"batch_size": size, "microbatch": microbatch}),
+            "loss": loss.model_copy(update={"negatives": negatives}),
+        }
+        config = self.config.model_copy(update=sections)
+        return replace(self, config=config, schedule=Schedule(config, self.schedule.steps_per_epoch))
+
+    def build(self, workers: int) -> tuple[PretrainTask, ViewLoader]:
+        """Return the training task, and the loader of its batches."""
+        config, source, device = self.config, self.source, self.device
+        classes = len(source.classes)
+        task = PretrainTask(config, self.schedule, classes=classes, device=device, precision=self.precision)
+        loader = ViewLoader(
+            source,
+            Sampler(config.seed, len(source), config.optim.batch_size),
+            build_view_plan(config),
+            LoaderConfig(config.seed, device, cache=self.cache, workers=workers),
+            BadImages(len(source), config.data.max_corrupt_fraction),
+        )
+        return task, loader
 
 
 @dataclass(frozen=True)
@@ -62,17 +93,6 @@ class Limits:
     largest_batch: int
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The workload with the batch that is measured (``config``), and how its images are loaded."""
-
-    config: PretrainConfig
-    source: ImageDataset
-    schedule: Schedule
-    cache: str
-    workers: int
-
-
 def bench(
     resolved: ResolvedConfig, *, batch: int | None, repeats: int, quiet: bool, download: bool = False
 ) -> dict[str, Any]:
@@ -82,39 +102,46 @@ def bench(
     if batch is not None and batch < 2:
         raise UsageError(f"--batch is {batch}.", "Give 2 or more: a batch of one has no negatives.")
     console = Console(quiet)
-    workload = open_workload(resolved.config, download, console)
-    limits = measure_limits(workload, console)
-    trial = prepare_trial(workload, batch or choose_batch_size(workload, limits), console)
-    spreads, step = measure_speed(workload, trial, repeats, console)
-    result = {"preset": resolved.preset, **summarize(workload, limits, trial, spreads, step)}
+    whole = open_workload(resolved.config, download, console)
+    limits = measure_limits(whole, console)
+    measured = whole.with_batch_size(batch or choose_batch_size(whole, limits))
+    check_view_memory(measured.config, measured.device)
+    check_step_memory(measured.config, len(measured.source.classes), measured.device, measured.precision, 1, console)
+    spreads, step = measure_speed(measured, repeats, console)
+    result = {"preset": resolved.preset, **summarize(whole, measured, limits, spreads, step)}
     print_result(result, console)
     return result
 
 
 def open_workload(config: PretrainConfig, download: bool, console: Console) -> Workload:
-    """Open the images, if any are given, and resolve device and precision."""
+    """Open the images, or generate some where none are given; resolve device, precision, cache and workers."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     precision = resolve_precision(config, device)
     if config.data.train is not None:
-        dataset = open_pretrain_data(config, download, console).train
-        return Workload(config, dataset, len(dataset), len(dataset.classes), device, precision)
-    if config.objective == "supervised":
+        source = open_pretrain_data(config, download, console).train
+        cache = resolve_cache(config.data.cache, source, device)
+    elif config.objective == "supervised":
         raise UsageError("Generated images have no labels.", "Give --data with one folder per class.")
-    return Workload(config, None, IMAGENET_TRAIN_IMAGES, 1000, device, precision)
+    else:
+        source, cache = GeneratedPhotos(IMAGENET_TRAIN_IMAGES), "none"
+    schedule = Schedule(config, max(1, len(source) // config.optim.batch_size))
+    workers = resolve_num_workers(config.runtime, device, cache)
+    return Workload(config, source, schedule, device, precision, cache, workers)
 
 
 def measure_limits(workload: Workload, console: Console) -> Limits:
     """Count operations, measure the matrix peak, and find the largest batch: tried on a GPU, else estimated."""
-    config, classes, device, precision = workload.config, workload.classes, workload.device, workload.precision
+    config, device, precision = workload.config, workload.device, workload.precision
+    classes = len(workload.source.classes)
     console.info("networks: operations and the matrix peak ...")
     flop, peak = count_flop_per_image(config, classes), measure_matmul_peak(device, precision)
     largest = estimate_largest_batch(config, classes, precision, device)
     if device.type == "cuda":
         console.info("memory: the largest batch that fits ...")
         largest = find_largest_fit(
-            lambda size: try_train_step(_replace_batch_size(config, size), classes, precision, device),
+            lambda size: try_train_step(workload.with_batch_size(size).config, classes, precision, device),
             largest,
             step=math.lcm(8, config.optim.microbatch or 1),
         )
@@ -124,58 +151,29 @@ def measure_limits(workload: Workload, console: Console) -> Limits:
 
 def choose_batch_size(workload: Workload, limits: Limits) -> int:
     """Return a batch that is measured in minutes and fits; the config's where that one does."""
-    config = workload.config
-    most = min(config.optim.batch_size, workload.images, int(MEMORY_FRACTION * limits.largest_batch))
+    wanted = workload.config.optim.batch_size
+    most = min(wanted, len(workload.source), int(MEMORY_FRACTION * limits.largest_batch))
     if workload.device.type != "cuda":
         most = min(most, int(MAX_STEP_SECONDS * CPU_EFFICIENCY * limits.matrix_peak / limits.flop_per_image))
-    return most if most == config.optim.batch_size else 2 ** max(1, int(math.log2(max(most, 2))))
+    return most if most == wanted else 2 ** max(1, int(math.log2(max(most, 2))))
 
 
-def prepare_trial(workload: Workload, size: int, console: Console) -> Trial:
-    """Resolve how batches of ``size`` are loaded, and check that they fit into memory."""
-    whole, dataset, device = workload.config, workload.dataset, workload.device
-    source = dataset if dataset is not None else GeneratedPhotos(max(2 * size, 64))
-    config = _replace_batch_size(whole, size)
-    check_view_memory(config, device)
-    check_step_memory(config, workload.classes, device, workload.precision, 1, console)
-    cache = resolve_cache(config.data.cache, source, device) if dataset is not None else "none"
-    workers = resolve_num_workers(config.runtime, device, cache)
-    schedule = Schedule(config, max(1, workload.images // whole.optim.batch_size))
-    return Trial(config, source, schedule, cache, workers)
-
-
-def build_task_and_loader(workload: Workload, trial: Trial, workers: int) -> tuple[PretrainTask, ViewLoader]:
-    config, source, device = trial.config, trial.source, workload.device
-    task = PretrainTask(config, trial.schedule, classes=workload.classes, device=device, precision=workload.precision)
-    loader = ViewLoader(
-        source,
-        Sampler(config.seed, len(source), config.optim.batch_size),
-        build_view_plan(config),
-        LoaderConfig(config.seed, device, cache=trial.cache, workers=workers),
-        BadImages(len(source), config.data.max_corrupt_fraction),
-    )
-    return task, loader
-
-
-def measure_speed(
-    workload: Workload, trial: Trial, repeats: int, console: Console
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def measure_speed(workload: Workload, repeats: int, console: Console) -> tuple[dict[str, Spread], dict[str, Any]]:
     """Measure data loading, the step and both together; return all spreads, and the parts of a step."""
-    config, size, device = trial.config, trial.config.optim.batch_size, workload.device
+    config, size, device = workload.config, workload.config.optim.batch_size, workload.device
     console.info("data pipeline: read, decode, crop, collate ...")
-    host = measure_data_loading(trial.source, build_view_plan(config), max(repeats, 5))
+    loading = measure_data_loading(workload.source, build_view_plan(config), max(repeats, 5))
     console.info(f"step: {repeats} of {size} images, part by part ...")
-    task, loader = build_task_and_loader(workload, trial, 0 if device.type == "cpu" else trial.workers)
+    task, loader = workload.build(0 if device.type == "cpu" else workload.workers)
     step = summarize_step(measure_step_parts(task, loader, repeats, config.runtime.log_every, device), size)
     del task, loader  # their memory is needed by the next ones
     images_per_s = step.pop("step_images_per_s")
     window = max(1, math.ceil(1.0 / max(size / images_per_s["median"], 1e-3)))
-    console.info(f"together: {repeats} times {window} steps of the training loop ...")
-    task, loader = build_task_and_loader(workload, trial, trial.workers)
-    speed, wait = measure_train_loop(task, loader, size, repeats, window, device)
+    console.info(f"training loop: {repeats} times {window} steps ...")
+    speed, wait = measure_train_loop(*workload.build(workload.workers), size, repeats, window, device)
     spreads = {
-        "host_images_per_s_per_core": host.pop("all"),
-        **{f"host_{stage}": spread for stage, spread in host.items()},
+        "host_images_per_s_per_core": loading.pop("all"),
+        **{f"host_{stage}": spread for stage, spread in loading.items()},
         "step_images_per_s": images_per_s,
         "images_per_s": speed,
         "data_wait": wait,
@@ -184,65 +182,65 @@ def measure_speed(
 
 
 def summarize(
-    workload: Workload, limits: Limits, trial: Trial, spreads: dict[str, dict[str, float]], step: dict[str, Any]
+    whole: Workload, measured: Workload, limits: Limits, spreads: dict[str, Spread], step: dict[str, Any]
 ) -> dict[str, Any]:
     """Return medians, what follows from them, and what was assumed."""
-    device, median = workload.device, {name: spread["median"] for name, spread in spreads.items()}
-    stages = ("read", "decode", "crop", "collate")
+    device, median = whole.device, {name: spread["median"] for name, spread in spreads.items()}
+    on_gpu = device.type == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
-        "precision": workload.precision,
-        "compiled": resolve_compile(trial.config, device, SINGLE_PROCESS, trial.schedule.total_steps),
+        "precision": whole.precision,
+        "compiled": resolve_compile(measured.config, device, SINGLE_PROCESS, measured.schedule.total_steps),
         "torch": torch.__version__,
-        "data": trial.source.spec,
-        "cache": trial.cache,
-        "workers": trial.workers,
-        "batch": trial.config.optim.batch_size,
+        "data": whole.source.spec,
+        "cache": whole.cache,
+        "workers": whole.workers,
+        "batch": measured.config.optim.batch_size,
         "host_images_per_s_per_core": median["host_images_per_s_per_core"],
-        "host_stages": {stage: median[f"host_{stage}"] for stage in stages},
+        "host_stages": {stage: median[f"host_{stage}"] for stage in ("read", "decode", "crop", "collate")},
         "step_images_per_s": median["step_images_per_s"],
         "images_per_s": median["images_per_s"],
         **step,
         "data_wait": median["data_wait"],
-        "peak_memory_bytes": _measure_peak_memory(device),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else resident,
         "flops_per_image": limits.flop_per_image,
         "peak_flops": float(f"{limits.matrix_peak:.4g}"),
         "mfu": round(limits.flop_per_image * median["step_images_per_s"] / limits.matrix_peak, 4),
         "largest_batch": limits.largest_batch,
-        "largest_batch_measured": device.type == "cuda",
-        "hours": round(_count_images_seen(workload) / median["images_per_s"] / 3600, 2),
+        "largest_batch_measured": on_gpu,
+        "hours": round(_count_images_seen(whole) / median["images_per_s"] / 3600, 2),
         "bottleneck": _find_bottleneck(median["data_wait"], step["outside_parts"]),
-        "assumptions": _list_assumptions(workload, trial),
+        "assumptions": _list_assumptions(whole, measured.config.optim.batch_size),
         "spread": spreads,
     }
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    def format_spread(name: str) -> list[str]:
-        spread = result["spread"][name]
-        return [f"{spread['median']:.4g}", f"{spread['min']:.4g} to {spread['max']:.4g}"]
-
-    rows = [["data pipeline, images/s per core", *format_spread("host_images_per_s_per_core")]]
-    rows += [[f"  {stage}", *format_spread(f"host_{stage}")] for stage in result["host_stages"]]
-    rows += [
-        ["step alone, images/s", *format_spread("step_images_per_s")],
-        ["together, images/s", *format_spread("images_per_s")],
-        ["data wait, fraction", *format_spread("data_wait")],
-        ["outside the networks", f"{result['outside_networks']:.2%}", ""],
-    ]
-    rows += [[f"  {part}", f"{fraction:.2%}", ""] for part, fraction in result["outside_parts"].items()]
-    how = "measured" if result["largest_batch_measured"] else "estimated"
-    rows += [
-        ["peak memory", format_bytes(result["peak_memory_bytes"]), ""],
-        ["GFLOP per image", f"{result['flops_per_image'] / 1e9:.4g}", ""],
-        ["fraction of the matrix peak", f"{result['mfu']:.1%}", ""],
-        [f"largest batch, {how}", f"{result['largest_batch']:,}", ""],
-        ["hours for the preset", f"{result['hours']:,}", ""],
-        ["bottleneck", result["bottleneck"], ""],
-    ]
-    console.print_table(["", "median", "spread"], rows)
+    measured = {
+        "data loading, images/s per core": "host_images_per_s_per_core",
+        **{f"  {stage}": f"host_{stage}" for stage in result["host_stages"]},
+        "training step alone, images/s": "step_images_per_s",
+        "training loop, images/s": "images_per_s",
+        "fraction of time waiting for data": "data_wait",
+    }
+    derived = {
+        "step time outside the networks": f"{result['outside_networks']:.2%}",
+        **{f"  {part}": f"{fraction:.2%}" for part, fraction in result["outside_parts"].items()},
+        "peak memory": format_bytes(result["peak_memory_bytes"]),
+        "GFLOP per image": f"{result['flops_per_image'] / 1e9:.4g}",
+        "fraction of peak FLOP/s (MFU)": f"{result['mfu']:.1%}",
+        f"largest batch, {'measured' if result['largest_batch_measured'] else 'estimated'}": (
+            f"{result['largest_batch']:,}"
+        ),
+        "hours for the whole training": f"{result['hours']:,}",
+        "bottleneck": result["bottleneck"],
+    }
+    spreads = [(label, result["spread"][name]) for label, name in measured.items()]
+    rows = [[label, f"{s['median']:.4g}", f"{s['min']:.4g} to {s['max']:.4g}"] for label, s in spreads]
+    console.print_table(["", "median", "range"], rows + [[label, text, ""] for label, text in derived.items()])
     for assumption in result["assumptions"]:
         console.info(f"assumed: {assumption}")
 
@@ -250,28 +248,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 def _count_images_seen(workload: Workload) -> int:
     """Return how many images the whole training passes."""
     optim = workload.config.optim
-    whole = optim.epochs * workload.images
+    whole = optim.epochs * len(workload.source)
     return whole if optim.max_steps is None else min(whole, optim.max_steps * optim.batch_size)
-
-
-def _replace_batch_size(config: PretrainConfig, size: int) -> PretrainConfig:
-    """Return the config with another batch, and fewer negatives where that batch has too few for the config's."""
-    negatives = config.loss.negatives
-    num_negatives = negatives if negatives == "all" or negatives < size else size - 1
-    microbatch = config.optim.microbatch
-    fits = microbatch if microbatch and size % microbatch == 0 else None
-    return config.model_copy(
-        update={
-            "optim": config.optim.model_copy(update={"batch_size": size, "microbatch": fits}),
-            "loss": config.loss.model_copy(update={"negatives": num_negatives}),
-        }
-    )
-
-
-def _measure_peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _find_bottleneck(wait: float, outside: dict[str, float]) -> str:
@@ -282,21 +260,19 @@ def _find_bottleneck(wait: float, outside: dict[str, float]) -> str:
     return part if outside[part] > 1 - sum(outside.values()) else "networks"
 
 
-def _list_assumptions(workload: Workload, trial: Trial) -> list[str]:
-    optim, size, generated = workload.config.optim, trial.config.optim.batch_size, workload.dataset is None
-    bgmask = workload.config.bgmask
-    imagenet = " (ImageNet)" if generated else ""
-    on_cpu = workload.device.type == "cpu"
+def _list_assumptions(workload: Workload, size: int) -> list[str]:
+    config, optim, on_cpu = workload.config, workload.config.optim, workload.device.type == "cpu"
+    imagenet = " (ImageNet)" if workload.generated else ""
     possible: dict[str, object] = {  # each with the condition under which it holds
-        f"hours: {workload.images:,} images{imagenet}, {optim.epochs} epochs, this device alone": True,
+        f"hours: {len(workload.source):,} images{imagenet}, {optim.epochs} epochs, this device alone": True,
         f"measured at batch {size}, not {optim.batch_size}, assuming the same speed per image": size
         != optim.batch_size,
         f"hours end at optim.max_steps, {optim.max_steps or 0:,}": optim.max_steps is not None,
         f"measured without optim.microbatch, since {optim.microbatch} does not divide the batch": optim.microbatch
         and size % optim.microbatch,
-        "views keep their backgrounds: bgmask is not measured": bgmask.probability
-        and workload.config.objective != "supervised",
-        "images are generated JPEGs of 500 x 375 pixels, read from memory": generated,
+        "views keep their backgrounds: bgmask is not measured": config.bgmask.probability
+        and config.objective != "supervised",
+        "images are generated JPEGs of 500 x 375 pixels, read from memory": workload.generated,
         "peak memory is the process's largest resident set, the bench itself included": on_cpu,
         "largest batch is an estimate": on_cpu,
         "checkpoints and evaluation are not in the hours": True,

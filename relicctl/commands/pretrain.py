@@ -45,9 +45,16 @@ from relicctl.runs.distributed import (
     resolve_num_workers,
 )
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
-from relicctl.runs.resume import PretrainOptions, find_run_to_resume, resume_config
+from relicctl.runs.resume import TrainingOptions, find_run_to_resume, resume_config
 from relicctl.runs.training import train_with_progress
 from relicctl.version import __version__
+
+ACCURACIES = {
+    "untrained_knn20": "kNN(20), untrained network",
+    "knn20": "kNN(20)",
+    "knn200": "kNN(200)",
+    "probe_top1": "linear probe",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Training:
     bad_images: SharedBadImages
 
 
-def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
+def pretrain(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, Any]:
     """Run or resume a pretraining; return ``run`` (its folder) and the contents of results.json."""
     resumed = find_run_to_resume(options, resolved.preset) if options.resume is not None else None
     if resumed is not None:
@@ -93,12 +100,9 @@ def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, An
         prepared = prepare(resolved, options, resumed, session)
         task = build_task(prepared, session)
         run = open_or_create_run_folder(
-            session.world,
-            prepared.out,
-            resumed=prepared.resumed,
-            overwrite=options.overwrite,
+            session.world, prepared.out, resumed=prepared.resumed, overwrite=options.overwrite,
             keep=prepared.config.checkpoint.keep,
-        )
+        )  # fmt: skip
         write_config(run, prepared.config, prepared.record)
         with run.track_status():
             context = session.with_run(run, prepared.record["precision"])
@@ -107,7 +111,7 @@ def pretrain(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, An
             return finish(prepared, task, state, context)
 
 
-def prepare(resolved: ResolvedConfig, options: PretrainOptions, resumed: Path | None, session: Session) -> Prepared:
+def prepare(resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | None, session: Session) -> Prepared:
     """Open images and masks, and check all that can be wrong before networks are built or a folder is written."""
     config, device, world, console = resolved.config, session.device, session.world, session.console
     data = open_pretrain_data(config, options.download, console)
@@ -139,13 +143,9 @@ def prepare(resolved: ResolvedConfig, options: PretrainOptions, resumed: Path | 
 def build_task(prepared: Prepared, session: Session) -> PretrainTask:
     """Build networks, objective and optimiser; a new run may start from the weights of --init-from."""
     task = PretrainTask(
-        prepared.config,
-        prepared.schedule,
-        classes=len(prepared.data.train.classes),
-        device=session.device,
-        precision=prepared.record["precision"],
-        world=session.world,
-    )
+        prepared.config, prepared.schedule, classes=len(prepared.data.train.classes), device=session.device,
+        precision=prepared.record["precision"], world=session.world,
+    )  # fmt: skip
     if not prepared.resumed:
         load_initial_weights(prepared.record["init_from"], task)
     return task
@@ -166,8 +166,8 @@ def build_training(prepared: Prepared, task: PretrainTask, context: RunContext) 
     run.status.set_total(total=loop.total, steps_per_epoch=loop.steps_per_epoch, resume=loop.resume_command)
     bad_images = SharedBadImages(prepared.bad_images, run, world)
     bad_images.load_recorded(prepared.data.train)
-    evaluate, evaluator = None, prepared.evaluator
-    if evaluator is not None:
+    evaluate = None
+    if (evaluator := prepared.evaluator) is not None:
         evaluator.bad_held_out.report = run.add_bad_image
         evaluate = run.status.wrap_in_state("evaluating", lambda step: evaluator(task.encoder, world))
     try:
@@ -181,21 +181,10 @@ def build_training(prepared: Prepared, task: PretrainTask, context: RunContext) 
 
 def build_loader(prepared: Prepared, context: RunContext) -> ViewLoader:
     config, cache = prepared.config, prepared.record["cache"]
-    return ViewLoader(
-        prepared.data.train,
-        prepared.sampler,
-        build_view_plan(config),
-        LoaderConfig(
-            config.seed,
-            context.device,
-            context.world,
-            cache=cache,
-            strict_cache=config.data.cache == "device",
-            workers=resolve_num_workers(config.runtime, context.device, cache),
-        ),
-        prepared.bad_images,
-        prepared.masking,
-    )
+    workers, strict = resolve_num_workers(config.runtime, context.device, cache), config.data.cache == "device"
+    loading = LoaderConfig(config.seed, context.device, context.world, cache, strict_cache=strict, workers=workers)
+    plan = build_view_plan(config)
+    return ViewLoader(prepared.data.train, prepared.sampler, plan, loading, prepared.bad_images, prepared.masking)
 
 
 def train(prepared: Prepared, task: PretrainTask, training: Training, context: RunContext) -> TrainState:
@@ -209,9 +198,8 @@ def train(prepared: Prepared, task: PretrainTask, training: Training, context: R
         collapse_monitor(step, metrics)
         training.bad_images.sync()
 
-    return train_with_progress(
-        task, training.loader, training.loop, context, state, evaluate=training.evaluate, on_log=check_log_line
-    )
+    loader, loop, evaluate = training.loader, training.loop, training.evaluate
+    return train_with_progress(task, loader, loop, context, state, evaluate=evaluate, on_log=check_log_line)
 
 
 def evaluate_untrained(training: Training, context: RunContext) -> TrainState:
@@ -232,7 +220,7 @@ def finish(prepared: Prepared, task: PretrainTask, state: TrainState, context: R
         "objective": config.objective,
         "steps": state.step,
         "epochs": round(state.step / prepared.schedule.steps_per_epoch, 4),
-        **{key: state.eval_metrics.get(key) for key in ("untrained_knn20", "knn20", "knn200", "probe_top1")},
+        **{key: state.eval_metrics.get(key) for key in ACCURACIES},
         "protocol": evaluator.protocol if evaluator else None,
         "images": len(prepared.data.train),
         "bad_images": len(prepared.bad_images.seen),
@@ -251,11 +239,5 @@ def print_accuracy(results: dict[str, Any], console: Console) -> None:
     if results["knn20"] is None:
         console.info("No accuracy was measured: that takes labelled training images, and --val or eval.val_fraction.")
         return
-    titles = {
-        "untrained_knn20": "kNN(20), untrained network",
-        "knn20": "kNN(20)",
-        "knn200": "kNN(200)",
-        "probe_top1": "linear probe",
-    }
-    rows = [[title, results[key]] for key, title in titles.items() if results[key] is not None]
+    rows = [[title, results[key]] for key, title in ACCURACIES.items() if results[key] is not None]
     console.print_table(["held-out accuracy", ""], rows)

@@ -17,11 +17,11 @@ from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.data.mask_bank import MaskBank
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
-from relicctl.runs.resume import BgmaskOptions
+from relicctl.runs.resume import TrainingOptions
 from relicctl.version import __version__
 
 
-def train_bgmask(resolved: ResolvedConfig, options: BgmaskOptions) -> dict[str, Any]:
+def train_bgmask(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, Any]:
     """Run or resume a training of masks; return ``run`` (its folder) and the content of results.json."""
     resolved, resumed = resolve_bgmask_run(resolved, options)
     if resumed is None and options.out is not None:
@@ -31,7 +31,7 @@ def train_bgmask(resolved: ResolvedConfig, options: BgmaskOptions) -> dict[str, 
 
 
 def _run_bgmask(
-    resolved: ResolvedConfig, options: BgmaskOptions, resumed: Path | None, session: Session
+    resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | None, session: Session
 ) -> dict[str, Any]:
     config, world = resolved.config, session.world
     data = open_bgmask_data(config, options.download, world)

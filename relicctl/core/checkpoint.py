@@ -106,9 +106,8 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints, and temporary files of killed processes."""
     for path in list_checkpoints(folder)[:-keep]:
         path.unlink()
-    for pattern in (".step-*.tmp", ".tmp*"):  # ours and those of safetensors
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in (*folder.glob(".step-*.tmp"), *folder.glob(".tmp*")):  # ours and those of safetensors
+        path.unlink()
 
 
 def _compute_checksum(tensors: dict[str, torch.Tensor]) -> int:
@@ -121,13 +120,9 @@ def _compute_checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 def flatten_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return the optimiser's state under flat names: ``<parameter number>.<key>``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": value
-        for index, entries in state.items()
-        for key, value in entries.items()
-        if torch.is_tensor(value)
-    }
+    states = optimizer.state_dict()["state"].items()
+    entries = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    return {name: value for name, value in entries.items() if torch.is_tensor(value)}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

@@ -56,7 +56,7 @@ class World:
         text = torch.frombuffer(bytearray(json.dumps(local).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(text)]), self.cpu_group)
-        texts = [text.new_zeros(int(max(lengths))) for _ in range(self.size)]
+        texts = [text.new_zeros(int(max(lengths))) for _ in lengths]
         dist.all_gather(texts, torch.nn.functional.pad(text, (0, len(texts[0]) - len(text))), self.cpu_group)
         return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
 
@@ -177,19 +177,15 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mine_VND: torch.Tensor) -> torch.Tensor:
         ctx.rank, ctx.rows = dist.get_rank(), mine_VND.shape[1]
-        return _all_gather_rows(mine_VND)
+        parts = [torch.empty_like(mine_VND) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine_VND.contiguous())
+        return torch.cat(parts, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         grad_VMD = grads[0].contiguous()
         dist.all_reduce(grad_VMD)
         return grad_VMD.narrow(1, ctx.rank * ctx.rows, ctx.rows)
-
-
-def _all_gather_rows(mine_VND: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(mine_VND) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine_VND.contiguous())
-    return torch.cat(parts, dim=1)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -203,9 +199,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+        return _AllReduceSum.forward(ctx, grads[0])
 
 
 def all_reduce_sum(local: torch.Tensor) -> torch.Tensor:
@@ -216,7 +210,7 @@ def all_reduce_sum(local: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DistributedGather:
-    """The ``Gather`` of the loss over ranks: outputs of all, and where our rows lie among all rows.
+    """For a loss over the joined batch of all ranks: their outputs, and where our rows lie among all rows.
 
     With it k ranks that average their gradients get the gradient of one process on the joined batch.
     """
@@ -224,14 +218,14 @@ class DistributedGather:
     world: World
 
     def gather_online(self, mine_VND: torch.Tensor) -> torch.Tensor:
-        """[V, N, D] here -> [V, M, D] of all ranks, differentiable."""
+        """[V, N, D] here -> [V, M, D] of all ranks; the gradient of a row is summed over ranks."""
         gathered: torch.Tensor = _AllGatherRows.apply(mine_VND)
         return gathered
 
     @torch.no_grad()
     def gather_target(self, mine_LND: torch.Tensor) -> torch.Tensor:
         """[L, N, D] here -> [L, M, D] of all ranks, without gradient."""
-        return _all_gather_rows(mine_LND)
+        return self.gather_online(mine_LND)
 
     def get_offset_and_total(self, local: int) -> tuple[int, int]:
         """Return our first row and the number of all rows, where each rank has ``local`` of them."""

@@ -168,19 +168,14 @@ def train(
 
 def _train_step(task: Task, batch: Any, state: TrainState, bad_step: torch.Tensor) -> torch.Tensor:
     """Train on one batch; nothing waits for the device. Returns ``bad_step`` as ``record_nonfinite`` does."""
-    # learning rate
     for group in task.optimizer.param_groups:
         group["lr"] = task.get_learning_rate(state.step)
-
-    # forward, backward, update
     losses = task.compute_loss(batch, state.step)
     losses["loss"].backward()
     bad_step = record_nonfinite(bad_step, state.step, losses["loss"], _list_parameters(task))
     task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
     task.after_step(state.step)
-
-    # sums for the next log line
     for name, value in losses.items():
         value = value.detach()
         state.sums[name] = state.sums[name] + value if name in state.sums else value.clone()
@@ -199,23 +194,23 @@ def snapshot_state(task: Task, state: TrainState) -> tuple[dict[str, torch.Tenso
 
 def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str, Any], where: str) -> TrainState:
     """Load what ``snapshot_state`` returned. Raises BrokenCheckpoint, before anything is loaded, if networks differ."""
-    saved = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
-    expected = task.model.state_dict()
-    wrong = sorted(saved.keys() ^ expected.keys()) + sorted(
-        name for name in saved.keys() & expected.keys() if saved[name].shape != expected[name].shape
-    )
+
+    def select(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    saved, expected = select("state."), task.model.state_dict()
+    common = saved.keys() & expected.keys()
+    wrong = sorted(saved.keys() ^ expected.keys())
+    wrong += sorted(name for name in common if saved[name].shape != expected[name].shape)
     if wrong:
         raise checkpoint.BrokenCheckpoint(
             f"{where} is of another architecture: {len(wrong)} tensors differ, among them {wrong[0]}.",
             "Resume with the configuration that wrote it, or use --init-from to start from its weights.",
         )
     task.model.load_state_dict(saved)
-    checkpoint.load_optimizer_state(
-        task.optimizer,
-        {name.removeprefix("optim."): t for name, t in tensors.items() if name.startswith("optim.")},
-    )
+    checkpoint.load_optimizer_state(task.optimizer, select("optim."))
     device = next(iter(expected.values())).device
-    sums = {name.removeprefix("sums."): t.to(device) for name, t in tensors.items() if name.startswith("sums.")}
+    sums = {name: t.to(device) for name, t in select("sums.").items()}
     return TrainState(header["step"], sums, header["since"], header["facts"])
 
 
@@ -235,8 +230,7 @@ class StopSignals:
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous_handlers[number] = signal.signal(number, self._receive)
+        self._previous_handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -247,9 +241,9 @@ class StopSignals:
         now = time.monotonic()
         if self.received == number == signal.SIGTERM and now - self._received_at < self.REPEAT_SECONDS:
             return
-        if self.received is not None and "TORCHELASTIC_RUN_ID" in os.environ:
-            return
         if self.received is not None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             os._exit(128 + number)
         self.received, self._received_at = number, now
 
@@ -280,8 +274,7 @@ def record_nonfinite(
     bad_step: torch.Tensor, step: int, loss: torch.Tensor, parameters: list[nn.Parameter]
 ) -> torch.Tensor:
     """Return ``bad_step``, or ``step`` where it is -1 and the loss or a gradient is not finite; all on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return _update_bad_step(bad_step, step, [loss.detach(), *gradients])
+    return _update_bad_step(bad_step, step, [loss.detach(), *(p.grad for p in parameters if p.grad is not None)])
 
 
 @torch.no_grad()
@@ -311,14 +304,11 @@ def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopCo
     step = int(bad_step.item())
     if step < 0:
         return
-    last = logger.get_last_checkpoint()
-    lower = f"a lower learning rate (--set {config.lr_key}=...) or --set runtime.precision=fp32"
-    raise Diverged(
-        f"The loss, a gradient or a weight was not finite at step {step}.",
-        f"The last good checkpoint is {last}: resume from it with --resume and {lower}."
-        if last
-        else f"No checkpoint was written yet: start again with {lower}.",
-    )
+    start = "No checkpoint was written yet: start again with"
+    if (last := logger.get_last_checkpoint()) is not None:
+        start = f"The last good checkpoint is {last}: resume from it with --resume and"
+    fix = f"{start} a lower learning rate (--set {config.lr_key}=...) or --set runtime.precision=fp32."
+    raise Diverged(f"The loss, a gradient or a weight was not finite at step {step}.", fix)
 
 
 def _save_checkpoint(task: Task, state: TrainState, logger: RunLogger, world: World) -> None:

@@ -15,13 +15,15 @@ For image i, view v and large view l, with z the online and t the target embeddi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from relicctl.core.distributed import DistributedGather
 
 # With more logits than this (V x L x N x M) the pairs (v, l) are computed one by one, and again in the backward
 # pass, so that only one pair's logits are in memory at a time.
@@ -36,19 +38,6 @@ PAIRWISE_DEVICES = ("cpu",)  # where fetched vectors must fit the caches; elsewh
 FLOYD_MAX_RATIO = 64
 
 
-class Gather(Protocol):
-    """What the loss needs of the other processes of a group."""
-
-    def gather_online(self, mine_VND: Tensor) -> Tensor:
-        """[V, N, D] here -> [V, M, D] of all processes; the gradient of a row is summed over processes."""
-
-    def gather_target(self, mine_LND: Tensor) -> Tensor:
-        """[L, N, D] here -> [L, M, D] of all processes, without gradient."""
-
-    def get_offset_and_total(self, local: int) -> tuple[int, int]:
-        """Our first row among all rows, and M, when ``local`` = N rows are here."""
-
-
 def relicv2_loss(
     online: Tensor,
     target: Tensor,
@@ -60,7 +49,7 @@ def relicv2_loss(
     negatives: int | Literal["all"] | Tensor,
     generator: torch.Generator | None = None,
     invariance: Literal["transposed", "swapped"] = "transposed",
-    gather: Gather | None = None,
+    gather: DistributedGather | None = None,
 ) -> dict[str, Tensor]:
     """Return ReLICv2's loss and its parts; see the module's docstring for the formula and the shape letters.
 
@@ -158,12 +147,7 @@ class _PairTerms:
 
 
 def sample_negatives(
-    views: int,
-    large: int,
-    rows: int | Tensor,
-    total: int,
-    n: int,
-    generator: torch.Generator | None = None,
+    views: int, large: int, rows: int | Tensor, total: int, n: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return int64 [views, large, R, n]: for each v, l and row, n of the ``total`` images other than the row itself.
 

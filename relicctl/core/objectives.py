@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relicctl.core.loss import MAX_LOGITS, Gather, l2_normalize
+from relicctl.core.distributed import DistributedGather
+from relicctl.core.loss import MAX_LOGITS, l2_normalize
 
 
 def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def byol_loss(online: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"loss": 2 - 2 * different / ((views - 1) * large * images)}
 
 
-def simclr_loss(online: Tensor, *, temperature: float, gather: Gather | None = None) -> dict[str, Tensor]:
+def simclr_loss(online: Tensor, *, temperature: float, gather: DistributedGather | None = None) -> dict[str, Tensor]:
     """Return NT-Xent (SimCLR, arXiv 2002.05709, eq. 1), the mean over images and ordered pairs of different views.
 
     ``online`` [V, N, D]. A positive is set against all views of all other images of the global batch. Beyond

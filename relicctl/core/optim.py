@@ -23,22 +23,10 @@ class LARS(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust: float = 1e-3,
-        adapt: bool = True,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust": trust,
-            "adapt": adapt,
-        }
+        self, params: Iterable[Any], lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0,
+        trust: float = 1e-3, adapt: bool = True,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": adapt}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -80,21 +68,15 @@ def build_param_groups(
     Parameters that need no gradient are left out, and so is a group without parameters.
     """
     params = [p for _, p in named_parameters if p.requires_grad]
-    weights = [p for p in params if p.ndim > 1]
-    no_decay = [p for p in params if p.ndim <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": weight_decay, "adapt": True},
-        {"params": no_decay, "weight_decay": 0.0, "adapt": False},
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
-    name: str,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    name: str, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, momentum: float, weight_decay: float
 ) -> Optimizer:
     """Build ``lars``, ``sgd`` (classical momentum) or ``adamw`` (``momentum`` is its first beta, the second is 0.999).
 
@@ -110,15 +92,15 @@ def build_optimizer(
     raise ValueError(f"unknown optimiser {name!r}: lars, sgd or adamw")
 
 
-def compute_learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return a rate: linear from 0 to ``peak`` at ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
+def compute_learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Return the learning rate: linear to ``peak`` at ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return peak * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def compute_ema_gamma(step: int, *, gamma0: float, total_steps: int) -> float:
+def compute_ema_gamma(step: int, gamma0: float, total_steps: int) -> float:
     """Return the target's decay: ``gamma0`` at step 0, half a cosine to 1 at ``total_steps`` (BYOL, 3.2)."""
     progress = min(step / total_steps, 1.0)
     return 1.0 - (1.0 - gamma0) * (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -60,9 +60,7 @@ def gather_in_order(
                 codes = [code for code, _, _ in gathered]
                 if any(codes):
                     break
-                received = _gather_results(
-                    world, result, [(meta, shapes) for _, meta, shapes in gathered[: count - first]]
-                )
+                received = _gather_results(world, result, [header[1:] for header in gathered[: count - first]])
                 _, failure = _catch_failure(partial(_consume_all, consume, received), None)  # sent with the next item
             else:
                 codes = world.all_gather_object(_get_exit_code(failure, signals))
@@ -73,7 +71,7 @@ def gather_in_order(
         failure = None  # its traceback holds this frame, which holds the workers
 
 
-def _gather_results(world: World, local: WorkResult, headers: list[tuple[Any, Any]]) -> list[WorkResult]:
+def _gather_results(world: World, local: WorkResult, headers: list[Any]) -> list[WorkResult]:
     """Return, on the main process, each rank's result of this turn; ``headers`` hold their meta and tensor shapes."""
     if not world.is_main:
         for tensor in local.tensors:

@@ -57,16 +57,12 @@ class ResNet(nn.Module):
             _pad_as_tensorflow(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        is_checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = self._run_block(block, x)
+                x = run_checkpointed(block, block, x) if is_checkpointed else block(x)
         return x.mean((2, 3))
-
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        is_checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        out: Tensor = run_checkpointed(block, block, x) if is_checkpointed else block(x)
-        return out
 
 
 def build_encoder(

@@ -106,8 +106,5 @@ class MLPHead(nn.Sequential):
 
     def __init__(self, in_dim: int, hidden: int, out: int) -> None:
         super().__init__(
-            nn.Linear(in_dim, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, out, bias=False),
+            nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out, bias=False)
         )

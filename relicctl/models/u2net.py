@@ -86,17 +86,9 @@ class RSU4F(nn.Module):
     def __init__(self, channels: int, inner: int, out: int) -> None:
         super().__init__()
         self.enter = _build_conv(channels, out)
-        self.down = nn.ModuleList(
-            [_build_conv(out, inner), _build_conv(inner, inner, dilation=2), _build_conv(inner, inner, dilation=4)]
-        )
+        self.down = nn.ModuleList(_build_conv(out if d == 1 else inner, inner, d) for d in (1, 2, 4))
         self.bottom = _build_conv(inner, inner, dilation=8)
-        self.up = nn.ModuleList(
-            [
-                _build_conv(2 * inner, inner, dilation=4),
-                _build_conv(2 * inner, inner, dilation=2),
-                _build_conv(2 * inner, out),
-            ]
-        )
+        self.up = nn.ModuleList(_build_conv(2 * inner, out if d == 1 else inner, d) for d in (4, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         entered = x = self.enter(x)

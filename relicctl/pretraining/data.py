@@ -108,15 +108,6 @@ def log_missing_masks(resolved: ResolvedConfig, console: Console) -> None:
         console.info("no background masks: every view keeps its background (--bgmask RUN gives masks)")
 
 
-def check_same_mask_bank(run: Path, record: dict[str, Any], info: dict[str, Any]) -> None:
-    """Raise DataError where a run would be resumed with another bank than it was started with."""
-    if record.get("bgmask_sha256") != info.get("sha256"):
-        raise DataError(
-            f"The mask bank {info['bank']} is not the one that {run} was started with.",
-            "Give --bgmask that bank, or start another run with --init-from.",
-        )
-
-
 @dataclass(frozen=True)
 class PretrainData:
     train: ImageDataset
@@ -136,14 +127,12 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     if config.data.subset is not None:
         if config.data.subset > len(train):
             raise UsageError(
-                f"data.subset is {config.data.subset}, but there are only {len(train)} images.",
-                "Lower data.subset.",
+                f"data.subset is {config.data.subset}, but there are only {len(train)} images.", "Lower data.subset."
             )
         train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
     if config.objective == "supervised" and train.labels is None:
         raise DataError(
-            f"{config.data.train} has no labels, which supervised training needs.",
-            "Give one folder per class.",
+            f"{config.data.train} has no labels, which supervised training needs.", "Give one folder per class."
         )
     return PretrainData(train, val)
 
@@ -173,14 +162,11 @@ def check_batch_split(config: PretrainConfig, world: World) -> None:
 def check_same_images(images: ImageDataset, world: World) -> None:
     """Raise DataError if the ranks see different images."""
     if world.size > 1 and len(set(world.all_gather_object(images.compute_fingerprint()))) > 1:
-        raise DataError(
-            f"The processes see different images at {images.spec}.", "Give all hosts the same data at this path."
-        )
+        fix = "Give all hosts the same data at this path."
+        raise DataError(f"The processes see different images at {images.spec}.", fix)
 
 
 def build_view_plan(config: PretrainConfig) -> ViewSpec:
     views = config.views
-    sizes = [CropSpec(views.large.count, views.large.size, views.large.area)]
-    if views.small.count:
-        sizes.append(CropSpec(views.small.count, views.small.size, views.small.area))
-    return ViewSpec(tuple(sizes), views.ratio, AugmentConfig(**views.augment.model_dump()))
+    sizes = tuple(CropSpec(view.count, view.size, view.area) for view in (views.large, views.small) if view.count)
+    return ViewSpec(sizes, views.ratio, AugmentConfig(**views.augment.model_dump()))

@@ -28,13 +28,13 @@ from relicctl.runs.estimate import (
     format_dry_run,
     list_saving_layers,
 )
-from relicctl.runs.resume import PretrainOptions, find_run_to_resume, resume_config
+from relicctl.runs.resume import TrainingOptions, find_run_to_resume, resume_config
 
 BYTES_PER_METRICS_LINE = 400
 ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
 
 
-def format_pretrain_dry_run(resolved: ResolvedConfig, options: PretrainOptions) -> str:
+def format_pretrain_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
     if options.resume is not None and (run := find_run_to_resume(options, resolved.preset)) is not None:
         resolved = resume_config(resolved, run)
@@ -55,13 +55,12 @@ def estimate_pretrain(config: PretrainConfig, *, download: bool = False) -> dict
     masks = open_masking(config, train, Console(quiet=True))[1] if train is not None else None
     steps = Sampler(config.seed, images, config.optim.batch_size).steps_per_epoch if images else None
     schedule = Schedule(config, steps or ASSUMED_STEPS_PER_EPOCH)
-    networks = outline_networks(config)
-    precision = resolve_precision(config, device)
+    networks, precision = outline_networks(config), resolve_precision(config, device)
     return {
         "parameters": {
             "encoder": count_elements(networks.online["encoder"].parameters()),
             "online": count_elements(networks.online.parameters()),
-            "target": count_target_parameters(networks),
+            "target": count_elements(networks.target.parameters()) if networks.target else 0,
         },
         "images": images,
         "images_unknown": unknown,
@@ -86,10 +85,6 @@ def outline_networks(config: PretrainConfig, classes: int = 1000) -> Siamese:
     """Return the networks of ``config`` on the meta device: shapes without memory or values."""
     with torch.device("meta"):
         return build_networks(config, classes)
-
-
-def count_target_parameters(networks: Siamese) -> int:
-    return count_elements(networks.target.parameters()) if networks.target is not None else 0
 
 
 def compute_checkpoint_bytes(config: PretrainConfig, networks: Siamese) -> int:
@@ -139,7 +134,7 @@ def estimate_step_memory(
         optimizer_states=OPTIMIZER_STATES[config.optim.name],
         activations=min(images, config.optim.microbatch or images) * per_image,
         precision=precision,
-        target=4 * count_target_parameters(networks),
+        target=4 * count_elements(networks.target.parameters() if networks.target else ()),
         views=compute_view_bytes(config, processes),
     )
 
@@ -203,8 +198,7 @@ def _describe_estimate(config: PretrainConfig, estimate: dict[str, Any]) -> dict
         lines[name] = f"learning rate {values['lr']:.4g}, ema {values['ema']:.6g}"
     lines["memory"] = (
         f"about {format_byte_sum(estimate['memory'])} per process in {estimate['precision']}, if every convolution, "
-        f"norm and linear layer stores its output; {format_bytes(estimate['free_memory'])} free on "
-        f"{estimate['device']}"
+        f"norm and linear layer stores its output; {format_bytes(estimate['free_memory'])} free on {estimate['device']}"
     )
     return lines | {"disk": f"about {format_byte_sum(estimate['disk'])}"}
 

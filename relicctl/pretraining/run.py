@@ -16,7 +16,7 @@ from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.loader import resolve_cache
 from relicctl.encoders.file import save_encoder
 from relicctl.errors import DataError, UsageError
-from relicctl.pretraining.data import PretrainData, check_same_mask_bank
+from relicctl.pretraining.data import PretrainData
 from relicctl.pretraining.task import PretrainTask, load_initial_weights, resolve_precision
 from relicctl.runs.distributed import RunContext, load_newest_checkpoint
 from relicctl.runs.folder import RunFolder
@@ -54,7 +54,11 @@ def resume_record(
             f"The images are not those that {run} was started with.",
             "Give --data the same images, or start another run with --init-from.",
         )
-    check_same_mask_bank(run, record, masks)
+    if record.get("bgmask_sha256") != masks.get("sha256"):
+        raise DataError(
+            f"The mask bank {masks['bank']} is not the one that {run} was started with.",
+            "Give --bgmask that bank, or start another run with --init-from.",
+        )
     if resolved.origin["runtime.precision"] != "run":
         record["precision"] = resolve_precision(resolved.config, device)
     return record

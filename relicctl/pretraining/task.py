@@ -57,9 +57,7 @@ class PretrainTask(Task):
         self.model = self.model.to(device).to(memory_format=torch.channels_last)
         if resolve_compile(config, device, world, schedule.total_steps):
             self.model.compile_encoders()
-        self._online: nn.Module = self.model
-        if world.size > 1:
-            self._online = DistributedDataParallel(self.model)
+        self._online: nn.Module = DistributedDataParallel(self.model) if world.size > 1 else self.model
         self.optimizer = build_optimizer(
             optim.name, self.model.online.named_parameters(), schedule.peak_lr, optim.momentum, optim.weight_decay
         )
@@ -99,17 +97,9 @@ class PretrainTask(Task):
             assert target is not None
             self._generator.manual_seed(derive_seed(self._config.seed, Stream.NEGATIVES, step))
             return relicv2_loss(
-                outputs,
-                target,
-                large=len(target),
-                temperature=loss.temperature,
-                alpha=loss.alpha,
-                beta=loss.beta,
-                negatives=loss.negatives,
-                generator=self._generator,
-                invariance=loss.invariance,
-                gather=self._gather,
-            )
+                outputs, target, large=len(target), temperature=loss.temperature, alpha=loss.alpha, beta=loss.beta,
+                negatives=loss.negatives, generator=self._generator, invariance=loss.invariance, gather=self._gather,
+            )  # fmt: skip
         if name == "byol":
             assert target is not None
             return objectives.byol_loss(outputs, target)
@@ -128,12 +118,12 @@ class PretrainTask(Task):
     def compute_metrics(self, step: int) -> dict[str, float]:
         """Return the target's decay, and the collapse monitor's metrics on one view of the latest batch."""
         assert self._last_outputs is not None
-        counts = [len(batch[0]) for batch in self._last_outputs[:1]] * self._world.size
-        features, outputs = ([self._world.gather_rows(batch[0], counts)] for batch in self._last_outputs)
+        counts = [self._last_outputs[0].shape[1]] * self._world.size
+        features, outputs = (self._world.gather_rows(views[0], counts) for views in self._last_outputs)
         metrics = {
-            "rankme": round(online.compute_rankme(features[0]), 3),
-            "embedding_std": round(online.compute_normalized_std(outputs[0]), 5),
-            "feature_std": round(online.compute_normalized_std(features[0]), 5),
+            "rankme": round(online.compute_rankme(features), 3),
+            "embedding_std": round(online.compute_normalized_std(outputs), 5),
+            "feature_std": round(online.compute_normalized_std(features), 5),
         }
         if self.model.target is not None:
             metrics["ema"] = round(self._schedule.compute_ema(step), 8)
@@ -157,12 +147,10 @@ class Schedule:
         self._initial_ema = config.target.ema
 
     def compute_learning_rate(self, step: int) -> float:
-        return compute_learning_rate(
-            step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
-        )
+        return compute_learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps)
 
     def compute_ema(self, step: int) -> float:
-        return compute_ema_gamma(step, gamma0=self._initial_ema, total_steps=self.total_steps)
+        return compute_ema_gamma(step, self._initial_ema, self.total_steps)
 
 
 def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:

@@ -1,8 +1,6 @@
 """A command on the ranks that ``torchrun`` starts: the main process writes, prints and decides for all.
 
-``Session`` and ``RunContext`` carry device, ranks, console and run folder as one object. All ranks must see the run's
-folder. A process started without torchrun is the main process of one rank. Also here:
-the device and number of data workers that ``auto`` stands for.
+All ranks must see the run's folder. A process started without torchrun is the main process of one rank.
 """
 
 from __future__ import annotations
@@ -27,6 +25,30 @@ from relicctl.errors import Interrupted, UsageError
 from relicctl.runs.folder import RunFolder
 
 LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """The device, rank and console of a command's process."""
+
+    device: torch.device
+    world: World
+    console: Console
+
+    def with_run(self, run: RunFolder, precision: str = "fp32") -> RunContext:
+        """Return the context of this session in ``run``, computing in ``precision`` ("fp32" or "bf16")."""
+        return RunContext(self.device, self.world, self.console, run, precision)
+
+
+@dataclass(frozen=True)
+class RunContext(Session):
+    """A session that has its run folder; ``precision`` is that of the networks' forward pass."""
+
+    run: RunFolder
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class ErrorsOnlyConsole(Console):
@@ -77,7 +99,7 @@ def open_or_create_run_folder(
 
 
 def open_sub_run(world: World, path: Path, *, parent: Path, keep: int) -> RunFolder:
-    """Open the folder of a training that is a part of the run at ``parent``, on all ranks; made if missing."""
+    """Open the folder of a training that is a part of the run at ``parent``, on all ranks; created if missing."""
 
     def open_folder() -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
@@ -170,27 +192,3 @@ def select_progress_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
             "eta": f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
         }
     return shown
-
-
-@dataclass(frozen=True)
-class Session:
-    """The device, rank and console of a command's process."""
-
-    device: torch.device
-    world: World
-    console: Console
-
-    def with_run(self, run: RunFolder, precision: str = "fp32") -> RunContext:
-        """Return the context of this session in ``run``, computing in ``precision`` ("fp32" or "bf16")."""
-        return RunContext(self.device, self.world, self.console, run, precision)
-
-
-@dataclass(frozen=True)
-class RunContext(Session):
-    """A session that has its run folder; ``precision`` is that of the networks' forward pass."""
-
-    run: RunFolder
-    precision: str = "fp32"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,8 @@ class RunFolder:
             self._clear_leftovers()
 
     @classmethod
-    def create(cls, path: Path, *, overwrite: bool, keep: int, writer: bool = True) -> RunFolder:
+    def create(cls, path: Path, *, overwrite: bool, keep: int) -> RunFolder:
         """Create an empty run folder. Raises UsageError if something is there already or it cannot be written."""
-        if not writer:
-            return cls(path, keep=keep, writer=False)
         check_overwrite(path, overwrite=overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -68,34 +66,21 @@ class RunFolder:
                         child.unlink()
             return run
         except OSError as reason:
-            raise UsageError(
-                f"The run folder {path} cannot be written ({reason.strerror}).", "Choose another --out."
-            ) from None
+            raise _make_unwritable_error(path, reason) from None
 
     @classmethod
-    def reopen(cls, path: Path, *, keep: int, writer: bool = True) -> RunFolder:
+    def reopen(cls, path: Path, *, keep: int) -> RunFolder:
         """Open the folder of a run to resume. Raises UsageError if there is none."""
-        if not (path / "config.yaml").is_file():
-            raise UsageError(
-                f"{path} is not a run folder: it has no config.yaml.", "Give --resume the folder of a run."
-            )
-        return cls(path, keep=keep, writer=writer)
+        check_is_run(path)
+        return cls(path, keep=keep, writer=True)
 
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        for path in (
-            self.config_path,
-            self.encoder_path,
-            self.results_path,
-            self.curves_path,
-            self._metrics_path,
-            self.path / "status.json",
-        ):
-            for temporary in self.path.glob(f".{path.name}.*.tmp"):
-                temporary.unlink()
-        for folder in (self.path, self.path / "stages", self.path / "features"):
-            for temporary in folder.glob(".tmp*"):  # written by safetensors
-                temporary.unlink()
+        files = (self.config_path, self.encoder_path, self.results_path, self.curves_path, self._metrics_path)
+        patterns = [f".{name}.*.tmp" for name in (*(file.name for file in files), "status.json")]
+        patterns += [".tmp*", "stages/.tmp*", "features/.tmp*"]  # written by safetensors
+        for temporary in [path for pattern in patterns for path in self.path.glob(pattern)]:
+            temporary.unlink()
 
     def close(self) -> None:
         """Release the lock."""
@@ -113,16 +98,17 @@ class RunFolder:
         """
         self.status = Status(self.path / "status.json" if self._is_writer else None)
         self.status.add_skipped(len(self.read_bad_images()))
-        step = 0
-        for path in checkpoint.list_checkpoints(self.checkpoints_dir)[-1:]:
-            step = checkpoint.parse_step(path)
-            self.status.record_checkpoint(path, step)
+        paths = checkpoint.list_checkpoints(self.checkpoints_dir)
+        step = checkpoint.parse_step(paths[-1]) if paths else 0
+        if paths:
+            self.status.record_checkpoint(paths[-1], step)
         self.status.start(step)
         try:
             yield self.status
         except (KeyboardInterrupt, Terminated) as stop:
-            signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            interrupted = self.status.make_interrupted(signum)
+            interrupted = self.status.make_interrupted(
+                signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            )
             self.status.finish(interrupted)
             raise interrupted from None
         except BaseException as error:
@@ -165,22 +151,18 @@ class RunFolder:
         if not self._metrics_path.exists():
             return []
         records = []
-        for line in self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+        with suppress(ValueError, RecursionError):
+            for line in self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
                 record = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            records.append(record)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    break
+                records.append(record)
         return records
 
     def truncate_metrics(self, step: int) -> None:
         """Remove records later than ``step``: a resumed run writes them again."""
-        if not self._is_writer:
-            return
         lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
-        atomic_io.write_atomically(self._metrics_path, lambda temporary: temporary.write_text("".join(lines), "utf-8"))
+        self.write_text(self._metrics_path, "".join(lines))
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
         """Write the checkpoint of ``step`` and remove old ones."""
@@ -196,7 +178,7 @@ class RunFolder:
         self.status.record_checkpoint(path, step)
 
     def quarantine_after(self, step: int) -> None:
-        """Rename checkpoints later than ``step``, which could not be read: kept, but not taken for the newest."""
+        """Rename checkpoints later than ``step``, which could not be read, so that they no longer count."""
         for path in checkpoint.list_checkpoints(self.checkpoints_dir) if self._is_writer else []:
             if path.name > checkpoint.format_checkpoint_name(step):
                 path.rename(path.with_name(f"{path.name}.unreadable"))
@@ -207,7 +189,7 @@ class RunFolder:
 
     def delete(self) -> None:
         """Delete the folder of a run that failed its checks before training."""
-        self.status.disable()
+        self.status = Status(None)
         self.close()
         if self._is_writer:
             shutil.rmtree(self.path)
@@ -238,6 +220,12 @@ class RunFolder:
         self.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def check_is_run(path: Path) -> None:
+    """Raise UsageError unless ``path`` is the folder of a run."""
+    if not (path / "config.yaml").is_file():
+        raise UsageError(f"{path} is not a run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+
+
 def check_overwrite(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError if ``path`` is a file, or a folder with content that must not be overwritten."""
     try:
@@ -245,9 +233,7 @@ def check_overwrite(path: Path, *, overwrite: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as reason:
-        raise UsageError(
-            f"The run folder {str(path)[:80]} cannot be written ({reason.strerror}).", "Choose another --out."
-        ) from None
+        raise _make_unwritable_error(str(path)[:80], reason) from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
     occupied = path.is_dir() and not all(_is_leftover(child.name) for child in path.iterdir())
@@ -258,9 +244,12 @@ def check_overwrite(path: Path, *, overwrite: bool) -> None:
         )
     if occupied and not (path / "config.yaml").is_file():
         raise UsageError(
-            f"{path} is not empty and not a run folder, so --overwrite will not delete it.",
-            "Choose another --out.",
+            f"{path} is not empty and not a run folder, so --overwrite will not delete it.", "Choose another --out."
         )
+
+
+def _make_unwritable_error(path: Path | str, reason: OSError) -> UsageError:
+    return UsageError(f"The run folder {path} cannot be written ({reason.strerror}).", "Choose another --out.")
 
 
 def _is_leftover(name: str) -> bool:

@@ -35,8 +35,11 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
             lines += _plot_lines(other, records, right, len(left))
             other.set_ylabel(", ".join(right))
             axes.set_ylabel(", ".join(left))
-        if lines:
-            _add_legend(axes, lines)
+        if lines:  # the legend stands beside the title, where it hides no curve
+            axes.legend(
+                handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
+                fontsize="small", handlelength=1, columnspacing=1,
+            )  # fmt: skip
     figure.suptitle(title)
     save_figure(path, figure)
 
@@ -53,14 +56,6 @@ def _plot_lines(axes: Any, records: list[dict[str, Any]], keys: tuple[str, ...],
                 style |= {"linewidth": 4, "alpha": 0.4}
             lines += axes.plot(*zip(*points, strict=True), **style)
     return lines
-
-
-def _add_legend(axes: Any, lines: list[Any]) -> None:
-    """Put the legend beside the title, where it hides no curve."""
-    axes.legend(
-        handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
-        fontsize="small", handlelength=1, columnspacing=1,
-    )  # fmt: skip
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:

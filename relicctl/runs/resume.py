@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from relicctl.config import yaml_io
 from relicctl.config.resolve import ResolvedConfig, flatten, resolve_from_run
 from relicctl.errors import UsageError
+from relicctl.runs.folder import check_is_run
 
 # What may differ between a run and its continuation; everything else would make it another run.
 # The learning rate may: it is lowered after a divergence.
@@ -32,20 +34,10 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(RunOptions):
-    """Options of both trainings."""
+    """Options of ``pretrain`` and ``train-bgmask``."""
 
-    init_from: str | None = None  # weights for the encoder
+    init_from: str | None = None  # weights for the encoder; train-bgmask has them in its config too
     json: bool = False  # the format of a dry run
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(TrainingOptions):
-    """Options of ``pretrain``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BgmaskOptions(TrainingOptions):
-    """Options of ``train-bgmask``; its config has init_from too, which stands here so that --resume can refuse it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +77,13 @@ def find_run_to_resume(options: TrainingOptions, preset: str | None, command: st
         if options.out is not None and options.out != Path(options.resume):
             raise UsageError("--resume continues in the run's folder, but --out names another.", "Omit --out.")
         return Path(options.resume)
-    paths = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    records = [
-        (path.parent, read_run_record(path.parent)) for path in paths if read_run_command(path.parent) == command
+    configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    records = {path.parent: read_run_record(path.parent) for path in configs}
+    runs = [
+        run
+        for run, record in records.items()
+        if "preset" in record and preset in (None, record["preset"]) and read_run_command(run) == command
     ]
-    runs = [path for path, record in records if "preset" in record and preset in (None, record["preset"])]
     if not runs:
         of = f" of preset {preset}" if preset else ""
         raise UsageError(f"There is no run{of} to resume under runs/.", "Name its folder: --resume RUN.")
@@ -111,10 +105,9 @@ def _find_run_at(out: Path, init_from: str | None) -> Path | None:
 
 def read_run_record(run: Path) -> dict[str, Any]:
     """Return what config.yaml recorded under ``run`` when the run started; {} for another file."""
-    try:
+    with suppress(UsageError):
         return yaml_io.load_mapping(run / "config.yaml").get("run") or {}
-    except UsageError:
-        return {}
+    return {}
 
 
 def read_resumable_record(run: Path) -> dict[str, Any]:
@@ -130,18 +123,16 @@ def read_resumable_record(run: Path) -> dict[str, Any]:
 
 def read_run_command(run: Path) -> str | None:
     """Return the command that started the run; None for another file."""
-    try:
+    with suppress(UsageError):
         return str(yaml_io.load_mapping(run / "config.yaml").get("command", "pretrain"))
-    except UsageError:
-        return None
+    return None
 
 
 def resume_config(
     resolved: ResolvedConfig, run: Path, mutable: tuple[str, ...] = PRETRAIN_MUTABLE_KEYS
 ) -> ResolvedConfig:
     """Return the run's config, with keys that begin like one of ``mutable`` taken from the command line."""
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is not a run folder: it has no config.yaml.", "Give --resume the folder of a run.")
+    check_is_run(run)
     merged = resolve_from_run(resolved, run / "config.yaml")
     before = flatten(resolve_from_run(ResolvedConfig(resolved.config, {}), run / "config.yaml").config.model_dump())
     after = flatten(merged.config.model_dump())

@@ -31,22 +31,15 @@ class Status:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._steps_per_epoch = 0
-        self._start = self._step = 0
+        self._steps_per_epoch = self._start = self._step = 0
         self._written = -HEARTBEAT_SECONDS
         self._warned = False
         self._fields: dict[str, Any] = {
             "state": "running",
             "step": 0,
-            "total": None,
-            "epoch": None,
-            "eta_s": None,
-            "images_per_s": None,
-            "last_checkpoint": None,
-            "last_checkpoint_step": None,
+            **dict.fromkeys(("total", "epoch", "eta_s", "images_per_s", "last_checkpoint", "last_checkpoint_step")),
             "images_skipped": 0,
-            "resume": None,
-            "error": None,
+            **dict.fromkeys(("resume", "error")),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": _get_timestamp(),
@@ -110,10 +103,6 @@ class Status:
             return Interrupted("Stopped before the first step; nothing was lost.", fix, signum)
         what = f"Stopped after step {self._step} of {self._fields['total']}; everything is saved."
         return Interrupted(what, fix, signum)
-
-    def disable(self) -> None:
-        """Stop writing: the folder is deleted."""
-        self._path = None
 
     def write_heartbeat(self, step: int | None = None) -> None:
         """Record that ``step`` steps are done, or as many as before; writes only every HEARTBEAT_SECONDS."""

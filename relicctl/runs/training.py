@@ -12,9 +12,7 @@ from relicctl.runs.distributed import RunContext, load_newest_checkpoint, select
 
 
 def restore_or_start(
-    task: Task,
-    context: RunContext,
-    is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+    task: Task, context: RunContext, is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True
 ) -> TrainState:
     """Load the newest readable, compatible checkpoint into ``task`` and return its state; else that of step 0.
 
@@ -48,16 +46,9 @@ def train_with_progress(
             on_log(step, metrics)
 
         return train(
-            task,
-            batches,
-            config,
-            context.run,
-            state=state,
-            device=context.device,
-            world=context.world,
-            evaluate=evaluate,
-            on_log=show,
-        )
+            task, batches, config, context.run, state=state, device=context.device, world=context.world,
+            evaluate=evaluate, on_log=show,
+        )  # fmt: skip
 
 
 def resume_and_train(task: Task, batches: Batches, config: LoopConfig, context: RunContext) -> TrainState:

@@ -20,9 +20,9 @@ from relicctl import cli
 from relicctl.config.presets import list_presets, read_preset_header
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.errors import DataError
-from relicctl.runs.resume import PretrainOptions
+from relicctl.runs.resume import TrainingOptions
 
-Calls = list[tuple[ResolvedConfig, PretrainOptions]]
+Calls = list[tuple[ResolvedConfig, TrainingOptions]]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """No command runs; the arguments that it would get are recorded."""
     recorded: Calls = []
 
-    def record(resolved: ResolvedConfig, options: PretrainOptions) -> dict[str, Any]:
+    def record(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, Any]:
         recorded.append((resolved, options))
         return {"run": "runs/x", "knn20": 0.5}
 
@@ -138,7 +138,7 @@ def test_options_reach_the_command(calls: Calls) -> None:
         "c",
     )
     assert (config.seed, config.runtime.workers, config.runtime.device) == (3, 0, "cpu")
-    assert options == PretrainOptions(
+    assert options == TrainingOptions(
         out=Path("d"), overwrite=True, init_from="w", download=True, json=True, quiet=True
     )
 

@@ -14,14 +14,14 @@ from relicctl.errors import UsageError
 from relicctl.models.resnet import build_encoder
 from relicctl.pretraining.estimate import estimate_pretrain, format_pretrain_dry_run
 from relicctl.pretraining.task import build_networks
-from relicctl.runs.resume import PretrainOptions
+from relicctl.runs.resume import TrainingOptions
 
 DATA = "shapes:train=1000,val=100"
 
 
 def test_the_text_is_a_config_with_origins_and_figures(tmp_path: Path) -> None:
     resolved = resolve_config("demo", sets=["seed=7"], options={"data": DATA})
-    text = format_pretrain_dry_run(resolved, PretrainOptions())
+    text = format_pretrain_dry_run(resolved, TrainingOptions())
     file = tmp_path / "planned.yaml"
     file.write_text(text)
     assert resolve_config(config_file=file).config == resolved.config

@@ -171,7 +171,7 @@ def failing(error: OSError) -> Callable[..., None]:
 
 
 def test_processes_that_write_nothing_write_no_status(tmp_path: Path) -> None:
-    silent = RunFolder.create(tmp_path / "run", overwrite=False, keep=2, writer=False)
+    silent = RunFolder(tmp_path / "run", keep=2, writer=False)
     with silent.track_status() as status:
         status.set_total(total=1, steps_per_epoch=1, resume="")
     assert not (tmp_path / "run").exists()
