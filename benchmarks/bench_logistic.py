@@ -26,7 +26,7 @@ LAMBDAS = np.logspace(-6, 5, 45)
 EQUAL = 1e-5
 
 
-def made_features() -> tuple[np.ndarray, np.ndarray]:
+def generate_features() -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 10_000)
     middles = generator.normal(size=(10, 512)) / 4
@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument("--features", help=".npz with x [N, F] and y [N]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warm", action="store_true", help="scikit-learn starts each lambda at the solution before")
-    told = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    torch.set_num_threads(told.threads)
-    x, y = made_features() if told.features is None else (np.load(told.features)[k] for k in "xy")
-    print(f"{x.shape[0]} x {x.shape[1]}, {y.max() + 1} classes, {told.threads} threads")
+    torch.set_num_threads(args.threads)
+    x, y = generate_features() if args.features is None else (np.load(args.features)[k] for k in "xy")
+    print(f"{x.shape[0]} x {x.shape[1]}, {y.max() + 1} classes, {args.threads} threads")
 
     features, labels = torch.from_numpy(x), torch.from_numpy(y)
     fit_logistic_regression(features[:500], labels[:500], LAMBDAS[-2:].tolist(), 10)  # warm-up
@@ -90,13 +90,13 @@ def main() -> None:
     print(f"ours: {ours[0]:.2f} s and {ours[1]:.2f} s, all converged: {bool(found.converged.all())}", flush=True)
 
     wide = x.astype(np.float64)
-    loop, gaps, agreement = Loop(wide, y, told.warm), [], 1.0
-    told_by_us = found.compute_logits(features).argmax(2).numpy()
-    with threadpool_limits(told.threads):
+    loop, gaps, agreement = Loop(wide, y, args.warm), [], 1.0
+    predicted = found.compute_logits(features).argmax(2).numpy()
+    with threadpool_limits(args.threads):
         for r in reversed(range(len(LAMBDAS))):
             model, gap = loop.fit(LAMBDAS[r], found.objective[r].item())
             gaps.append(gap)
-            agreement = min(agreement, float((model.predict(wide) == told_by_us[r]).mean()))
+            agreement = min(agreement, float((model.predict(wide) == predicted[r]).mean()))
             print(f"lambda {LAMBDAS[r]:8.2g}  {loop.seconds:7.1f} s so far  gap {gap:+.1e}", flush=True)
     print(f"objectives differ by {min(gaps):+.1e} to {max(gaps):+.1e}; least agreement of predictions {agreement:.4f}")
     print(f"scikit-learn {loop.seconds:.1f} s / ours {max(ours):.2f} s = {loop.seconds / max(ours):.1f}")

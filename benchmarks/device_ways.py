@@ -67,7 +67,7 @@ def step(preset: str, batch: int, views: list[torch.Tensor], compiled: bool, tri
     return run
 
 
-def told(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
     in_ms = {way: [1000 * s for s in taken] for way, taken in seconds.items()}
     return {way: [round(f(ms), 3) for f in (statistics.median, min, max)] for way, ms in in_ms.items()}
 
@@ -88,9 +88,9 @@ def main() -> None:
         }
         result[preset] = {
             "batch": batch,
-            "step": told(take_turns(steps, **clock)),
+            "step": summarize(take_turns(steps, **clock)),
             **{
-                f"photometry {count} x {size}": told(take_turns(photometry(batch, count, size), **clock))
+                f"photometry {count} x {size}": summarize(take_turns(photometry(batch, count, size), **clock))
                 for count, size in sizes
             },
         }

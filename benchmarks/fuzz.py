@@ -4,7 +4,7 @@
 
 The targets and their honest seeds are those of tests/faults/hostile.py, each in a process of its own for its share of
 the time. A finding is any exception but our errors, an input that takes longer than SECONDS, or a process that grows
-beyond MEGABYTES; it is kept beside --out. Without atheris, seeds are mutated blindly.
+beyond MEGABYTES; it is saved beside --out. Without atheris, seeds are mutated blindly.
 """
 
 from __future__ import annotations
@@ -72,19 +72,19 @@ def fuzz(name: str, seconds: float, findings: Path) -> dict[str, object]:
     before, began = set(findings.iterdir()), time.monotonic()
     command = [sys.executable, __file__, "--target", name, "--seconds", str(seconds), "--out", str(findings / "x")]
     with tempfile.TemporaryDirectory() as place:  # atheris ends the process without tidying up
-        told_where = os.environ | {"TMPDIR": place}
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=told_where)
+        environment = os.environ | {"TMPDIR": place}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     counts = re.findall(r"number_of_executed_units: *(\d+)", done.stderr) or re.findall(r"^#(\d+)", done.stderr, re.M)
     new = [path for path in set(findings.iterdir()) - before if path.is_file()]
     found = [str(path) for path in new if "slow-unit" not in path.name]  # libFuzzer's note of 10 s is none of ours
     inputs = int(counts[-1]) if counts else 0
-    told = done.stderr[-3000:] if done.returncode else None
+    stderr = done.stderr[-3000:] if done.returncode else None
     return {
         "target": name,
         "inputs": inputs,
         "seconds": round(time.monotonic() - began, 1),
-        "kept": found,
-        "told": told,
+        "input": found,
+        "stderr": stderr,
     }
 
 
@@ -95,23 +95,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--target", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
         import atheris  # noqa: F401
 
         way = guided
     except ImportError:
         way = blind
-    if told.target:
-        way(told.target, told.seconds, told.out.parent)
+    if args.target:
+        way(args.target, args.seconds, args.out.parent)
         return
-    findings = told.out.absolute().parent / "findings"
+    findings = args.out.absolute().parent / "findings"
     findings.mkdir(parents=True, exist_ok=True)
-    done = [fuzz(name, told.minutes * 60 / len(told.only), findings) for name in told.only]
+    done = [fuzz(name, args.minutes * 60 / len(args.only), findings) for name in args.only]
     inputs = sum(int(str(one["inputs"])) for one in done)
-    told.out.write_text(json.dumps({"way": way.__name__, "inputs": inputs, "targets": done}, indent=1))
+    args.out.write_text(json.dumps({"way": way.__name__, "inputs": inputs, "targets": done}, indent=1))
     for one in done:
-        print(f"{one['target']:<12}{one['inputs']:>9} inputs  {one['seconds']:>6} s  {one['kept'] or 'nothing found'}")
+        print(f"{one['target']:<12}{one['inputs']:>9} inputs  {one['seconds']:>6} s  {one['input'] or 'nothing found'}")
 
 
 if __name__ == "__main__":

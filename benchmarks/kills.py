@@ -123,9 +123,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further arguments of relicctl pretrain")
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        whole, killed = Run(Path(place) / "whole", told.more), Run(Path(place) / "killed", told.more)
+        whole, killed = Run(Path(place) / "whole", args.more), Run(Path(place) / "killed", args.more)
         began, process = time.monotonic(), whole.start()
         startup = first_new_step(whole, process, 0) or 0.0
         if process.wait() != 0:
@@ -133,7 +133,7 @@ def main() -> None:
         whole_s = time.monotonic() - began
         total = whole.step()
         step_s = (whole_s - startup) / total
-        met = kill_often(killed, told.kills, total, step_s, startup)
+        met = kill_often(killed, args.kills, total, step_s, startup)
         killed.finish()
         again = [kill["step"] - kill["saved"] for kill in met]
         summary = {
@@ -149,7 +149,7 @@ def main() -> None:
             "never_killed_s": round(whole_s, 1),
             "load": os.getloadavg()[0],
         }
-        told.out.write_text(json.dumps({"summary": summary, "kills": met}, indent=1))
+        args.out.write_text(json.dumps({"summary": summary, "kills": met}, indent=1))
         print(json.dumps(summary, indent=2))
 
 

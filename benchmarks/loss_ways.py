@@ -25,7 +25,7 @@ KEYS = {"large": LARGE, "temperature": 0.2, "alpha": 1.0, "beta": 5.0}
 
 
 def gathered(z: Tensor, t: Tensor, picked: Tensor) -> Tensor:
-    """The candidates' vectors of one pair of views side by side, [N, K, D], kept for the backward pass."""
+    """The candidates' vectors of one pair of views side by side, [N, K, D], saved for the backward pass."""
 
     def products(anchors: Tensor, others: Tensor) -> Tensor:
         chosen = others.index_select(0, picked.flatten()).view(*picked.shape, -1)

@@ -101,9 +101,9 @@ def lightly_step(views: torch.Tensor) -> Callable[[], object]:
         update_momentum(encoder, slow_encoder, m=0.99)
         update_momentum(head, slow_head, m=0.99)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            made = [predictor(head(encoder(view))) for view in views]
+            outputs = [predictor(head(encoder(view))) for view in views]
             slow = [slow_head(slow_encoder(view)).detach() for view in views]
-        loss = 0.5 * (criterion(made[0], slow[1]) + criterion(made[1], slow[0]))
+        loss = 0.5 * (criterion(outputs[0], slow[1]) + criterion(outputs[1], slow[0]))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -54,22 +54,22 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=30, help="seconds between two looks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further arguments of relicctl pretrain")
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sets = [part for setting in SMALL for part in ("--set", setting)]
         command = [sys.executable, "-m", "relicctl", "pretrain", "--preset", "demo", "--out", str(run), "--quiet"]
-        child = subprocess.Popen([*command, *sets, *told.more], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen([*command, *sets, *args.more], stdout=subprocess.DEVNULL)
         process, start, seen = psutil.Process(child.pid), time.monotonic(), []
-        while time.monotonic() - start < told.minutes * 60 and child.poll() is None:
-            time.sleep(told.every)
+        while time.monotonic() - start < args.minutes * 60 and child.poll() is None:
+            time.sleep(args.every)
             if child.poll() is None:
                 looked = look(process)
                 seen.append({"s": time.monotonic() - start, **looked, "images": images(run / "metrics.jsonl", 32)})
-                told.out.write_text(json.dumps(seen))
+                args.out.write_text(json.dumps(seen))
         child.send_signal(signal.SIGTERM)
         code = child.wait(120)
-    late = [row for row in seen if row["s"] > told.minutes * 6 and row["images"]]
+    late = [row for row in seen if row["s"] > args.minutes * 6 and row["images"]]
     seconds = np.array([row["s"] for row in late])
     column = {name: np.array([row[name] for row in late], dtype=float) for name in late[0]}
     thirds = np.array_split(np.arange(len(late)), 3)
@@ -87,7 +87,7 @@ def main() -> None:
         "threads": [int(column["threads"].min()), int(column["threads"].max())],
         "images_per_cpu_s_by_thirds": per_cpu_s,
     }
-    told.out.write_text(json.dumps({"summary": summary, "cores": os.cpu_count(), "looks": seen}, indent=1))
+    args.out.write_text(json.dumps({"summary": summary, "cores": os.cpu_count(), "looks": seen}, indent=1))
     print(json.dumps(summary, indent=2))
 
 

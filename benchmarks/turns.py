@@ -29,7 +29,7 @@ def photos() -> ImageDataset:
 
 
 def device_clock() -> float:
-    """Seconds, after the CUDA device has finished what it was told."""
+    """Seconds, after the CUDA device has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -96,14 +96,14 @@ class Hosts:
             str(run),
             "--resume",
         ]
-        told = {
+        settings = {
             "GLOO_SOCKET_IFNAME": f"{CABLE}{host}",
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         log = open(run.parent / f"{run.name}-{host}.log", "a")  # noqa: SIM115
         self.groups[host] = subprocess.Popen(
-            ["ip", "netns", "exec", f"{CABLE}{host}", *command], env=os.environ | told, stdout=log, stderr=log
+            ["ip", "netns", "exec", f"{CABLE}{host}", *command], env=os.environ | settings, stdout=log, stderr=log
         )
 
     def wait(self, limit: float) -> list[int | None]:
@@ -163,18 +163,18 @@ def main() -> None:
     parser.add_argument("--pulled", type=float, default=20, help="seconds without a cable")
     parser.add_argument("--limit", type=float, default=400, help="seconds for a run to end")
     parser.add_argument("--keep", type=Path, help="where runs and logs stay")
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        place = told.keep or Path(temporary)
+        place = args.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
         seen: dict[str, Any] = {}
         for name in ("whole", "cable", "power"):
-            seen[name] = one(place, name, told.pulled, told.limit)
+            seen[name] = one(place, name, args.pulled, args.limit)
             tensors, expected = final(place / name), final(place / "whole")
             same = tensors is not None and expected is not None and tensors.keys() == expected.keys()
             seen[name]["same"] = same and all(torch.equal(tensors[key], expected[key]) for key in expected)
             print(name, seen[name], file=sys.stderr, flush=True)
-        told.out.write_text(json.dumps(seen, indent=1))
+        args.out.write_text(json.dumps(seen, indent=1))
         print(json.dumps(seen, indent=1))
 
 

@@ -48,12 +48,12 @@ def test_stdout_is_one_json_object(capsys):
     assert err == ""
 
 
-def test_every_promised_figure_is_a_number(generated):
+def test_every_promised_metric_is_a_number(generated):
     assert all(isinstance(generated[name], (int, float)) for name in PROMISED)
     assert set(generated["host_stages"]) == {"read", "decode", "crop", "collate"}
 
 
-def test_each_median_says_what_it_is_of(generated):
+def test_each_median_has_its_spread(generated):
     for name in ("host_images_per_s_per_core", "step_images_per_s", "images_per_s", "data_wait"):
         spread = generated["spread"][name]
         assert spread["median"] == generated[name]
@@ -68,7 +68,7 @@ def test_the_parts_outside_the_networks_add_up(generated):
     assert 0 < generated["outside_networks"] < 1
 
 
-def test_without_data_the_hours_are_imagenets_and_it_is_said(generated):
+def test_without_data_hours_are_for_imagenet(generated):
     assert generated["data"] == "generated"
     assert generated["hours"] == pytest.approx(20 * IMAGENET_TRAIN_IMAGES / generated["images_per_s"] / 3600, rel=0.01)
     said = " ".join(generated["assumptions"])
@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_refused(arguments, said, capsys):
     assert said in err
 
 
-def test_generated_images_teach_no_supervised_network():
+def test_generated_images_cannot_train_supervised():
     with pytest.raises(UsageError, match="no labels"):
         bench(resolve_config(sets=["objective=supervised"]), batch=None, repeats=1, quiet=True)
 

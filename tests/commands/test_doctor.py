@@ -46,7 +46,7 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> None:
         (smoke_tests, "decoders loader overfit processes run_folder"),
     ):
         for name in names.split():
-            monkeypatch.setattr(module, f"check_{name}", lambda *told, **more: ok("well"))
+            monkeypatch.setattr(module, f"check_{name}", lambda *args, **more: ok("well"))
 
 
 # ---------------------------------------------------------------- the command
@@ -74,7 +74,7 @@ def test_what_fails_is_named(sound: None, monkeypatch: pytest.MonkeyPatch, capsy
         raise UsageError("It is broken.", "Mend it.")
 
     monkeypatch.setattr(smoke_tests, "check_decoders", broken)
-    monkeypatch.setattr(environment, "check_disk", lambda *told: fail("full.", "Make room."))
+    monkeypatch.setattr(environment, "check_disk", lambda *args: fail("full.", "Make room."))
     assert relicctl(["doctor"]) == 1
     said = capsys.readouterr()
     assert said.out == "disk decoders\n"
@@ -136,7 +136,7 @@ def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("13.0", "", "cuda", "fail"),
     ],
 )
-def test_a_gpu_that_is_not_used_is_told(
+def test_unused_gpu_is_reported(
     monkeypatch: pytest.MonkeyPatch, built: str | None, driver: str, wanted: str, state: str
 ) -> None:
     monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
@@ -232,7 +232,7 @@ def test_shared_memory_must_hold_what_workers_make(
 @pytest.mark.parametrize(
     ("limit", "state"), [((256, 4096), "warn"), ((20000, 20000), "ok"), ((resource.RLIM_INFINITY,) * 2, "ok")]
 )
-def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], state: str) -> None:
+def test_few_open_files_are_reported(monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], state: str) -> None:
     monkeypatch.setattr(environment.resource, "getrlimit", lambda which: limit)
     found = environment.check_open_files()
     assert found.state == state
@@ -264,12 +264,12 @@ def test_the_loader_is_timed(config: PretrainConfig) -> None:
     assert "with 2 cores" in found.message
 
 
-def test_a_slow_host_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoke_tests, "measure_data_loading", lambda *told, repeats: {"all": {"median": 10.0}})
+def test_slow_host_is_reported(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke_tests, "measure_data_loading", lambda *args, repeats: {"all": {"median": 10.0}})
     assert smoke_tests.check_loader(GeneratedPhotos(4, 64, 48), config, 2.0).state == "warn"
 
 
-def test_broken_images_are_told(config: PretrainConfig, tmp_path: Path) -> None:
+def test_broken_images_are_reported(config: PretrainConfig, tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"no image")
@@ -281,7 +281,7 @@ def test_broken_images_are_told(config: PretrainConfig, tmp_path: Path) -> None:
     assert smoke_tests.check_loader(open_dataset(str(tmp_path)), config, 1.0).state == "fail"
 
 
-def test_one_batch_is_learnt_by_heart() -> None:
+def test_one_batch_is_overfitted() -> None:
     found = smoke_tests.check_overfit(open_dataset("shapes:train=64"), CPU)
     assert found.state == "ok", found.message
 
@@ -301,14 +301,14 @@ def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fa
 
 
 @pytest.mark.slow
-def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smoke_tests, "PROCESSES_TIMEOUT", 600)  # a busy machine is no failure
     assert smoke_tests.check_processes(CPU).state == "ok"
 
 
-def test_processes_that_fail_or_hang_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_or_hanging_processes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(code: int, stderr: str) -> Callable[..., Any]:
-        return lambda *told, **more: SimpleNamespace(returncode=code, stderr=stderr)
+        return lambda *args, **more: SimpleNamespace(returncode=code, stderr=stderr)
 
     def hangs(command: list[str], **more: Any) -> Any:
         raise smoke_tests.subprocess.TimeoutExpired(command, more["timeout"])
@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pyte
     assert smoke_tests.check_run_folder(tmp_path).state == "fail"
 
 
-def test_a_step_that_does_not_fit_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_does_not_fit_is_reported(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "get_free_memory", lambda device: 1 << 40)
     assert environment.check_preset_memory(config, CPU).state == "ok"
     monkeypatch.setattr(environment, "get_free_memory", lambda device: 1 << 20)
@@ -346,7 +346,7 @@ def test_a_step_that_does_not_fit_is_told(config: PretrainConfig, monkeypatch: p
     assert "optim.batch_size" in found.fix
 
 
-def test_a_slow_disk_is_told(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
+def test_slow_disk_is_reported(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
     photos = GeneratedPhotos(8)
     assert smoke_tests.check_loader(photos, config, 1).state == "ok"
     read = photos.read

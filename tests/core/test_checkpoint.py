@@ -30,7 +30,7 @@ def write(path, tensors, step=5):
     return path
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path, tensors):
+def test_checkpoint_round_trip_is_bitwise(tmp_path, tensors):
     read, header = checkpoint.load_checkpoint(write(tmp_path / "c.safetensors", tensors))
     assert header == {"step": 5, "facts": {"knn20": 0.5}}
     assert read.keys() == tensors.keys()
@@ -47,7 +47,7 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, keep):
         checkpoint.load_checkpoint(path)
 
 
-def test_any_flipped_bit_of_the_data_is_noticed(tmp_path, tensors):
+def test_any_flipped_bit_is_detected(tmp_path, tensors):
     path = write(tmp_path / "c.safetensors", tensors)
     whole = path.read_bytes()
     start = 8 + struct.unpack("<Q", whole[:8])[0]
@@ -92,7 +92,7 @@ def test_the_newest_whole_checkpoint_is_taken_with_a_warning_for_the_broken_one(
     assert checkpoint.load_newest_valid(tmp_path / "nothing", warnings.append) is None
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
+def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, tensors):
     path = write(tmp_path / "c.safetensors", tensors)
     before = path.read_bytes()
 
@@ -106,7 +106,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, tensors):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path, tensors):
+def test_checkpoint_permissions_follow_the_umask(tmp_path, tensors):
     import os
 
     before = os.umask(0o027)
@@ -117,7 +117,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, tensors):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_prune_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, tensors):
+def test_prune_keeps_the_newest_and_removes_temporaries(tmp_path, tensors):
     for step in (1, 2, 3):
         write(tmp_path / checkpoint.format_checkpoint_name(step), tensors, step)
     (tmp_path / f".{checkpoint.format_checkpoint_name(4)}.123.tmp").write_bytes(b"half")
@@ -129,7 +129,7 @@ def test_prune_keeps_the_newest_and_clears_what_a_kill_left(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_an_optimiser_goes_on_as_if_never_stopped(name):
+def test_restored_optimizer_continues_bitwise(name):
     from relicctl.core.optim import build_optimizer
 
     def steps(optimizer, parameters, count):
@@ -156,7 +156,7 @@ def test_an_optimiser_goes_on_as_if_never_stopped(name):
     assert json.dumps(sorted(saved))  # names are plain text
 
 
-def test_what_the_disk_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
+def test_disk_error_is_not_reported_as_damage(tmp_path, monkeypatch):
     path = tmp_path / checkpoint.format_checkpoint_name(1)
     checkpoint.save_checkpoint(path, {"x": torch.zeros(1)}, {"step": 1})
 

@@ -23,7 +23,7 @@ def test_values_are_pinned():
 
 
 @pytest.mark.parametrize("change", ["seed", "stream", "first", "second", "swap", "fewer"])
-def test_every_part_matters(change):
+def test_draws_depend_on_every_coordinate(change):
     def draw(seed=5, stream=Stream.MASK, *coords):
         return draw_uniform(seed, stream, *(coords or (10, 20)), n=1000)
 

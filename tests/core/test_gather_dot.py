@@ -14,7 +14,7 @@ def example():
     return anchors, others, torch.randint(7, (2, 3, 5, 6), generator=draw)  # rows come several times
 
 
-def test_products_are_those_of_the_matrix_of_all():
+def test_gather_dot_equals_the_full_matrix():
     anchors, others, picked = example()
     matrix = torch.einsum("and,bmd->abnm", anchors, others)
     torch.testing.assert_close(gather_dot(anchors, others, picked), matrix.gather(-1, picked))
@@ -29,7 +29,7 @@ def test_gradients_are_numerically_right():
         assert torch.autograd.gradcheck(gather_dot, inputs)
 
 
-def test_views_and_transposes_are_taken_as_they_come():
+def test_gather_dot_accepts_views_and_transposes():
     anchors, others, picked = example()
     assert torch.equal(
         gather_dot(anchors.mT.contiguous().mT, others, picked.transpose(0, 1).contiguous().transpose(0, 1)),

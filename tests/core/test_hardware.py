@@ -22,11 +22,11 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, tiles, vectors
     assert hardware.pick_precision("auto", torch.device("cpu")) == precision
 
 
-def test_a_torch_without_the_questions_means_fp32(monkeypatch):
+def test_torch_without_cpu_capability_functions_means_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert hardware.pick_precision("auto", torch.device("cpu")) == "fp32"
 
 
-def test_a_precision_that_is_named_stays():
+def test_explicit_precision_is_unchanged():
     assert hardware.pick_precision("bf16", torch.device("cpu")) == "bf16"

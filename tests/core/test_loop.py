@@ -87,7 +87,7 @@ def test_metrics_are_means_over_the_steps_since_the_last_line():
 
 
 @pytest.mark.parametrize("cut", range(3, 20, 3))
-def test_from_any_checkpoint_the_run_goes_on_as_if_never_stopped(cut):
+def test_resume_from_any_checkpoint_is_bitwise(cut):
     """Weights, momentum and metrics; the sums of a log line that the cut fell into as well."""
     whole = Journal()
     task = Line()

@@ -191,7 +191,7 @@ def test_pair_by_pair_equals_all_at_once(monkeypatch, n, invariance):
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "in a group"])
 @pytest.mark.parametrize("device", ["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("invariance", ["transposed", "swapped"])
-def test_fetched_vectors_equal_the_matrix_of_all(monkeypatch, invariance, device, joined):
+def test_gathered_logits_equal_the_full_matrix(monkeypatch, invariance, device, joined):
     online, target = outputs(5, 2, images=8)
     negatives = sample_negatives(5, 2, 8, 8, 3, torch.Generator().manual_seed(3))
 
@@ -264,14 +264,14 @@ def test_two_halves_equal_the_joined_batch(n, invariance):
     assert_same(value_and_gradient((half(0) + half(1)) / 2, online), value_and_gradient(joined, online))
 
 
-def test_as_many_negatives_as_there_are_others_are_all():
+def test_batch_minus_one_negatives_equal_all():
     online, target = outputs(4, 2)
     torch.testing.assert_close(relic(online, target, negatives=4)["loss"], relic(online, target)["loss"])
     drawn = sample_negatives(4, 2, 5, 5, 4, torch.Generator().manual_seed(0))
     torch.testing.assert_close(relic(online, target, negatives=drawn)["loss"], relic(online, target)["loss"])
 
 
-def test_the_generator_decides_the_negatives():
+def test_generator_determines_the_negatives():
     online, target = outputs(4, 2)
 
     def value(seed):
@@ -311,7 +311,7 @@ def test_zero_outputs_give_finite_gradients():
         ({"invariance": "sideways"}, "invariance"),
     ],
 )
-def test_nonsense_is_refused(changes, word):
+def test_invalid_arguments_are_refused(changes, word):
     online, target = outputs(4, 2)
     with pytest.raises(ValueError, match=word):
         relic(online, target, **changes)
@@ -319,7 +319,7 @@ def test_nonsense_is_refused(changes, word):
 
 # 126 of 127 others are drawn by random order, the rest by Floyd's algorithm.
 @pytest.mark.parametrize(("total", "n"), [(64, 10), (12, 11), (128, 126), (2, 1)])
-def test_negatives_are_never_oneself_and_never_twice(total, n):
+def test_negatives_exclude_the_image_itself_and_do_not_repeat(total, n):
     rows = torch.arange(total)
     drawn = sample_negatives(3, 2, total, total, n, torch.Generator().manual_seed(0))
     assert drawn.shape == (3, 2, total, n)

@@ -68,7 +68,7 @@ def test_lars_without_a_gradient_leaves_the_parameter_and_the_gradients_alone():
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_saved_and_restored_goes_on_as_if_never_stopped(name):
+def test_restored_lars_continues_bitwise(name):
     start, gradients, lrs = twenty_steps(np.random.default_rng(1))
     params = [nn.Parameter(torch.from_numpy(p.copy())) for p in start]
 
@@ -87,7 +87,7 @@ def test_saved_and_restored_goes_on_as_if_never_stopped(name):
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_biases_and_batchnorm_are_spared_from_decay(name):
+def test_biases_and_batchnorm_have_no_weight_decay(name):
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
     optimizer = build_optimizer(name, net.named_parameters(), 0.5, 0.9, 0.1)
     decayed, spared = optimizer.param_groups
@@ -110,7 +110,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     assert group["params"][0] is net.weight
 
 
-def test_sgd_and_adamw_are_pytorch_s():
+def test_sgd_and_adamw_equal_pytorch():
     rng = np.random.default_rng(2)
     gradients = [[rng.normal(size=(3, 3))] for _ in range(5)]
     for name, plain in [

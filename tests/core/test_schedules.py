@@ -47,6 +47,6 @@ def test_ema_gamma(gamma0):
     assert compute_ema_gamma(2000, gamma0=gamma0, total_steps=1000) == 1.0
 
 
-def test_both_are_plain_floats():
+def test_schedules_return_python_floats():
     assert type(compute_learning_rate(3, peak=1.0, warmup_steps=2, total_steps=9)) is float
     assert type(compute_ema_gamma(3, gamma0=0.9, total_steps=9)) is float

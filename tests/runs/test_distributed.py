@@ -21,7 +21,7 @@ def run(tmp_path):
         yield run
 
 
-def test_repaired_images_are_accused_no_more(run, tmp_path):
+def test_repaired_images_are_removed_from_the_list(run, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in "abc":
@@ -36,19 +36,19 @@ def test_repaired_images_are_accused_no_more(run, tmp_path):
     assert run.bad_images_path.read_text().splitlines() == ["c.png\tbroken"]
 
 
-def test_what_others_met_is_listed_once_and_counts(run):
+def test_bad_images_of_other_ranks_are_listed_once_and_count(run):
     world, bad = World(0, 2), BadImages(10, 0.25)
-    pool, told = SharedBadImages(bad, run, world), []
+    pool, gathered = SharedBadImages(bad, run, world), []
 
     def tell(mine):
-        told.append(mine)
+        gathered.append(mine)
         return [mine, [["theirs", "cut"]]]
 
     object.__setattr__(world, "all_gather_object", tell)
     bad.add("ours", "cut")
     pool.sync()
     pool.sync()
-    assert told == [[("ours", "cut")], []]
+    assert gathered == [[("ours", "cut")], []]
     assert run.read_bad_images() == {"ours", "theirs"}
     with pytest.raises(DataError, match="3 of 10"):
         bad.add("another", "cut")

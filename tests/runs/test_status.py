@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run", overwrite=False, keep=2)
 
 
-def told(run: RunFolder) -> dict[str, Any]:
+def read_status(run: RunFolder) -> dict[str, Any]:
     return json.loads((run.path / "status.json").read_text())
 
 
@@ -53,28 +53,28 @@ def save(run: RunFolder, step: int) -> None:
     run.save(step, {"x": torch.zeros(1)}, {})
 
 
-# ---------------------------------------------------------------- what it tells
+# ---------------------------------------------------------------- what it shows
 
 
-def test_a_run_from_start_to_end(run: RunFolder) -> None:
+def test_status_follows_a_run_from_start_to_end(run: RunFolder) -> None:
     with run.track_status() as status:
         status.set_total(total=40, steps_per_epoch=10, resume="relicctl pretrain --resume run")
-        first = told(run)
+        first = read_status(run)
         assert (first["state"], first["step"], first["total"], first["last_checkpoint"]) == ("running", 0, 40, None)
         assert (first["pid"], first["resume"]) == (os.getpid(), "relicctl pretrain --resume run")
         assert datetime.fromisoformat(first["updated"]) >= datetime.fromisoformat(first["started"])
         run.write_metrics({"step": 5, "epoch": 0.5, "loss": 1.0, "eta_s": 7.0, "images_per_s": 80.0})
-        assert {k: told(run)[k] for k in ("step", "epoch", "eta_s", "images_per_s")} == {
+        assert {k: read_status(run)[k] for k in ("step", "epoch", "eta_s", "images_per_s")} == {
             "step": 5, "epoch": 0.5, "eta_s": 7.0, "images_per_s": 80.0,
         }  # fmt: skip
         save(run, 6)
-        assert told(run)["last_checkpoint"].endswith("step-00000006.safetensors")
-        assert (told(run)["last_checkpoint_step"], told(run)["step"]) == (6, 6)
-        assert status.wrap_in_state("evaluating", lambda step: told(run)["state"])(7) == "evaluating"
-        assert (told(run)["state"], told(run)["step"]) == ("running", 7)
+        assert read_status(run)["last_checkpoint"].endswith("step-00000006.safetensors")
+        assert (read_status(run)["last_checkpoint_step"], read_status(run)["step"]) == (6, 6)
+        assert status.wrap_in_state("evaluating", lambda step: read_status(run)["state"])(7) == "evaluating"
+        assert (read_status(run)["state"], read_status(run)["step"]) == ("running", 7)
         run.add_bad_image("a.jpg", "broken")
         run.write_metrics({"step": 40, "epoch": 4.0})
-    last = told(run)
+    last = read_status(run)
     assert (last["state"], last["step"], last["epoch"], last["images_skipped"]) == ("done", 40, 4.0, 1)
     assert last["error"] is None
 
@@ -89,15 +89,15 @@ def test_a_run_from_start_to_end(run: RunFolder) -> None:
         (Interrupted("Stopped by a signal.", "Resume."), "stopped", None),
     ],
 )
-def test_every_end_is_told_and_the_error_goes_on(
+def test_status_records_how_a_run_ends_and_raises_the_error(
     run: RunFolder, error: BaseException, state: str, said: str | None
 ) -> None:
     with pytest.raises(type(error)) as raised, run.track_status():
         raise error
     assert raised.value is error
-    assert told(run)["state"] == state
-    assert (told(run)["error"] or "").startswith(said or "")
-    assert (told(run)["error"] is None) == (said is None)
+    assert read_status(run)["state"] == state
+    assert (read_status(run)["error"] or "").startswith(said or "")
+    assert (read_status(run)["error"] is None) == (said is None)
 
 
 @pytest.mark.parametrize(("signal_error", "code"), [(Terminated(), 143), (KeyboardInterrupt(), 130)])
@@ -112,23 +112,23 @@ def test_a_signal_outside_the_loop_says_what_is_saved(run: RunFolder, signal_err
         stop(0)
     assert (early.value.what, early.value.code) == ("Stopped before the first step; nothing was lost.", code)
     assert "go on" in early.value.fix
-    assert told(run)["state"] == "stopped"
+    assert read_status(run)["state"] == "stopped"
     with pytest.raises(Interrupted, match="after step 4 of 4; everything is saved"):
         stop(4)
 
 
-def test_a_run_that_goes_on_begins_where_it_was(run: RunFolder) -> None:
+def test_resumed_run_starts_at_its_checkpoint(run: RunFolder) -> None:
     run.add_bad_image("a.jpg", "broken")
     save(run, 30)
     with run.track_status():
-        now = told(run)
+        now = read_status(run)
     assert (now["step"], now["last_checkpoint_step"], now["images_skipped"]) == (30, 30, 1)
 
 
 # ---------------------------------------------------------------- when it is written
 
 
-def test_steps_without_log_lines_beat_now_and_then(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_is_written_every_half_minute(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     seen = []
@@ -136,7 +136,7 @@ def test_steps_without_log_lines_beat_now_and_then(run: RunFolder, monkeypatch: 
         batches = status.add_heartbeat(Batches())
         assert batches.data_wait_seconds == 0.5
         for batch in batches.iter_from_step(3, 203):
-            seen.append(told(run)["step"])
+            seen.append(read_status(run)["step"])
             assert seen[-1] <= batch
             now[0] += 1.0
     assert sorted(set(seen)) == [3, *range(3 + 30, 203, 30)]
@@ -151,7 +151,7 @@ def test_readers_never_see_half_a_file(run: RunFolder, monkeypatch: pytest.Monke
     assert [path.name for path in run.path.glob(".status*")] == []
 
 
-def test_a_full_disk_is_told_once_and_training_goes_on(
+def test_full_disk_warns_once_and_training_continues(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with run.track_status():
@@ -164,20 +164,20 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
 
 
 def failing(error: OSError) -> Callable[..., None]:
-    def fail(*told: Any) -> None:
+    def fail(*args: Any) -> None:
         raise error
 
     return fail
 
 
-def test_processes_that_write_nothing_write_no_status(tmp_path: Path) -> None:
+def test_only_the_writing_process_writes_status(tmp_path: Path) -> None:
     silent = RunFolder(tmp_path / "run", keep=2, writer=False)
     with silent.track_status() as status:
         status.set_total(total=1, steps_per_epoch=1, resume="")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refused_run_leaves_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deleted_run_leaves_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         with run.track_status():
             run.delete()
@@ -199,7 +199,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-def test_pretrain_keeps_it(tiny: Path, tmp_path: Path) -> None:
+def test_pretrain_writes_status(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert relicctl(["pretrain", "--config", str(tiny), "--out", str(out), "--quiet"]) == 0
     status = json.loads((out / "status.json").read_text())
@@ -208,7 +208,7 @@ def test_pretrain_keeps_it(tiny: Path, tmp_path: Path) -> None:
     assert status["images_per_s"] > 0
 
 
-def test_pretrain_tells_of_a_failure(
+def test_pretrain_records_a_failure(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -239,7 +239,7 @@ sys.meta_path.insert(0, Slow())
 """
 AT_EVALUATION = """
 import relicctl.evaluation.online as during
-def slow(*told): print("now", flush=True); time.sleep(60)
+def slow(*args): print("now", flush=True); time.sleep(60)
 during.OnlineEvaluator.__call__ = slow
 """
 
@@ -248,7 +248,7 @@ during.OnlineEvaluator.__call__ = slow
     ("moment", "number", "code"),
     [("import", signal.SIGTERM, 143), ("import", signal.SIGINT, 130), ("evaluation", signal.SIGTERM, 143)],
 )
-def test_a_signal_before_the_first_step_is_told_so(
+def test_signal_before_the_first_step_is_recorded(
     tiny: Path, tmp_path: Path, moment: str, number: int, code: int
 ) -> None:
     out = tmp_path / "run"
@@ -269,8 +269,8 @@ def test_a_signal_before_the_first_step_is_told_so(
         assert json.loads((out / "status.json").read_text())["state"] == "stopped"
 
 
-def test_children_die_of_sigterm_as_ever() -> None:
-    """A forked worker that is told to end says nothing."""
+def test_child_processes_die_of_sigterm() -> None:
+    """A forked worker that receives SIGTERM prints nothing."""
     script = """
 import os, signal, time
 from relicctl import cli
