@@ -66,10 +66,9 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def _is_amd_cpu() -> bool:
-    try:
+    with suppress(OSError):
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return False
 
 
 def count_elements(tensors: Iterable[Tensor]) -> int:

@@ -226,9 +226,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 def _compute_logits(anchors: Tensor, others: Tensor, indices: Tensor | None) -> Tensor:
     """[a, N, D], [b, M, D] -> [a, b, N, M], a view of one matrix product; or only those of ``indices`` [a, b, N, K]."""
-    if indices is not None:
-        return gather_dot(anchors, others, indices)
-    return torch.einsum("and,bmd->abnm", anchors, others)
+    return torch.einsum("and,bmd->abnm", anchors, others) if indices is None else gather_dot(anchors, others, indices)
 
 
 def _sum_terms(forward: Tensor, reverse: Tensor, first: int | None) -> Tensor:

@@ -54,15 +54,11 @@ def check_decoders() -> CheckResult:
     """Encode an image in every common format, and decode it."""
     ramp = np.linspace(0, 255, 32, dtype=np.uint8)
     picture = np.stack([np.tile(ramp, (32, 1)), np.tile(ramp[:, None], (1, 32)), np.full((32, 32), 128, np.uint8)], -1)
-    wrong = []
     for name, settings in TESTED_FORMATS.items():
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, name, **settings)
-        error = np.abs(decode_rgb(buffer.getvalue()).astype(int) - picture).mean()
-        if error > 3:
-            wrong.append(name)
-    if wrong:
-        return fail(f"{', '.join(wrong)} is decoded wrongly.", "pip install --force-reinstall pillow.")
+        if np.abs(decode_rgb(buffer.getvalue()).astype(int) - picture).mean() > 3:
+            return fail(f"{name} is decoded wrongly.", "pip install --force-reinstall pillow.")
     return ok(f"{', '.join(TESTED_FORMATS)} are read")
 
 
@@ -113,15 +109,12 @@ def check_overfit(source: ImageDataset, device: torch.device) -> CheckResult:
 def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT_STEPS) -> list[float]:
     """Train the real task on one batch of views; return the loss of every step."""
     config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
-    task = PretrainTask(
-        config, Schedule(config, steps, 10 * steps), classes=1, device=device,
-        precision=resolve_precision(config, device),
-    )  # fmt: skip
-    feed = ViewLoader(
-        source, Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE), build_view_plan(config),
-        LoaderConfig(config.seed, device), BadImages(len(source), config.data.max_corrupt_fraction),
-    )  # fmt: skip
-    batch = next(iter(feed.iter_from_step(0, 1)))
+    schedule, precision = Schedule(config, steps, 10 * steps), resolve_precision(config, device)
+    task = PretrainTask(config, schedule, classes=1, device=device, precision=precision)
+    sampler = Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE)
+    bad_images = BadImages(len(source), config.data.max_corrupt_fraction)
+    loader = ViewLoader(source, sampler, build_view_plan(config), LoaderConfig(config.seed, device), bad_images)
+    batch = next(iter(loader.iter_from_step(0, 1)))
     losses = []
     for step in range(steps):
         for group in task.optimizer.param_groups:

@@ -65,11 +65,10 @@ def run_checkpointed(function: Callable[..., Any], module: nn.Module, *inputs: A
     ``function`` runs ``module`` and draws no random numbers; values and gradients are the same. BatchNorm sees the
     batch twice but counts it once in its running statistics.
     """
-    # Compiled code updates the running statistics once by itself, and takes no context.
-    keys: dict[str, Any] = {}
-    if not torch.compiler.is_compiling():
-        keys["context_fn"] = lambda: (nullcontext(), _preserve_running_stats(module))
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **keys)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():  # compiled code updates the running statistics once, and takes no context
+        options["context_fn"] = lambda: (nullcontext(), _preserve_running_stats(module))
+    return checkpoint(function, *inputs, **options)
 
 
 @contextmanager

@@ -56,6 +56,8 @@ def estimate_pretrain(config: PretrainConfig, *, download: bool = False) -> dict
     steps = Sampler(config.seed, images, config.optim.batch_size).steps_per_epoch if images else None
     schedule = Schedule(config, steps or ASSUMED_STEPS_PER_EPOCH)
     networks, precision = outline_networks(config), resolve_precision(config, device)
+    total = schedule.total_steps
+    milestones = {"start": 0, "warmed up": schedule.warmup_steps, "middle": total // 2, "end": total}
     return {
         "parameters": {
             "encoder": count_elements(networks.online["encoder"].parameters()),
@@ -68,7 +70,10 @@ def estimate_pretrain(config: PretrainConfig, *, download: bool = False) -> dict
         "crops_per_image": config.views.large.count + config.views.small.count,
         "steps_per_epoch": steps,
         "total_steps": schedule.last_step if steps else None,
-        "schedule": _compute_milestones(schedule),
+        "schedule": {
+            name: {"lr": schedule.compute_learning_rate(step), "ema": schedule.compute_ema(step)}
+            for name, step in milestones.items()
+        },
         "device": device.type,
         "precision": precision,
         "memory": estimate_step_memory(config, networks, precision, processes),
@@ -76,7 +81,7 @@ def estimate_pretrain(config: PretrainConfig, *, download: bool = False) -> dict
         "disk": {
             "checkpoints": compute_checkpoint_bytes(config, networks),
             "encoder": 4 * count_elements(networks.online["encoder"].state_dict().values()),
-            "metrics": BYTES_PER_METRICS_LINE * (schedule.total_steps // config.runtime.log_every),
+            "metrics": BYTES_PER_METRICS_LINE * (total // config.runtime.log_every),
         },
     }
 
@@ -168,26 +173,19 @@ def _open_training_images(config: PretrainConfig, download: bool) -> tuple[Image
         return None, error.what
 
 
-def _compute_milestones(schedule: Schedule) -> dict[str, dict[str, float]]:
-    """Return learning rate and target decay where they turn."""
-    total = schedule.total_steps
-    milestones = {"start": 0, "warmed up": schedule.warmup_steps, "middle": total // 2, "end": total}
-    return {
-        name: {"lr": schedule.compute_learning_rate(step), "ema": schedule.compute_ema(step)}
-        for name, step in milestones.items()
-    }
-
-
 def _describe_estimate(config: PretrainConfig, estimate: dict[str, Any]) -> dict[str, str]:
     """Return the estimate in words, line by line."""
     views, masks = config.views, estimate["bgmask"]
+    images, per_epoch, steps = (
+        "unknown" if estimate[key] is None else f"{estimate[key]:,}"
+        for key in ("images", "steps_per_epoch", "total_steps")
+    )
     lines = {
         "parameters": ", ".join(f"{name} {size:,}" for name, size in estimate["parameters"].items()),
-        "images": _format_known(estimate["images"], estimate["images_unknown"]),
+        "images": f"{images}: {estimate['images_unknown']}" if estimate["images_unknown"] else images,
         "crops": f"{estimate['crops_per_image']} per image and epoch: {views.large.count} of "
         f"{views.large.size} px, {views.small.count} of {views.small.size} px",
-        "steps": f"{_format_known(estimate['steps_per_epoch'])} per epoch, "
-        f"{_format_known(estimate['total_steps'])} in all",
+        "steps": f"{per_epoch} per epoch, {steps} in all",
     }
     if masks:
         lines["masks"] = (
@@ -201,9 +199,3 @@ def _describe_estimate(config: PretrainConfig, estimate: dict[str, Any]) -> dict
         f"norm and linear layer stores its output; {format_bytes(estimate['free_memory'])} free on {estimate['device']}"
     )
     return lines | {"disk": f"about {format_byte_sum(estimate['disk'])}"}
-
-
-def _format_known(number: int | None, reason: str | None = None) -> str:
-    if number is not None:
-        return f"{number:,}"
-    return f"unknown: {reason}" if reason else "unknown"

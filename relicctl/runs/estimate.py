@@ -72,8 +72,8 @@ def check_memory(what: str, need: int, device: torch.device, advice: str, consol
 
 def format_byte_sum(parts: dict[str, int]) -> str:
     """Return the total and, in brackets, its parts."""
-    parts_text = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    return f"{format_bytes(sum(parts.values()))} ({parts_text})"
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    return f"{format_bytes(sum(parts.values()))} ({listed})"
 
 
 def format_dry_run(resolved: ResolvedConfig, estimate: dict[str, Any], lines: dict[str, str], as_json: bool) -> str:

@@ -99,9 +99,9 @@ class Status:
         """Return the error for a signal that no training loop has handled: it came before the loop or after its end."""
         resume = self._fields["resume"]
         fix = f"Resume with: {resume}" if resume else "Start it again."
-        if self._step == self._start:
-            return Interrupted("Stopped before the first step; nothing was lost.", fix, signum)
         what = f"Stopped after step {self._step} of {self._fields['total']}; everything is saved."
+        if self._step == self._start:
+            what = "Stopped before the first step; nothing was lost."
         return Interrupted(what, fix, signum)
 
     def write_heartbeat(self, step: int | None = None) -> None:
