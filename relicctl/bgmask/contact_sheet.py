@@ -53,14 +53,8 @@ def _build_tiles(images: np.ndarray, maps: np.ndarray, masks: np.ndarray) -> np.
     grey = np.concatenate([maps, mean[:, None], masks[:, None].astype(maps.dtype)], axis=1)
     shown = np.repeat(np.rint(255 * np.nan_to_num(grey))[..., None], 3, axis=-1).astype(np.uint8)
     shown[np.isnan(grey).any(axis=(2, 3))] = MISSING
-    return _resize_tiles(np.concatenate([images[:, None], shown], axis=1))
-
-
-def _resize_tiles(tiles: np.ndarray) -> np.ndarray:
-    """Resize ``[..., S, S, 3]`` to TILE pixels, nearest neighbour."""
-    side = tiles.shape[-2]
-    nearest = ((np.arange(TILE) + 0.5) * side / TILE).astype(np.int64)
-    return tiles[..., nearest, :, :][..., nearest, :]
+    nearest = ((np.arange(TILE) + 0.5) * images.shape[-2] / TILE).astype(np.int64)  # the tiles' pixels in the images
+    return np.asarray(np.concatenate([images[:, None], shown], axis=1)[..., nearest, :, :][..., nearest, :])
 
 
 def _build_mosaic(tiles: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from relicctl.config.resolve import ResolvedConfig
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
+from relicctl.data.datasets.archives import split_spec
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
@@ -54,10 +55,8 @@ class BgmaskData:
 
 def resolve_bgmask_run(resolved: ResolvedConfig, options: TrainingOptions) -> tuple[ResolvedConfig, Path | None]:
     """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
-    if options.resume is None:
-        return resolved, None
-    run = find_run_to_resume(options, resolved.preset, command="train-bgmask")
-    return (resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run) if run is not None else (resolved, None)
+    run = None if options.resume is None else find_run_to_resume(options, resolved.preset, command="train-bgmask")
+    return resolved if run is None else resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run
 
 
 def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
@@ -84,7 +83,7 @@ def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
         masks_for = open_dataset(config.data.mask_data, split="train", download=download)
     truth = None
     if config.data.eval is not None:
-        for spec in (*specs, *([config.data.mask_data] if config.data.mask_data else ())):
+        for spec in filter(None, (*specs, config.data.mask_data)):
             check_no_leak(config.data.eval, spec)
         truth = open_ground_truth(config.data.eval, config.data.max_eval_images, config.seed, download=download)
     return BgmaskData(train, masks_for, truth, all_used and config.data.mask_data is None)
@@ -105,52 +104,42 @@ def resume_bgmask_record(run: Path, resolved: ResolvedConfig, data: BgmaskData, 
     """Return the facts recorded at the start; the precision may change. Raises DataError for other images."""
     record = read_resumable_record(run)
     if record["data_fingerprint"] != data.train.compute_fingerprint():
-        raise DataError(
-            f"The images are not those that {run} was started with.",
-            "Give --data the same images in the same order, or start another run.",
-        )
+        what = f"The images are not those that {run} was started with."
+        raise DataError(what, "Give --data the same images in the same order, or start another run.")
     if resolved.origin["runtime.precision"] != "run":
         record["precision"] = pick_precision(resolved.config.runtime.precision, device)
     return record
 
 
-class GroundTruth(Protocol):
-    """The true masks of ``images``, with the same indices."""
-
-    @property
-    def images(self) -> ImageDataset: ...
-
-    def load_mask(self, index: int) -> np.ndarray:
-        """Return where the object is: bool ``[H, W]``, of the image's size."""
-        ...
-
-
+@dataclass(frozen=True)
 class SyntheticGroundTruth:
     """The masks of the built-in demo data, which are known."""
 
-    def __init__(self, images: ShapesDataset) -> None:
-        self.images = images
+    images: ShapesDataset
 
     def load_mask(self, index: int) -> np.ndarray:
+        """Return where the object is: bool ``[H, W]``, of the image's size."""
         return self.images.load_mask(index)
 
 
+@dataclass(frozen=True)
 class FileGroundTruth:
     """The masks in files: ``masks`` has the one of image ``index`` at ``index``."""
 
-    def __init__(self, images: ImageDataset, masks: ImageDataset) -> None:
-        self.images, self._masks = images, masks
+    images: ImageDataset
+    masks: ImageDataset
 
     def load_mask(self, index: int) -> np.ndarray:
         """Return bool ``[H, W]``. Raises DataError when the file cannot be decoded."""
         try:
-            grey = self._masks.load(index).max(axis=2)
+            grey = self.masks.load(index).max(axis=2)
         except BadImageError as bad:
-            raise DataError(
-                f"The true mask {self._masks.get_name(index)} of {self._masks.spec} cannot be read: {bad.reason}.",
-                "Repair it, or remove it and its image.",
-            ) from None
+            what = f"The true mask {self.masks.get_name(index)} of {self.masks.spec} cannot be read: {bad.reason}."
+            raise DataError(what, "Repair it, or remove it and its image.") from None
         return np.asarray(grey > (127 if grey.max() > 1 else 0))  # white is 255, or 1 in masks saved as class numbers
+
+
+GroundTruth = SyntheticGroundTruth | FileGroundTruth
 
 
 def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool = False) -> GroundTruth:
@@ -163,13 +152,18 @@ def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool =
         shapes = open_dataset(spec, split="val", download=download)
         assert isinstance(shapes, ShapesDataset)
         return SyntheticGroundTruth(shapes.select(_sample_rows(len(shapes), max_images, seed)))
-    images, masks = (_open_part(spec, folder) for folder in (IMAGES, MASKS))
+    try:
+        images, masks = (open_dataset(_make_part_spec(spec, folder)) for folder in (IMAGES, MASKS))
+    except DataError as reason:
+        advice = (
+            f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
+        )
+        raise DataError(reason.what, advice) from None
     rows, mask_rows = _match_masks(images, masks)
     sample = _sample_rows(len(rows), max_images, seed)
     truth = FileGroundTruth(images.select(rows[sample]), masks.select(mask_rows[sample]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
-        for _ in pool.map(lambda index: _check_mask_size(truth, index), range(len(truth.images))):
-            pass
+        list(pool.map(lambda index: _check_mask_size(truth, index), range(len(truth.images))))
     return truth
 
 
@@ -179,33 +173,20 @@ def check_no_leak(truth: str, images: str) -> None:
         return
     masks, folder = _resolve_real_path(_make_part_spec(truth, MASKS)), _resolve_real_path(images)
     if f"{masks}/".startswith(f"{folder}/"):
-        raise DataError(
-            f"{images} holds the true masks of {truth}, which are for evaluation only.",
-            f"Give {_make_part_spec(images, IMAGES)}."
-            if _resolve_real_path(truth) == folder
-            else "Give the images without the masks.",
-        )
+        is_same = _resolve_real_path(truth) == folder
+        fix = f"Give {_make_part_spec(images, IMAGES)}." if is_same else "Give the images without the masks."
+        raise DataError(f"{images} holds the true masks of {truth}, which are for evaluation only.", fix)
 
 
 def _resolve_real_path(spec: str) -> str:
     """Return the real path of a folder, or of one in an archive as if the archive were a folder."""
-    path, folder = (spec, "") if os.path.lexists(spec) or "#" not in spec else spec.rsplit("#", 1)
-    return os.path.normpath(os.path.join(os.path.realpath(os.path.expanduser(path)), folder.strip("/")))
+    path, folder = split_spec(spec)
+    return os.path.normpath(os.path.join(os.path.realpath(path), folder))
 
 
 def _sample_rows(size: int, max_images: int, seed: int) -> np.ndarray:
     """Return int64 ``[min(size, max_images)]``, ascending."""
     return np.sort(permutation(size, seed, Stream.EVAL)[:max_images])
-
-
-def _open_part(spec: str, folder: str) -> ImageDataset:
-    try:
-        return open_dataset(_make_part_spec(spec, folder))
-    except DataError as reason:
-        raise DataError(
-            reason.what,
-            f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes.",
-        ) from None
 
 
 def _make_part_spec(spec: str, folder: str) -> str:
@@ -214,8 +195,11 @@ def _make_part_spec(spec: str, folder: str) -> str:
 
 def _match_masks(images: ImageDataset, masks: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the images and of their masks, int64 ``[N]`` both. Raises DataError if one has none."""
-    stems = {_strip_suffix(masks.get_name(index)): index for index in range(len(masks))}
-    image_stems = [_strip_suffix(images.get_name(index)) for index in range(len(images))]
+    image_stems, mask_stems = (
+        [str(PurePosixPath(dataset.get_name(index)).with_suffix("")) for index in range(len(dataset))]
+        for dataset in (images, masks)
+    )
+    stems = {stem: index for index, stem in enumerate(mask_stems)}
     unmatched = [images.get_name(index) for index, stem in enumerate(image_stems) if stem not in stems]
     if unmatched:
         raise DataError(
@@ -226,15 +210,9 @@ def _match_masks(images: ImageDataset, masks: ImageDataset) -> tuple[np.ndarray,
     if len(masks) > len(images):
         spare = sorted(stems.keys() - set(image_stems))
         example = f", for example {spare[0]}" if spare else ""
-        raise DataError(
-            f"{len(masks) - len(images)} masks in {masks.spec} have no image{example}.",
-            "Remove them, or add their images.",
-        )
+        what = f"{len(masks) - len(images)} masks in {masks.spec} have no image{example}."
+        raise DataError(what, "Remove them, or add their images.")
     return np.arange(len(images)), np.array([stems[stem] for stem in image_stems])
-
-
-def _strip_suffix(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _check_mask_size(truth: FileGroundTruth, index: int) -> None:
@@ -242,13 +220,9 @@ def _check_mask_size(truth: FileGroundTruth, index: int) -> None:
     try:
         height, width = truth.images.load(index).shape[:2]
     except BadImageError as bad:
-        raise DataError(
-            f"The image {name} of {truth.images.spec} cannot be read: {bad.reason}.",
-            "Repair it, or remove it and its mask.",
-        ) from None
+        what = f"The image {name} of {truth.images.spec} cannot be read: {bad.reason}."
+        raise DataError(what, "Repair it, or remove it and its mask.") from None
     mask = truth.load_mask(index)
     if mask.shape != (height, width):
-        raise DataError(
-            f"The true mask of {name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}.",
-            "Give masks of the same size as their images.",
-        )
+        what = f"The true mask of {name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}."
+        raise DataError(what, "Give masks of the same size as their images.")

@@ -8,17 +8,9 @@ from itertools import combinations, repeat
 from typing import Any
 
 import numpy as np
+import py_sod_metrics as sod
 import torch
 from PIL import Image
-from py_sod_metrics import (
-    Emeasure,
-    FmeasureV2,
-    IOUHandler,
-    OverallAccuracyHandler,
-    PrecisionHandler,
-    RecallHandler,
-    Smeasure,
-)
 
 from relicctl.bgmask.data import GroundTruth
 from relicctl.bgmask.images import load_resized_images
@@ -40,7 +32,7 @@ MEAN_METRICS = ("mae", "iou", "accuracy", "s_measure", "e_measure")  # those tha
 CURVE_SIZE = 2 * 256  # numbers: precision and recall at t = 255, 254, ..., 0
 _iou, _accuracy, _precision, _recall = (
     handler(with_dynamic=False, with_adaptive=False)
-    for handler in (IOUHandler, OverallAccuracyHandler, PrecisionHandler, RecallHandler)
+    for handler in (sod.IOUHandler, sod.OverallAccuracyHandler, sod.PrecisionHandler, sod.RecallHandler)
 )
 
 
@@ -93,31 +85,22 @@ def compute_image_metrics(saliency: np.ndarray, mask: np.ndarray) -> np.ndarray:
     saliency = saliency.astype(np.float64)
     foreground = np.count_nonzero(mask)
     count = {"gt": mask, "FG": foreground, "BG": mask.size - foreground}
-    curve = FmeasureV2().dynamically_binarizing(saliency, **count)
-    half = FmeasureV2().get_statistics(saliency > 0.5, **count)
-    emeasure = Emeasure()
+    curve = sod.FmeasureV2().dynamically_binarizing(saliency, **count)
+    half = sod.FmeasureV2().get_statistics(saliency > 0.5, **count)
+    emeasure = sod.Emeasure()
     emeasure.gt_fg_numel, emeasure.gt_size = foreground, mask.size
-    means = {
-        "mae": np.abs(saliency - mask).mean(),
-        "iou": _iou(**half),
-        "accuracy": _accuracy(**half),
-        "s_measure": Smeasure().cal_sm(saliency, mask),
-        "e_measure": emeasure.cal_changeable_em(saliency, mask).mean(),
-    }
     at_half = _precision(**half), _recall(**half)
-    return np.concatenate(
-        [_precision(**curve), _recall(**curve), at_half, [float(means[name]) for name in MEAN_METRICS]]
-    )
+    mae, s_measure = np.abs(saliency - mask).mean(), sod.Smeasure().cal_sm(saliency, mask)
+    e_measure = emeasure.cal_changeable_em(saliency, mask).mean()
+    means = [float(value) for value in (mae, _iou(**half), _accuracy(**half), s_measure, e_measure)]  # MEAN_METRICS
+    return np.concatenate([_precision(**curve), _recall(**curve), at_half, means])
 
 
 def _compute_f_measure(sums: np.ndarray, num_images: int) -> np.ndarray:
     """Return F of precision and recall, ``[2, ...]``, summed over ``num_images`` images."""
     precision, recall = sums / num_images
-    denominator = BETA2 * precision + recall
-    f_measure: np.ndarray = np.divide(
-        (1 + BETA2) * precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0
-    )
-    return f_measure
+    product, total = (1 + BETA2) * precision * recall, BETA2 * precision + recall
+    return np.asarray(np.divide(product, total, out=np.zeros_like(total), where=total > 0))
 
 
 def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:

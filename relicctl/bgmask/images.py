@@ -44,8 +44,8 @@ class InMemoryImages:
 
 def resize_to_square(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the whole image, uint8 ``[H, W, 3]``, to uint8 ``[size, size, 3]`` (antialiased bicubic)."""
-    box = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
-    return np.asarray(crop_on_host(image, box, size)[0])
+    whole = np.array([[0, 0, image.shape[1], image.shape[0]]], dtype=np.int32)
+    return np.asarray(crop_on_host(image, whole, size)[0])
 
 
 def load_resized_images(
@@ -64,8 +64,7 @@ def load_resized_images(
     """
     first, last = world.split_evenly(len(source))[world.rank]
     images = torch.empty(last - first, 3, size, size, dtype=torch.uint8)
-    indices: list[int] = []
-    failed: list[tuple[int, str]] = []
+    indices, failed = list[int](), list[tuple[int, str]]()
     with closing(iter_resized_batches(source, np.arange(first, last), size, batch_size=64, workers=workers)) as decoded:
         for batch in decoded:
             images[len(indices) : len(indices) + len(batch.indices)] = batch.images

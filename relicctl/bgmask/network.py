@@ -23,7 +23,6 @@ from relicctl.version import __version__
 FORMAT = "relicctl-saliency"
 SALIENCY_FILE_NAME = "saliency.safetensors"
 FILE_FIX = "Give a finished run of train-bgmask, or its saliency.safetensors."
-SALIENCY_ARCHITECTURES = (*ENCODERS, "resnet")
 DECODER_CHANNELS = 64
 
 
@@ -47,8 +46,7 @@ class SaliencyNet(nn.Module):
         self.body = build_saliency_net(arch, encoder, hints)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        outputs: list[Tensor] = self.body(x)
-        return outputs
+        return list(self.body(x))
 
 
 def init_saliency_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
@@ -67,10 +65,8 @@ def _init_encoder(model: MaskNetworkConfig) -> ResNet:
         return build_encoder("resnet18")
     encoder = load_encoder(model.init_encoder)
     if vars(encoder)["metadata"].get("objective") == "supervised":
-        raise UsageError(
-            f"{model.init_encoder} was trained with labels, and masks must not depend on any.",
-            "Give --init-from a run of another objective.",
-        )
+        what = f"{model.init_encoder} was trained with labels, and masks must not depend on any."
+        raise UsageError(what, "Give --init-from a run of another objective.")
     return encoder
 
 
@@ -141,9 +137,8 @@ class ResNetU(nn.Module):
             for _ in widths
         )
         self.sides = nn.ModuleList(nn.Conv2d(DECODER_CHANNELS, 1, 1) for _ in widths)
-        self.hints: nn.ModuleList | None = None
-        if hints:
-            self.hints = nn.ModuleList(nn.Conv2d(hints, DECODER_CHANNELS, 3, padding=1, bias=False) for _ in widths)
+        bypass = (nn.Conv2d(hints, DECODER_CHANNELS, 3, padding=1, bias=False) for _ in widths)
+        self.hints = nn.ModuleList(bypass) if hints else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         size = x.shape[-2:]
@@ -180,7 +175,5 @@ def build_saliency_net(arch: str, encoder: ResNet | None = None, hints: int = 0)
     if arch in ENCODERS:
         return U2Net(arch, 3 + hints)
     if arch != "resnet" or encoder is None:
-        raise ValueError(
-            f"arch is one of {', '.join(SALIENCY_ARCHITECTURES)}, and resnet needs an encoder; not {arch!r}"
-        )
+        raise ValueError(f"arch is one of {', '.join(ENCODERS)}, resnet, and resnet needs an encoder; not {arch!r}")
     return ResNetU(encoder, hints)

@@ -43,15 +43,14 @@ class MaskPipeline:
 
     def __init__(self, config: BgmaskConfig, data: BgmaskData, context: RunContext) -> None:
         self._config, self._data, self._context = config, data, context
-        workers = config.runtime.workers
-        self._workers = count_process_cores() if workers == "auto" else workers
+        self._workers = count_process_cores() if config.runtime.workers == "auto" else config.runtime.workers
         self._listed_bad_images = context.run.read_bad_images()
 
     def load_images(self) -> InMemoryImages:
         """Load all training images into memory, resized to squares."""
         source, size = self._data.train, self._config.labels.size
+        bad, world = self._track_bad_images(source), self._context.world
         with self._show_progress("reading", len(source)) as show:
-            bad, world = self._track_bad_images(source), self._context.world
             return load_resized_images(source, size, workers=self._workers, bad=bad, show=show, world=world)
 
     def compute_priors(self) -> PriorCache:
@@ -63,8 +62,7 @@ class MaskPipeline:
         truth = self._data.truth
         if truth is None:
             return None
-        name = f"priors-eval-{truth.images.compute_fingerprint()[:8]}"
-        priors = self._fill_prior_cache(name, truth.images)
+        priors = self._fill_prior_cache(f"priors-eval-{truth.images.compute_fingerprint()[:8]}", truth.images)
         table = StageTable(truth, priors, self._config, self._context, self._workers)
         table.add_priors()
         return table
@@ -73,13 +71,9 @@ class MaskPipeline:
         self, images: InMemoryImages, priors: PriorCache, table: StageTable | None, resume_command: str
     ) -> SaliencyNet:
         """Train the rounds and the final network; each is measured when it is finished."""
+        on_stage_end = table.add_net if table else lambda name, net: None
         return run_self_training(
-            self._config,
-            images,
-            priors,
-            self._context,
-            resume_command=resume_command,
-            on_stage_end=table.add_net if table else lambda name, net: None,
+            self._config, images, priors, self._context, resume_command=resume_command, on_stage_end=on_stage_end
         )
 
     def make_masks(self, net: SaliencyNet, priors: PriorCache) -> None:
@@ -87,22 +81,14 @@ class MaskPipeline:
         path, source, context = self._context.run.path / FILE_NAME, self._data.masks_for, self._context
         if context.world.broadcast_from_main(lambda: self._is_bank_finished(source, self._format_provenance(net))):
             return
-        opened_writer = context.world.run_on_main(
-            lambda: MaskBank.create(path, source, made_by=self._format_provenance(net))
-        )
+        opened = context.world.run_on_main(lambda: MaskBank.create(path, source, made_by=self._format_provenance(net)))
         cached_priors = priors if self._data.masks_for_is_prefix else None
         mask_source = MaskSource(source, self._workers, self._config.labels.size, cached_priors)
-        with opened_writer or nullcontext() as writer:
+        predictor, bad = SaliencyPredictor.from_config(net, self._config, context), self._track_bad_images(source)
+        with opened or nullcontext() as writer:
             start = len(source) - len(writer.find_missing()) if writer else 0
             with self._show_progress("making masks of", len(source), start) as show:
-                write_mask_bank(
-                    SaliencyPredictor.from_config(net, self._config, context),
-                    mask_source,
-                    writer,
-                    context.world,
-                    show=show,
-                    on_bad_image=self._track_bad_images(source).add,
-                )
+                write_mask_bank(predictor, mask_source, writer, context.world, show=show, on_bad_image=bad.add)
 
     def draw_sheet(self, images: InMemoryImages, priors: PriorCache, net: SaliencyNet) -> None:
         """Draw sheet.png: some of the training images, their priors and masks."""
@@ -112,9 +98,8 @@ class MaskPipeline:
         maps[~priors.valid[indices]] = np.nan
         predictor = SaliencyPredictor.from_config(net, self._config, self._context)
         masks = (predictor.predict_with_cache(shown, priors, indices) > self._config.predict.threshold).numpy()
-        contact_sheet.draw_contact_sheet(
-            self._context.run.path / "sheet.png", shown.permute(0, 2, 3, 1).numpy(), maps, masks, PRIOR_NAMES
-        )
+        path, pixels = self._context.run.path / "sheet.png", shown.permute(0, 2, 3, 1).numpy()
+        contact_sheet.draw_contact_sheet(path, pixels, maps, masks, PRIOR_NAMES)
 
     def _is_bank_finished(self, source: ImageDataset, made_by: str) -> bool:
         """Return whether the run has the finished bank of these images.

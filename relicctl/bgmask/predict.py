@@ -125,9 +125,8 @@ def write_mask_bank(
     and makes both calls.
     """
     dataset, options = source.dataset, predictor.options
-    missing = np.array(
-        world.broadcast_from_main(lambda: writer.find_missing().tolist() if writer else []), dtype=np.int64
-    )
+    listed = world.broadcast_from_main(lambda: writer.find_missing().tolist() if writer else [])
+    missing = np.array(listed, dtype=np.int64)
     batches = [missing[first : first + options.batch_size] for first in range(0, len(missing), options.batch_size)]
     local = np.concatenate([missing[:0], *shard(world, batches)])  # cut into the same batches again
     done = len(dataset) - len(missing)

@@ -107,10 +107,8 @@ class PriorCache:
             try:
                 self._write(*(tensor.numpy() for tensor in result.tensors))
             except OSError as reason:
-                raise RunFailed(
-                    f"The file of priors {self.path} cannot be written ({reason.strerror}).",
-                    "Free disk space and use --resume: what was computed is saved.",
-                ) from None
+                what = f"The file of priors {self.path} cannot be written ({reason.strerror})."
+                raise RunFailed(what, "Free disk space and use --resume: what was computed is saved.") from None
             show(int(self.done.sum()), len(self.done))
 
         with closing(_iter_prior_maps(source, shard(world, chunks), self.size, workers)) as results:

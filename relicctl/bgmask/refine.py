@@ -114,10 +114,9 @@ def refine_maps(images: Tensor, maps: Tensor, refine: RefineConfig, threads: int
     The label is the mean of the filtered map and the cut, in which the cut has the weight ``refine.grabcut_weight``.
     """
     soft = normalize_maps(apply_guided_filter(images, maps[:, None], refine.radius, refine.eps)[:, 0])
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    hard = apply_grabcut(
-        pixels, soft.cpu().numpy(), background=refine.bg_threshold, foreground=refine.fg_threshold, threads=threads
-    )
+    pixels, maps_on_cpu = images.permute(0, 2, 3, 1).cpu().numpy(), soft.cpu().numpy()
+    thresholds = {"background": refine.bg_threshold, "foreground": refine.fg_threshold}
+    hard = apply_grabcut(pixels, maps_on_cpu, **thresholds, threads=threads)
     solid = torch.from_numpy(hard).to(soft)
     return RefinedLabels(soft.lerp(solid, refine.grabcut_weight), _compute_soft_iou(soft, solid))
 

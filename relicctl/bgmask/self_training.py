@@ -16,14 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from relicctl.bgmask import network
 from relicctl.bgmask.images import InMemoryImages
-from relicctl.bgmask.network import (
-    SALIENCY_FILE_NAME,
-    SaliencyNet,
-    init_saliency_net,
-    load_saliency_net,
-    save_saliency_net,
-)
+from relicctl.bgmask.network import SaliencyNet, init_saliency_net
 from relicctl.bgmask.predict import SaliencyPredictor
 from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import build_prior_channels
@@ -67,21 +62,20 @@ def run_self_training(
         on_stage_end(stage.name, net)
         if stage.name != "final":
             labels = training.update_labels(stage, labels, net)
-    context.world.broadcast_from_main(lambda: save_saliency_net(context.run.path / SALIENCY_FILE_NAME, net))
+    path = context.run.path / network.SALIENCY_FILE_NAME
+    context.world.broadcast_from_main(lambda: network.save_saliency_net(path, net))
     return net
 
 
 def list_stages(config: BgmaskConfig, num_images: int) -> list[Stage]:
     """Return the trainings of a run on ``num_images`` images, in their order."""
-    stages: list[Stage] = []
-    first = 0
+    rounds = config.self_training.rounds
+    trainings = [(f"round {number + 1}", config.self_training.epochs) for number in range(rounds)]
     steps_per_epoch = _count_training_images(config, num_images) // config.optim.batch_size
-    for number in range(config.self_training.rounds + 1):
-        final = number == config.self_training.rounds
-        epochs = config.optim.epochs if final else config.self_training.epochs
-        last = first + epochs * steps_per_epoch
-        stages.append(Stage(number, "final" if final else f"round {number + 1}", epochs, first, last))
-        first = last
+    stages, first = [], 0
+    for number, (name, epochs) in enumerate([*trainings, ("final", config.optim.epochs)]):
+        stages.append(Stage(number, name, epochs, first, first + epochs * steps_per_epoch))
+        first = stages[-1].last
     return stages
 
 
@@ -162,7 +156,7 @@ class _SelfTraining:
     def load_or_train(self, stage: Stage, labels: SoftLabels) -> SaliencyNet:
         """Return the stage's network: saved by an earlier process, or trained now."""
         try:  # a finished run needs the encoder that it started from no more
-            net = load_saliency_net(self.context.run.path)
+            net = network.load_saliency_net(self.context.run.path)
         except UsageError:
             net = init_saliency_net(self.config, stage.number)
         net.load_state_dict(self._load_or_make(stage.name, lambda: self._train(stage, labels)))
@@ -243,15 +237,6 @@ def _count_training_images(config: BgmaskConfig, num_images: int) -> int:
 
 def _build_augmentation(config: BgmaskConfig) -> MaskAugmentation:
     augment = config.augment
-    photometric = AugmentConfig(
-        hflip_prob=augment.hflip_prob,
-        color_jitter_prob=augment.color_jitter_prob,
-        brightness=augment.brightness,
-        contrast=augment.contrast,
-        saturation=augment.saturation,
-        hue=augment.hue,
-        grayscale_prob=augment.grayscale_prob,
-        blur_prob=(augment.blur_prob, augment.blur_prob),
-        solarize_prob=(0.0, 0.0),
-    )
+    same_names = augment.model_dump(exclude={"scale", "ratio", "blur_prob"})
+    photometric = AugmentConfig(**same_names, blur_prob=(augment.blur_prob,) * 2, solarize_prob=(0.0, 0.0))
     return MaskAugmentation(config.model.size, augment.scale, augment.ratio, photometric)

@@ -35,18 +35,12 @@ def _run_bgmask(
 ) -> dict[str, Any]:
     config, world = resolved.config, session.world
     data = open_bgmask_data(config, options.download, world)
-    out = resumed or options.out
-    if out is None:
-        free_name = world.broadcast_from_main(
-            lambda: str(find_free_name(Path("runs"), resolved.preset or "train-bgmask"))
-        )
-        out = Path(free_name)
+    name = resolved.preset or "train-bgmask"
+    out = resumed or options.out or Path(world.broadcast_from_main(lambda: str(find_free_name(Path("runs"), name))))
     for spec in (*config.data.train, config.data.mask_data):
         check_outside_data(out, spec)
-    if resumed:
-        record = resume_bgmask_record(out, resolved, data, session.device)
-    else:
-        record = make_bgmask_record(resolved, data, session.device)
+    facts = resolved, data, session.device
+    record = resume_bgmask_record(out, *facts) if resumed else make_bgmask_record(*facts)
     total = count_total_steps(config, len(data.train))
     world.get_local_rows(config.optim.batch_size)  # refuses an uneven batch before anything is computed
     if not (out / SALIENCY_FILE_NAME).is_file():  # else all networks are trained

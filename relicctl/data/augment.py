@@ -63,16 +63,17 @@ def load_triton_kernels(device: torch.device) -> ModuleType | None:
         from relicctl.data import augment_triton
 
         images = torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8, device=device)
-        augment_triton.apply(
-            images, draw_augment_params(AugmentConfig(), 0, 0, np.arange(1), 1), IMAGENET_MEAN, IMAGENET_STD
-        )
+        params = draw_augment_params(AugmentConfig(), 0, 0, np.arange(1), 1)
+        augment_triton.apply(images, params, IMAGENET_MEAN, IMAGENET_STD)
     except Exception:
         return None
     return augment_triton
 
 
 def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    x = _to_planes(images)
+    x = images.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    if images.dtype == torch.uint8:
+        x.div_(255.0)
     flat = x.view(-1, *x.shape[2:])  # the same memory, one image after the other
     device = x.device
 
@@ -88,19 +89,12 @@ def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...],
         _apply_to_rows(flat, rows, _apply_jitter, order, strength)
     _apply_to_rows(flat, grayscale, _to_grayscale)
     _apply_to_rows(flat, blur, _apply_blur, table[4].index_select(0, blur))
-    _apply_to_rows(flat, solarize, _solarize)
+    _apply_to_rows(flat, solarize, lambda image: torch.minimum(image, 1.0 - image))
 
     flat.clamp_(0.0, 1.0)
     for plane, centre, scale in zip(flat.unbind(1), mean, std, strict=True):
         plane.sub_(centre).div_(scale)
     return x
-
-
-def _to_planes(images: Tensor) -> Tensor:
-    """Convert to float32 ``[V, B, 3, H, W]`` in [0, 1], contiguous; the images themselves if they are that already."""
-    if images.dtype == torch.uint8:
-        return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    return images.to(torch.float32).contiguous()
 
 
 def _group_jitter(params: AugmentParams) -> list[tuple[list[int], np.ndarray]]:
@@ -162,9 +156,5 @@ JITTER_OPS = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _adjust_
 
 def _to_grayscale(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
-    gray: Tensor = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
-    return gray.expand_as(x)
-
-
-def _solarize(x: Tensor) -> Tensor:
-    return torch.minimum(x, 1.0 - x)
+    grey: Tensor = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    return grey.expand_as(x)

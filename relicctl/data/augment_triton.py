@@ -37,9 +37,8 @@ def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: t
     """Do what ``augment.apply_augmentations`` does: ``images`` are uint8 or float, ``[V, B, 3, H, W]``."""
     (height, width), count = images.shape[-2:], images.shape[0] * images.shape[1]
     pixels, blurred = height * width, np.flatnonzero(params.blur)
-    draws, sigmas = _copy_to_device(
-        [_build_param_table(params).ravel(), params.sigma.ravel()[blurred].astype(np.float32)], images.device
-    )
+    table, sigma = _build_param_table(params).ravel(), params.sigma.ravel()[blurred].astype(np.float32)
+    draws, sigmas = _copy_to_device([table, sigma], images.device)
     (blurred_here,) = _copy_to_device([blurred], images.device)
 
     out = torch.empty(images.shape, device=images.device)

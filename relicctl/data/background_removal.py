@@ -10,10 +10,12 @@ Masks of any shape are scaled to their image by the nearest pixel: the same bits
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,47 +30,40 @@ from relicctl.data.mask_bank import MaskBank
 from relicctl.data.sampler import DrawKey
 
 FillMode = Literal["mean", "gray", "noise"]
-FILL_COLORS: dict[str, np.ndarray] = {
-    "mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8),
-    "gray": np.full(3, 128, np.uint8),
-}
+FILL_COLORS = {"mean": np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8), "gray": np.full(3, 128, np.uint8)}
 PIXEL = np.dtype("V3")  # three bytes as one
 ALPHA_THRESHOLD = 128  # pixels of at least this alpha are foreground
 NOISE_KEY = 1  # separates the noise from the draws of views
 
 
-class MaskSource(Protocol):
+class MaskSource(ABC):
     """Where foreground masks come from."""
 
-    def get_image_source(self, source: ImageDataset) -> ImageSource:
-        """Return what the images are loaded from, with all that ``read`` needs of them."""
-        ...
-
+    @abstractmethod
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         """Return the foreground of sample ``index``: bool ``[h, w]`` of any shape; None without a usable mask.
 
         ``image``: the sample as loaded from ``get_image_source``.
         """
-        ...
+
+    def get_image_source(self, source: ImageDataset) -> ImageSource:
+        """Return what the images are loaded from, with all that ``read`` needs of them."""
+        return source
 
     def select(self, images: list[np.ndarray], indices: Sequence[int]) -> MaskSource:
         """Return masks of images cached decoded: mask i is of sample ``indices[i]``, loaded as ``images[i]``."""
-        ...
+        return _PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
 
 
-class BankMasks:
+class BankMasks(MaskSource):
     """Masks of a bank. ``rows``, int64 ``[N]``: each sample's row there; ``limits``: range of foreground ratios."""
 
     def __init__(self, bank: MaskBank, rows: np.ndarray, limits: tuple[float, float]) -> None:
         self.bank, self.rows, self.limits = bank, rows, limits
 
-    def get_image_source(self, source: ImageDataset) -> ImageSource:
-        return source
-
     def is_usable(self) -> np.ndarray:
         """Return whose foreground lies within the limits: bool ``[N]``."""
-        usable: np.ndarray = _is_within(self.bank.get_foreground_ratio(self.rows), self.limits)
-        return usable
+        return np.asarray(_is_within(self.bank.get_foreground_ratio(self.rows), self.limits))
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         row = int(self.rows[index])
@@ -78,7 +73,7 @@ class BankMasks:
         return BankMasks(self.bank, self.rows[np.asarray(indices)], self.limits)
 
 
-class AlphaMasks:
+class AlphaMasks(MaskSource):
     """Masks from the images' alpha channels; images without one have no mask."""
 
     def __init__(self, limits: tuple[float, float]) -> None:
@@ -93,28 +88,19 @@ class AlphaMasks:
         mask = image[..., 3] >= ALPHA_THRESHOLD
         return mask if _is_within(mask.mean(), self.limits) else None
 
-    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
-        return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
 
-
-class PackedMasks:
+class _PackedMasks(MaskSource):
     """Masks in memory as bits, at their images' shapes."""
 
     def __init__(self, masks: list[np.ndarray | None]) -> None:
-        self._shapes = [None if mask is None else mask.shape for mask in masks]
-        self._bits = [None if mask is None else np.packbits(mask) for mask in masks]
-
-    def get_image_source(self, source: ImageDataset) -> ImageSource:
-        return source
+        self._masks = [None if mask is None else (mask.shape, np.packbits(mask)) for mask in masks]
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
-        shape, bits = self._shapes[index], self._bits[index]
-        if shape is None or bits is None:
+        packed = self._masks[index]
+        if packed is None:
             return None
-        return np.unpackbits(bits, count=shape[0] * shape[1]).view(bool).reshape(shape)
-
-    def select(self, images: list[np.ndarray], indices: Sequence[int]) -> PackedMasks:
-        return PackedMasks([self.read(index, image) for index, image in zip(indices, images, strict=True)])
+        shape, bits = packed
+        return np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
 
 
 class _AlphaImages:
@@ -146,7 +132,7 @@ class BackgroundRemoval:
     def draw_masked_views(self, key: DrawKey, views: int) -> np.ndarray:
         """Draw which large views of B samples get the image without its background: bool ``[B, views]``."""
         uniforms = draw_uniform(key.seed, Stream.MASK, key.epoch, key.samples[:, None], np.arange(views), n=1)
-        return uniforms[..., 0] < self.probability
+        return np.asarray(uniforms[..., 0] < self.probability)
 
     def build_fills(
         self, key: DrawKey, views: int, used: np.ndarray, images: list[np.ndarray]
@@ -172,11 +158,11 @@ class BackgroundRemoval:
         uint8 ``[3]``, or ``[height, width, 3]`` of noise that differs from view to view.
         """
         if self.fill != "noise":
-            return FILL_COLORS[self.fill]
+            return np.asarray(FILL_COLORS[self.fill])
         count = 3 * height * width
         seed = derive_seed(key.seed, Stream.MASK, key.epoch, int(key.samples), view, NOISE_KEY)
-        words = np.random.PCG64(seed).random_raw(-(-count // 8))
-        return np.asarray(words, dtype="<u8").view(np.uint8)[:count].reshape(height, width, 3)
+        words = np.asarray(np.random.PCG64(seed).random_raw(-(-count // 8)), dtype="<u8")
+        return words.view(np.uint8)[:count].reshape(height, width, 3)
 
 
 class BackgroundFill:
@@ -204,9 +190,8 @@ class BackgroundFill:
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the mask at the size of its image: bool ``[height, width]``."""
-    rows, columns = _compute_nearest_indices(height, mask.shape[0]), _compute_nearest_indices(width, mask.shape[1])
-    resized: np.ndarray = mask[rows][:, columns]
-    return resized
+    rows, columns = map(_compute_nearest_indices, (height, width), mask.shape)
+    return np.asarray(mask[rows][:, columns])
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,8 @@ from torch import Tensor
 from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.data.sampler import DrawKey
 
-CropEdit = Callable[[np.ndarray, int, int], None]  # changes a crop's pixels in place; gets its left and top
+# For each crop what changes its pixels in place, if anything does; it gets the crop's left and top.
+CropEdits = Sequence[Callable[[np.ndarray, int, int], None] | None]
 
 CROP_TRIES = 10  # draws before the centred fallback, as in torchvision's RandomResizedCrop
 
@@ -31,14 +32,8 @@ def draw_crop_boxes(
     width / height log-uniform in ``ratio``, the first of ten draws that fits, else the largest centred box of
     valid ratio.
     """
-    u = draw_uniform(
-        key.seed,
-        Stream.GEOMETRY,
-        key.epoch,
-        key.samples[:, None],
-        np.arange(views.start, views.stop),
-        n=2 * CROP_TRIES + 2,
-    )
+    numbers = np.arange(views.start, views.stop)
+    u = draw_uniform(key.seed, Stream.GEOMETRY, key.epoch, key.samples[:, None], numbers, n=2 * CROP_TRIES + 2)
     height, width = sizes.astype(np.int64).T[..., None]
 
     pixels = (height * width)[..., None] * (area[0] + (area[1] - area[0]) * u[..., :CROP_TRIES])
@@ -68,11 +63,7 @@ def make_eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:
 
 
 def crop_on_host(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    size: int,
-    out: np.ndarray | None = None,
-    edits: Sequence[CropEdit | None] | None = None,
+    image: np.ndarray, boxes: np.ndarray, size: int, out: np.ndarray | None = None, edits: CropEdits | None = None
 ) -> np.ndarray:
     """Crop and resize boxes ``[V, 4]`` of an image, uint8 ``[H, W, 3]``: uint8 ``[V, size, size, 3]``, or into ``out``.
 

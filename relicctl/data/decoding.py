@@ -9,17 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# Importing the plugins registers their formats; Pillow would otherwise load every plugin it has to find WebP.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    GifImagePlugin,  # noqa: F401
-    Image,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401
-)
+# Importing a plugin registers its format; Pillow would otherwise load every plugin it has to find these two.
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from relicctl.errors import DataError
 
@@ -85,8 +76,7 @@ def _read_orientation(image: Image.Image) -> int:
     if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
-        orientation: int = image.getexif().get(_ORIENTATION_TAG, 1)
-        return orientation
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata beside sound pixels
         return 1
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,12 +90,8 @@ class ViewLoader:
             for crop, view in zip(self._views.crops, views, strict=True):
                 finished.append(apply_augmentations(view, params[first : first + crop.count]))
                 first += crop.count
-            yield Batch(finished, self._gather_labels(samples))
-
-    def _gather_labels(self, samples: np.ndarray) -> torch.Tensor | None:
-        if self._labels is None:
-            return None
-        return torch.from_numpy(self._labels[samples]).to(self._device, non_blocking=True)
+            labels = None if self._labels is None else torch.from_numpy(self._labels[samples])
+            yield Batch(finished, None if labels is None else labels.to(self._device, non_blocking=True))
 
     # Decoded once, cropped on the device
 
@@ -115,10 +111,8 @@ class ViewLoader:
         if cache == "memory" or not (one_size or strict):
             self._source = CachedImages(images)
         elif not one_size:
-            raise UsageError(
-                "data.cache is device, but the images differ in size.",
-                "Set data.cache to memory, auto or none.",
-            )
+            what = "data.cache is device, but the images differ in size."
+            raise UsageError(what, "Set data.cache to memory, auto or none.")
         else:
             planes = torch.empty(len(images), 3, *images[0].shape[:2], dtype=torch.uint8)
             for row, image in zip(planes, images, strict=True):
@@ -247,10 +241,8 @@ def resolve_cache(cache: str, source: ImageDataset, device: torch.device, masked
         return cache
     images = []
     for index in range(0, len(source), max(1, len(source) // 64)):
-        try:
+        with suppress(BadImageError):
             images.append(source.load(index))
-        except BadImageError:
-            continue
     if not images:
         return "none"
     need = len(source) * sum(image.nbytes for image in images) / len(images) * (25 / 24 if masked else 1)

@@ -65,9 +65,9 @@ class MaskBank:
         self._names, self._rows, self._areas, self._masks = (columns[n] for n in ("names", "rows", "areas", "masks"))
 
     @classmethod
-    def create(cls, path: Path, source: ImageDataset, *, made_by: str, side: int = MASK_SIDE) -> MaskBankWriter:
+    def create(cls, path: Path, source: ImageDataset, *, made_by: str) -> MaskBankWriter:
         """Create a bank for all samples of ``source``, or resume the unfinished one of the same data and maker."""
-        return MaskBankWriter(path, source, made_by, side)
+        return MaskBankWriter(path, source, made_by)
 
     @classmethod
     def open(cls, path: Path) -> MaskBank:
@@ -130,8 +130,7 @@ class MaskBank:
                 f"Name the images as then, or create masks for these: relicctl train-bgmask --resume "
                 f"{shlex.quote(str(self.path.parent))} --masks-for {shlex.quote(source.spec)}",
             )
-        rows: np.ndarray = self._rows[at].astype(np.int64)
-        return rows
+        return np.asarray(self._rows[at], dtype=np.int64)
 
     def load_mask(self, row: int) -> np.ndarray:
         """Load the foreground, resized to a square: bool ``[side, side]``."""
@@ -148,19 +147,15 @@ class MaskBankWriter:
     The file gets its name only when it is complete. Raises RunFailed where it cannot be written.
     """
 
-    def __init__(self, path: Path, source: ImageDataset, made_by: str, side: int) -> None:
-        if side % 8:
-            raise ValueError(f"masks of {side} pixels are no whole bytes")
-        self._path, self._partial_path, self._side = path, path.with_name(path.name + ".part"), side
-        self._layout = make_layout(len(source), side)
-        self._header = {
-            "side": side, "count": len(source), "fingerprint": source.compute_fingerprint(), "made_by": made_by[:1000],
-        }  # fmt: skip
+    def __init__(self, path: Path, source: ImageDataset, made_by: str) -> None:
+        self._path, self._partial_path = path, path.with_name(path.name + ".part")
+        self._layout = make_layout(len(source), MASK_SIDE)
+        self._header: dict[str, Any] = {"side": MASK_SIDE, "count": len(source)}
+        self._header |= {"fingerprint": source.compute_fingerprint(), "made_by": made_by[:1000]}
         self._pending = 0
         try:
-            areas = self._read_unfinished()
-            if areas is None:
-                areas = self._create_file(source)
+            unfinished = self._read_unfinished()
+            areas = self._create_file(source) if unfinished is None else unfinished
             self._file = os.open(self._partial_path, os.O_RDWR)
         except OSError as reason:
             raise self._make_write_error(reason) from None
@@ -173,9 +168,9 @@ class MaskBankWriter:
         self.close()
 
     def write_mask(self, index: int, mask: np.ndarray) -> None:
-        """Write the mask of sample ``index``: bool ``[side, side]``."""
-        if mask.shape != (self._side, self._side) or mask.dtype != bool:
-            raise ValueError(f"a mask is bool [{self._side}, {self._side}], not {mask.dtype} {list(mask.shape)}")
+        """Write the mask of sample ``index``: bool ``[MASK_SIDE, MASK_SIDE]``."""
+        if mask.shape != (MASK_SIDE, MASK_SIDE) or mask.dtype != bool:
+            raise ValueError(f"a mask is bool [{MASK_SIDE}, {MASK_SIDE}], not {mask.dtype} {list(mask.shape)}")
         try:
             self._table.write("masks", index, np.packbits(mask))
             self._table.states[index] = np.count_nonzero(mask)
@@ -206,12 +201,10 @@ class MaskBankWriter:
 
     def _read_unfinished(self) -> np.ndarray | None:
         """Return the areas that an earlier process wrote of the same bank; None if there are none."""
-        try:
+        with suppress(DataError, FileNotFoundError):
             header, layout = _read_bank_header(self._partial_path)
             if all(header.get(name) == value for name, value in self._header.items()):
                 return FORMAT.map_columns(self._partial_path, layout)["areas"].copy()
-        except (DataError, FileNotFoundError):
-            pass
         return None
 
     def _create_file(self, source: ImageDataset) -> np.ndarray:
@@ -222,15 +215,12 @@ class MaskBankWriter:
         return areas
 
     def _finish(self) -> None:
-        crc, sha, at, tables_end = 0, hashlib.sha256(), HEADER_BYTES, self._layout.offsets["masks"]
-        while at < self._layout.end:
-            border = tables_end if at < tables_end else self._layout.end
-            content = os.pread(self._file, min(CHUNK_BYTES, border - at), at)
-            sha.update(content)
-            if at < tables_end:
-                crc = zlib.crc32(content, crc)
-            at += len(content)
-        header = {**self._header, "tables_crc": crc, "sha256": sha.hexdigest()}
+        tables_end = self._layout.offsets["masks"]
+        tables = os.pread(self._file, tables_end - HEADER_BYTES, HEADER_BYTES)
+        sha = hashlib.sha256(tables)
+        for start in range(tables_end, self._layout.end, CHUNK_BYTES):
+            sha.update(os.pread(self._file, CHUNK_BYTES, start))
+        header = {**self._header, "tables_crc": zlib.crc32(tables), "sha256": sha.hexdigest()}
         write_at(self._file, 0, FORMAT.encode_header(header))
         os.fsync(self._file)
         os.replace(self._partial_path, self._path)
@@ -241,19 +231,16 @@ class MaskBankWriter:
             os.close(folder)
 
     def _make_write_error(self, reason: OSError) -> RunFailed:
-        return RunFailed(
-            f"The mask bank {self._path} could not be written ({reason.strerror or reason}).",
-            "Free disk space or choose another folder, then use --resume: masks written so far are saved.",
-        )
+        what = f"The mask bank {self._path} could not be written ({reason.strerror or reason})."
+        fix = "Free disk space or choose another folder, then use --resume: masks written so far are saved."
+        return RunFailed(what, fix)
 
 
 def _hash_names(source: ImageDataset) -> np.ndarray:
     """Return a hash of every sample's name, in the order of ``source``: bytes ``[N]`` of 16."""
     namespace = source.namespace.encode() + b"\0"
-    digests = (
-        hashlib.blake2b(namespace + source.get_name(index).encode(), digest_size=NAME_BYTES).digest()
-        for index in range(len(source))
-    )
+    names = (namespace + source.get_name(index).encode() for index in range(len(source)))
+    digests = (hashlib.blake2b(name, digest_size=NAME_BYTES).digest() for name in names)
     return np.frombuffer(b"".join(digests), f"S{NAME_BYTES}")
 
 

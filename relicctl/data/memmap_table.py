@@ -83,9 +83,8 @@ class TableFormat:
             version, length, crc = numbers if len(numbers) == 3 else (None, *numbers, None)
             text = file.read(min(length, MAX_HEADER_BYTES))
         if version is not None and self.version is not None and version > self.version:
-            raise DataError(
-                f"{path} was written by a newer relicctl (version {version}).", "Update relicctl to read it."
-            )
+            what = f"{path} was written by a newer relicctl (version {version})."
+            raise DataError(what, "Update relicctl to read it.")
         try:
             if len(text) != length or crc not in (None, zlib.crc32(text)) or version == 0:
                 raise ValueError
@@ -110,8 +109,8 @@ class TableFormat:
         """Map the columns, ``[count, *shape]`` each, read-only. Raises DataError if the file is not of that size."""
         content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
         if len(content) != layout.end:
-            problem = f"is cut short or too long ({len(content):,} bytes, not {layout.end:,})"
-            raise self.make_corrupt_error(path, problem)
+            sizes = f"{len(content):,} bytes, not {layout.end:,}"
+            raise self.make_corrupt_error(path, f"is cut short or too long ({sizes})")
         columns = {}
         for name, column in layout.columns.items():
             start = layout.offsets[name]

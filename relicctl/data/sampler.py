@@ -32,15 +32,12 @@ class Sampler:
 
     def __init__(self, seed: int, size: int, batch_size: int) -> None:
         if batch_size < 1:
-            raise UsageError(
-                f"The batch size is {batch_size}, but a batch holds at least one image.",
-                "Set optim.batch_size to a positive number.",
-            )
+            what = f"The batch size is {batch_size}, but a batch holds at least one image."
+            raise UsageError(what, "Set optim.batch_size to a positive number.")
         if batch_size > size:
-            raise UsageError(
-                f"The batch of {batch_size} images is larger than the data set of {size}.",
-                f"Set optim.batch_size to at most {size}, or give more images." if size > 1 else "Give more images.",
-            )
+            what = f"The batch of {batch_size} images is larger than the data set of {size}."
+            fix = f"Set optim.batch_size to at most {size}, or give more images." if size > 1 else "Give more images."
+            raise UsageError(what, fix)
         self.seed, self.size, self.batch_size = seed, size, batch_size
         self.steps_per_epoch = size // batch_size
         self._cached_permutation: tuple[int, np.ndarray] | None = None

@@ -16,12 +16,8 @@ from relicctl.bgmask.priors.mr import compute_mr
 from relicctl.bgmask.priors.rbd import compute_rbd
 from relicctl.bgmask.priors.superpixels import Superpixels, segment_superpixels
 
-PRIORS: dict[str, Callable[[Superpixels], np.ndarray]] = {
-    "rbd": compute_rbd,
-    "mc": compute_mc,
-    "dsr": compute_dsr,
-    "mr": compute_mr,
-}
+PRIORS: dict[str, Callable[[Superpixels], np.ndarray]]
+PRIORS = {"rbd": compute_rbd, "mc": compute_mc, "dsr": compute_dsr, "mr": compute_mr}
 PRIOR_NAMES = tuple(PRIORS)
 MAX_LONG_SIDE = 200  # pixels; larger images are shrunk first: 200 superpixels need no more
 UNDECIDED = 128  # of 255

@@ -33,9 +33,8 @@ def compute_rbd(superpixels: Superpixels) -> np.ndarray:
     if not np.isfinite(foreground).all():
         return foreground
     foreground[foreground < threshold_otsu(foreground)] = 0.0  # type: ignore[no-untyped-call]
-    return normalize_min_max(
-        optimize_saliency(BACKGROUND_WEIGHT * background, foreground, compute_smoothness_weights(superpixels))
-    )
+    smoothness = compute_smoothness_weights(superpixels)
+    return normalize_min_max(optimize_saliency(BACKGROUND_WEIGHT * background, foreground, smoothness))
 
 
 def compute_boundary_connectivity(superpixels: Superpixels) -> np.ndarray:

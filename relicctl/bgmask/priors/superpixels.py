@@ -80,16 +80,9 @@ def segment_superpixels(image: np.ndarray) -> Superpixels:
     """Segment ``image``, uint8 ``[H, W, 3]``, a few hundred pixels wide, by SLIC (Achanta et al., 2012)."""
     height, width = image.shape[:2]
     lab = rgb2lab(image)
-    labels = slic(
-        lab,
-        n_segments=get_num_superpixels(height * width),
-        compactness=COMPACTNESS,
-        max_num_iter=ITERATIONS,
-        sigma=BLUR_SIGMA,
-        convert2lab=False,
-        start_label=0,
-    ).astype(np.int32)
-    return build_superpixels(labels, image, lab)
+    count = get_num_superpixels(height * width)
+    labels = slic(lab, count, COMPACTNESS, ITERATIONS, BLUR_SIGMA, convert2lab=False, start_label=0)
+    return build_superpixels(labels.astype(np.int32), image, lab)
 
 
 def get_num_superpixels(pixels: int) -> int:

@@ -78,17 +78,13 @@ class Folder:
             if _is_directory(entry):
                 yield from self._walk(name, enclosing | {identity})
             elif usable := normalize_image_name(name):
-                yield from self._iter_file(usable, entry)
-
-    @staticmethod
-    def _iter_file(name: str, entry: os.DirEntry[str]) -> Iterator[tuple[str, Member]]:
-        try:
-            found = entry.stat()
-        except OSError:  # a link to nowhere: reading it says so
-            yield name, Member(0, 0, 0)
-        else:
-            if stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
-                yield name, Member(0, found.st_size, found.st_size)
+                try:
+                    found = entry.stat()
+                except OSError:  # a link to nowhere: reading it says so
+                    yield usable, Member(0, 0, 0)
+                    continue
+                if stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
+                    yield usable, Member(0, found.st_size, found.st_size)
 
     def read(self, name: bytes, member: Member) -> bytes:
         _check_size(member)
@@ -181,8 +177,8 @@ class Zip(Archive):
         header = self._read_bytes(member.offset, _LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
             raise BadImageError("its entry in the archive is damaged")
-        lengths: tuple[int, ...] = _LOCAL_HEADER.unpack(header)
-        return member.offset + len(header) + sum(lengths)
+        name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        return int(member.offset + len(header) + name_length + extra_length)
 
 
 def open_container(path: str) -> Container:
@@ -197,10 +193,8 @@ def open_container(path: str) -> Container:
             head = file.read(tarfile.BLOCKSIZE)
     for magic, name in _COMPRESSION_MAGIC.items():
         if head.startswith(magic):
-            raise DataError(
-                f"{path} is compressed with {name}, so the images in it cannot be read in place.",
-                "Decompress it and give the plain .tar; compression does not make JPEG smaller.",
-            )
+            what = f"{path} is compressed with {name}, so the images in it cannot be read in place."
+            raise DataError(what, "Decompress it and give the plain .tar; compression does not make JPEG smaller.")
     is_tar = head[257:262] == b"ustar" or path.lower().endswith(".tar")
     return (Tar if is_tar else Zip)(path, (found.st_size, found.st_mtime_ns))
 
@@ -211,9 +205,8 @@ def convert_os_errors(path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise DataError(
-            f"{path} cannot be read: permission denied.", "Change its permissions, for example chmod -R u+rX."
-        ) from error
+        fix = "Change its permissions, for example chmod -R u+rX."
+        raise DataError(f"{path} cannot be read: permission denied.", fix) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
 
@@ -253,10 +246,9 @@ def _make_member(offset: int, stored: int, size: int, method: int = _STORED, crc
 
 
 def _check_size(member: Member) -> None:
-    if not 0 <= max(member.compressed_size, member.size) <= MAX_FILE_BYTES:
-        raise BadImageError(
-            f"claims {max(member.compressed_size, member.size)} bytes, more than the {MAX_FILE_BYTES} allowed"
-        )
+    claimed = max(member.compressed_size, member.size)
+    if not 0 <= claimed <= MAX_FILE_BYTES:
+        raise BadImageError(f"claims {claimed} bytes, more than the {MAX_FILE_BYTES} allowed")
 
 
 def _inflate(data: bytes, size: int) -> bytes:
@@ -272,20 +264,22 @@ def _inflate(data: bytes, size: int) -> bytes:
 
 
 def _make_damaged_error(path: str) -> DataError:
-    return DataError(
-        f"{path} is no zip or tar archive, or a damaged one.",
-        "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again.",
-    )
+    what = f"{path} is no zip or tar archive, or a damaged one."
+    fix = "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again."
+    return DataError(what, fix)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split PATH or PATH#FOLDER into the path and the folder, "" for all."""
+    path, _, folder = (spec, "", "") if "#" not in spec or os.path.lexists(spec) else spec.rpartition("#")
+    return os.path.expanduser(path), folder.strip("/")
 
 
 class FileReader:
     """Files of any kind in the folder or archive that ``spec`` names, as in data sources: PATH or PATH#FOLDER."""
 
     def __init__(self, spec: str) -> None:
-        path, folder = spec, ""
-        if "#" in spec and not os.path.lexists(spec):
-            path, _, folder = spec.rpartition("#")
-        self._path, self._folder = os.path.expanduser(path), folder.strip("/")
+        self._path, self._folder = split_spec(spec)
         if not os.path.exists(self._path):
             raise DataError(f"There is no folder or archive '{self._path}'.", "Check the path.")
         self._container = open_container(self._path)

@@ -124,8 +124,7 @@ class FileDataset(ImageDataset):
     def read(self, index: int) -> bytes:
         name = self._names.get_raw_name(index)
         place, *fields = self._members[index].tolist()
-        data: bytes = self._containers[place].read(name[self._prefix_lengths[place] :], Member(*fields))
-        return data
+        return self._containers[int(place)].read(name[self._prefix_lengths[place] :], Member(*fields))
 
     def size(self, index: int) -> int:
         return int(self._members[index, 1 + Member._fields.index("size")])
@@ -169,9 +168,8 @@ class ConcatDataset(ImageDataset):
         """Return the SHA-256 (hex) over the data sets' fingerprints in their order; of splits over their samples."""
         if self._splits:
             return super().compute_fingerprint()
-        return hashlib.sha256(
-            "\n".join(dataset.compute_fingerprint() for dataset in self.datasets).encode()
-        ).hexdigest()
+        fingerprints = "\n".join(dataset.compute_fingerprint() for dataset in self.datasets)
+        return hashlib.sha256(fingerprints.encode()).hexdigest()
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the place of the data set that holds sample ``index``, and its index there."""
@@ -204,4 +202,5 @@ class PackedNames:
         """Return the name as the file system or archive spells it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._blob[self._ends[index] : self._ends[index + 1]]
+        start, end = self._ends[index : index + 2].tolist()
+        return self._blob[start:end]

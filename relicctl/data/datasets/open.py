@@ -16,27 +16,18 @@ import os
 import posixpath
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from relicctl.data.datasets.archives import Container, Folder, Member, convert_os_errors, open_container
+from relicctl.data.datasets.archives import Container, Folder, Member, convert_os_errors, open_container, split_spec
 from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames
 from relicctl.data.decoding import IMAGE_EXTENSIONS
 from relicctl.errors import DataError
 
 MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
-SPLIT_NAMES = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "testing",
-    "unlabeled",
-    "unlabelled",
-}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -58,10 +49,8 @@ def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.
     if SPLIT_NAMES.issuperset(map(str.lower, classes)):
         first = min(classes, key=lambda name: not name.lower().startswith("train"))
         inner = f"{enclosing}/{first}" if enclosing else first
-        raise DataError(
-            f"The folders of {spec} are splits, not classes: {', '.join(classes)}.",
-            f"Name one of them, for example {spec}#{inner}.",
-        )
+        what = f"The folders of {spec} are splits, not classes: {', '.join(classes)}."
+        raise DataError(what, f"Name one of them, for example {spec}#{inner}.")
     number = {name: label for label, name in enumerate(classes)}
     return tuple(classes), np.array([number[folder] for folder in folders], dtype=np.int64)
 
@@ -119,7 +108,7 @@ def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = F
 
 def _open_files(spec: str) -> FileDataset:
     texts = [spec] if os.path.lexists(spec) else expand_braces(spec)
-    places = list(dict.fromkeys(map(_parse_path, texts)))
+    places = list(dict.fromkeys(map(split_spec, texts)))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
     images: dict[str, tuple[str, int, Member]] = {}  # by name; of two members with one name the later counts
@@ -131,13 +120,6 @@ def _open_files(spec: str) -> FileDataset:
     classes, labels = infer_classes([images[name][0] for name in names], spec)
     members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
     return FileDataset(spec, containers, PackedNames(names), members, classes, labels)
-
-
-def _parse_path(text: str) -> tuple[str, str]:
-    path, folder = text, ""
-    if "#" in text and not os.path.lexists(text):
-        path, _, folder = text.rpartition("#")
-    return os.path.expanduser(path), folder.strip("/")
 
 
 def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
@@ -157,55 +139,43 @@ def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str,
     if folder and isinstance(container, Folder):
         inner = os.path.join(path, folder)
         if not os.path.isdir(inner):
-            raise _make_missing_folder_error(path, folder, _list_folders(path))
+            with convert_os_errors(path), os.scandir(path) as listing:
+                folders = sorted(entry.name for entry in listing if os.path.isdir(entry.path))
+            raise _make_missing_folder_error(path, folder, folders)
         container = Folder(inner)
     entries = list(container.iter_images())
     if folder and not isinstance(container, Folder):
         start = folder + "/"
         inside = [(name[len(start) :], member) for name, member in entries if name.startswith(start)]
         if entries and not inside:
-            folders = {str(parent) for name, _ in entries for parent in PurePosixPath(name).parents}
-            raise _make_missing_folder_error(path, folder, sorted(folders - {"."}))
+            parents = {str(parent) for name, _ in entries for parent in PurePosixPath(name).parents}
+            raise _make_missing_folder_error(path, folder, sorted(parents - {"."}))
         entries = inside
     if not entries:
         empty = isinstance(container, Folder) and not os.listdir(container.path)
-        raise DataError(
-            f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}.",
-            f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.",
-        )
+        what = f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}."
+        raise DataError(what, f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.")
     return container, entries
-
-
-def _list_folders(path: str) -> list[str]:
-    with convert_os_errors(path), os.scandir(path) as listing:
-        return sorted(entry.name for entry in listing if os.path.isdir(entry.path))
 
 
 def _make_missing_path_error(path: str) -> DataError:
     folder, name = os.path.split(path.rstrip("/"))
-    try:
+    near: list[str] = []
+    with suppress(OSError):
         near = difflib.get_close_matches(name, os.listdir(folder or "."))
-    except OSError:
-        near = []
-    return DataError(
-        f"There is no folder or archive '{path}'.",
-        "Check the path" + (f"; near it are {', '.join(near)}." if near else "."),
-    )
+    fix = f"Check the path; near it are {', '.join(near)}." if near else "Check the path."
+    return DataError(f"There is no folder or archive '{path}'.", fix)
 
 
 def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:
     near = difflib.get_close_matches(folder, folders) or folders[:5]
-    return DataError(
-        f"{path} has no folder {folder}.",
-        f"Name one that holds images, such as {', '.join(near)}." if near else f"Give {path} alone.",
-    )
+    fix = f"Name one that holds images, such as {', '.join(near)}." if near else f"Give {path} alone."
+    return DataError(f"{path} has no folder {folder}.", fix)
 
 
 def join_spec(spec: str, folder: str) -> str:
     """Return the spec of ``folder`` within the data that ``spec`` names."""
-    if not folder:
-        return spec
-    return f"{spec}{'/' if '#' in spec else '#'}{folder}"
+    return f"{spec}{'/' if '#' in spec else '#'}{folder}" if folder else spec
 
 
 def parse_first_words(content: bytes) -> list[str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +26,15 @@ from relicctl.errors import DataError
 VERSION = 1  # raise it when any image changes: the fingerprint holds it
 IMAGE_DRAWS, BACKGROUND_DRAWS = 0, 1  # what the numbers of a draw are for
 BACKGROUNDS = ("random", "matched", "swapped")
+# What a setting may be: in words, and as a test.
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("a whole number of pixels from 16 to 512", lambda value: 16 <= value <= 512),
+    "train": ("a number of images from 1 to 10,000,000", lambda value: 1 <= value <= 10_000_000),
+    "val": ("a number of images from 1 to 10,000,000", lambda value: 1 <= value <= 10_000_000),
+    "seed": ("a whole number from 0 on", lambda value: value >= 0),
+    "correlation": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "backgrounds": (" or ".join(BACKGROUNDS), lambda value: value in BACKGROUNDS),
+}
 
 
 @dataclass(frozen=True)
@@ -43,44 +53,19 @@ class ShapesSpec:
         """Read ``shapes`` or ``shapes:key=value,...``. Raises DataError for anything else."""
         _, _, settings = spec.partition(":")
         defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
-        values = {}
+        values: dict[str, Any] = {}
         for setting in filter(None, settings.split(",")):
             key, _, text = setting.partition("=")
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1) or list(defaults)
                 raise DataError(f"The demo data have no setting {key!r}.", f"Use {', '.join(near)}.")
-            try:
+            allowed, is_valid = ALLOWED[key]
+            values[key] = text
+            with suppress(ValueError):
                 values[key] = type(defaults[key])(text)
-            except ValueError:
-                raise _make_setting_error(key, text) from None
-        parsed = cls(**values)
-        parsed._check()
-        return parsed
-
-    def _check(self) -> None:
-        valid = {
-            "size": 16 <= self.size <= 512,
-            "train": 1 <= self.train <= 10_000_000,
-            "val": 1 <= self.val <= 10_000_000,
-            "seed": self.seed >= 0,
-            "correlation": 0 <= self.correlation <= 1,
-            "backgrounds": self.backgrounds in BACKGROUNDS,
-        }
-        for key, is_valid in valid.items():
-            if not is_valid:
-                raise _make_setting_error(key, getattr(self, key))
-
-
-def _make_setting_error(key: str, value: object) -> DataError:
-    allowed = {
-        "size": "a whole number of pixels from 16 to 512",
-        "train": "a number of images from 1 to 10,000,000",
-        "val": "a number of images from 1 to 10,000,000",
-        "seed": "a whole number from 0 on",
-        "correlation": "a number from 0 to 1",
-        "backgrounds": " or ".join(BACKGROUNDS),
-    }
-    return DataError(f"The demo data cannot have {key}={value}.", f"Give {key} {allowed[key]}.")
+            if type(values[key]) is not type(defaults[key]) or not is_valid(values[key]):
+                raise DataError(f"The demo data cannot have {key}={values[key]}.", f"Give {key} {allowed}.")
+        return cls(**values)
 
 
 class ShapesDataset(ImageDataset):
@@ -133,14 +118,9 @@ class ShapesDataset(ImageDataset):
         kinds = len(CLASSES)
         wrong = (self.labels + 1 + (other * (kinds - 1)).astype(np.int64)) % kinds
         if self.split == "train":
-            ids: np.ndarray = np.where(which < self.settings.correlation, self.labels, wrong)
-            return ids
-        choices: dict[str, np.ndarray] = {
-            "random": (other * kinds).astype(np.int64),
-            "matched": self.labels,
-            "swapped": wrong,
-        }
-        return choices[self.settings.backgrounds]
+            return np.where(which < self.settings.correlation, self.labels, wrong)
+        choices = {"random": (other * kinds).astype(np.int64), "matched": self.labels, "swapped": wrong}
+        return np.asarray(choices[self.settings.backgrounds])
 
     def _draw_uniforms(self, rows: np.ndarray, purpose: int, n: int) -> np.ndarray:
         split = 0 if self.split == "train" else 1

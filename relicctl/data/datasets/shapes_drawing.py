@@ -33,9 +33,8 @@ def render_image(uniforms: Array, kind: int, background: int, size: int) -> tupl
     texture = TEXTURES[background](s * scale + uniform(0, 9), t * scale + uniform(0, 9), noise)
     tint = background / len(TEXTURES) + uniform(-0.075, 0.075)
     saturation, value, contrast = uniform(0.15, 0.35), uniform(0.4, 0.7), uniform(0.05, 0.13)
-    canvas = _blend(
-        _make_rgb(tint, saturation, value - contrast), _make_rgb(tint, saturation, value + contrast), texture
-    )
+    darker, lighter = (_make_rgb(tint, saturation, value + sign * contrast) for sign in (-1, 1))
+    canvas = _blend(darker, lighter, texture)
     for _ in range(3):  # small things that lie about
         p, q = _rotate(x + uniform(-1, 1), y + uniform(-1, 1), uniform(0, np.pi))
         blot = _compute_box(p, q, 0, 0, uniform(0.03, 0.08), uniform(0.03, 0.15))
@@ -45,10 +44,8 @@ def render_image(uniforms: Array, kind: int, background: int, size: int) -> tupl
     radius, stretch, mirror = uniform(0.55, 0.95), uniform(0.9, 1.1), -1 if uniform() < 0.5 else 1
     u, v = _rotate(x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3), uniform(-np.pi / 2, np.pi / 2))
     distance, tone = OBJECTS[CLASSES[kind]](u * (mirror * stretch / radius), v / (radius * stretch), uniform())
-    dark, light = (
-        _make_rgb(uniform(), uniform(0.2, 0.9), uniform(0.1, 0.35)),
-        _make_rgb(uniform(), uniform(0, 0.6), uniform(0.8, 1)),
-    )
+    dark = _make_rgb(uniform(), uniform(0.2, 0.9), uniform(0.1, 0.35))
+    light = _make_rgb(uniform(), uniform(0, 0.6), uniform(0.8, 1))
     ground, pattern = (dark, light) if uniform() < 0.5 else (light, dark)
     cover = _compute_coverage(distance * radius, size)
     canvas = _blend(canvas, _blend(ground, pattern, tone), cover)
@@ -67,8 +64,7 @@ class _UniformStream:
         self._rest = iter(uniforms.tolist())
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        number: float = next(self._rest)
-        return low + (high - low) * number
+        return float(low + (high - low) * next(self._rest))
 
     def draw_lattice(self, knots: int) -> Array:
         return np.array(list(islice(self._rest, knots * knots)), dtype=np.float32).reshape(knots, knots)
@@ -81,13 +77,11 @@ def _rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 def _compute_coverage(distance: Array, size: int) -> Array:
     """Compute how much of each pixel lies within an outline, from the signed distance to it."""
-    coverage: Array = np.clip(0.5 - distance * (size / 2), 0, 1)
-    return coverage
+    return np.clip(0.5 - distance * (size / 2), 0, 1)
 
 
 def _blend(a: Array, b: Array, t: Array) -> Array:
-    blended: Array = a + (b - a) * t
-    return blended
+    return np.asarray(a + (b - a) * t)
 
 
 def _make_rgb(hue: float, saturation: float, value: float) -> Array:
@@ -105,15 +99,13 @@ def _make_grid(size: int) -> tuple[Array, Array]:
 def _upsample_lattice(knots: Array, size: int) -> Array:
     """Stretch a lattice ``[k, k]`` over the image by linear interpolation."""
     weights = _make_interpolation(size, len(knots))
-    upsampled: Array = weights @ knots @ weights.T
-    return upsampled
+    return np.asarray(weights @ knots @ weights.T)
 
 
 @lru_cache
 def _make_interpolation(size: int, knots: int) -> Array:
     at = np.linspace(0, knots - 1, size)[:, None] - np.arange(knots)
-    weights: Array = np.maximum(0, 1 - np.abs(at)).astype(np.float32)
-    return weights
+    return np.asarray(np.maximum(0, 1 - np.abs(at)), dtype=np.float32)
 
 
 # Objects. Each is a function of its coordinates (u to the right, v down, about 1 from centre to rim) and
@@ -150,9 +142,8 @@ def _make_wheel(u: Array, v: Array, a: float) -> tuple[Array, Array]:
 def _make_flower(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     petals = 5 + int(a * 3)
-    return (radius - 0.68 - 0.25 * np.cos(petals * angle)) * 0.7, np.maximum(
-        _make_soft_mask(radius - 0.3), radius * 0.5 - 0.1
-    )
+    tone = np.maximum(_make_soft_mask(radius - 0.3), radius * 0.5 - 0.1)
+    return (radius - 0.68 - 0.25 * np.cos(petals * angle)) * 0.7, tone
 
 
 def _make_fish(u: Array, v: Array, a: float) -> tuple[Array, Array]:
@@ -190,9 +181,8 @@ def _make_star(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     waist = 0.38 + 0.14 * a
     edge = np.array([waist * np.cos(half) - 1, waist * np.sin(half)])
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (radius * np.cos(folded) - 1) * normal[0] + radius * np.abs(np.sin(folded)) * normal[1], _make_soft_mask(
-        folded
-    )
+    distance = (radius * np.cos(folded) - 1) * normal[0] + radius * np.abs(np.sin(folded)) * normal[1]
+    return distance, _make_soft_mask(folded)
 
 
 def _make_beetle(u: Array, v: Array, a: float) -> tuple[Array, Array]:
@@ -210,9 +200,8 @@ def _make_snail(u: Array, v: Array, a: float) -> tuple[Array, Array]:
     shell = radius - 0.66
     foot = _compute_box(u, v, -0.1, 0.62, 0.89, 0.2)
     neck = _compute_box(u, v, -0.86, 0.3, 0.13, 0.45)
-    return np.minimum(np.minimum(shell, foot), neck), np.where(
-        shell < 0, _make_stripes(radius * (2.6 + a) - angle / (2 * np.pi)), 0.9
-    )
+    spiral = _make_stripes(radius * (2.6 + a) - angle / (2 * np.pi))
+    return np.minimum(np.minimum(shell, foot), neck), np.where(shell < 0, spiral, 0.9)
 
 
 def _make_leaf(u: Array, v: Array, a: float) -> tuple[Array, Array]:

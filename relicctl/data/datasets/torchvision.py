@@ -31,11 +31,8 @@ class ArrayDataset(ImageDataset):
     They have no names, so they are numbered within ``title``.
     """
 
-    def __init__(
-        self, spec: str, title: str, images: np.ndarray, classes: tuple[str, ...], labels: np.ndarray | None
-    ) -> None:
-        self.spec, self.classes, self.labels = spec, classes, labels
-        self._title, self._images = title, images
+    def __init__(self, spec: str, title: str, images: np.ndarray) -> None:
+        self.spec, self._title, self._images = spec, title, images
 
     def __len__(self) -> int:
         return len(self._images)
@@ -74,21 +71,25 @@ def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDat
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4):
         if images.ndim == 4 and images.shape[1] == 3:  # some keep the channels first
             images = images.transpose(0, 2, 3, 1)
-        return ArrayDataset(spec, f"{name}-{named_split or split}", images, classes, labels)
-    return _build_file_dataset(spec, name, root, paths, classes, labels)
+        dataset = ArrayDataset(spec, f"{name}-{named_split or split}", images)
+        dataset.classes, dataset.labels = classes, labels
+        return dataset
+    if not isinstance(paths, list) or not paths or not isinstance(paths[0], str | os.PathLike):
+        raise _make_unsupported_error(name, root)
+    names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
+    members = np.array([(0, *Member(0, size, size)) for size in sizes], dtype=np.int64)
+    return FileDataset(spec, [("", Folder(root))], PackedNames(names), members, classes, labels)
 
 
 def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, download: bool) -> Any:
-    usable = [
-        known for known in datasets.__all__ if "root" in _get_parameters(known) and known not in EXCLUDED_DATASETS
-    ]
+    included = sorted(set(datasets.__all__) - set(EXCLUDED_DATASETS), key=datasets.__all__.index)
+    usable = [known for known in included if "root" in _get_parameters(known)]
     if name not in usable:
         lower = {known.lower(): known for known in usable}
         near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
-        raise DataError(
-            f"torchvision has no image data set {name!r}.",
-            f"Write its class's name, such as {', '.join(near or ['CIFAR10', 'STL10', 'DTD'])}.",
-        )
+        what = f"torchvision has no image data set {name!r}."
+        raise DataError(what, f"Write its class's name, such as {', '.join(near or ['CIFAR10', 'STL10', 'DTD'])}.")
     parameters = _get_parameters(name)
     fixed: dict[str, Any] = {"root": root}
     if "download" in parameters:
@@ -103,9 +104,8 @@ def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, 
                 raise make_unavailable_error(name, root, False, download, error) from error
             refusal = str(error)  # no such split: perhaps the next name for it
         except ImportError as error:
-            raise DataError(
-                f"torchvision needs another package for {name}: {error}.", "Install that package."
-            ) from error
+            what = f"torchvision needs another package for {name}: {error}."
+            raise DataError(what, "Install that package.") from error
         except TypeError as error:
             raise _make_unsupported_error(name, root) from error
         except (RuntimeError, OSError) as error:
@@ -127,12 +127,9 @@ def _list_split_kwargs(
     if "split" in parameters:
         return [{"split": choice} for choice in ([named_split] if named_split else SPLIT_ALIASES[split])]
     if named_split or split == "val":
-        raise DataError(
-            f"torchvision's {name} does not have the split {named_split or split}.",
-            f"Leave out #{named_split}."
-            if named_split
-            else "Use it as training data, and hold out a part of it with eval.val_fraction.",
-        )
+        hold_out = "Use it as training data, and hold out a part of it with eval.val_fraction."
+        fix = f"Leave out #{named_split}." if named_split else hold_out
+        raise DataError(f"torchvision's {name} does not have the split {named_split or split}.", fix)
     return [{}]
 
 
@@ -175,27 +172,9 @@ def _get_paths(dataset: Any) -> Any:
     return [path for path, _ in pairs] if pairs else _get_attribute(dataset, "_image_files", "_images", "data")
 
 
-def _build_file_dataset(
-    spec: str,
-    name: str,
-    root: str,
-    paths: Any,
-    classes: tuple[str, ...],
-    labels: np.ndarray | None,
-) -> FileDataset:
-    if not isinstance(paths, list) or not paths or not isinstance(paths[0], str | os.PathLike):
-        raise _make_unsupported_error(name, root)
-    names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
-    sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
-    members = np.array([(0, *Member(0, size, size)) for size in sizes], dtype=np.int64)
-    return FileDataset(spec, [("", Folder(root))], PackedNames(names), members, classes, labels)
-
-
 def _make_unsupported_error(name: str, root: str) -> DataError:
-    return DataError(
-        f"torchvision's {name} is not a list of images with one class each.",
-        f"If it lies unpacked under {root}, name the folder of its images instead.",
-    )
+    what = f"torchvision's {name} is not a list of images with one class each."
+    return DataError(what, f"If it lies unpacked under {root}, name the folder of its images instead.")
 
 
 def make_unavailable_error(name: str, root: str, downloadable: bool, attempted: bool, error: Exception) -> DataError:

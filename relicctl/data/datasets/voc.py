@@ -34,10 +34,8 @@ def find_voc_folder(spec: str, download: bool) -> str | None:
         return None
     years = [known for known in DATASET_YEAR_DICT if known.isdecimal()]
     if year not in years:
-        raise DataError(
-            f"{spec} does not name a year of VOC alone.",
-            f"Write torchvision:VOCDetection#2007, or another of {', '.join(sorted(years))}.",
-        )
+        what = f"{spec} does not name a year of VOC alone."
+        raise DataError(what, f"Write torchvision:VOCDetection#2007, or another of {', '.join(sorted(years))}.")
     root = os.path.abspath(os.path.expanduser(root or DEFAULT_ROOT))
     folder = os.path.join(root, DATASET_YEAR_DICT[year]["base_dir"])
     for part in ("trainval", "test") if year == "2007" else ("trainval",):
@@ -91,9 +89,8 @@ def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | Non
             sizes.append([_parse_number(tree, f"size/{side}") for side in ("height", "width")])
             for thing in tree.iter("object"):
                 image_indices.append(image_index)
-                left, top, right, bottom = (
-                    _parse_number(thing, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")
-                )
+                box = (_parse_number(thing, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = box
                 corners.append([left - 1, top - 1, right, bottom])
                 names.append(thing.findtext("name", "").strip())
                 ignored.append(thing.findtext("difficult", "0").strip() == "1")
