@@ -1,53 +1,25 @@
-"""What the configurations of all commands share: sections, keys and their types."""
+"""Sections that the configs of several commands share."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 
-from relicctl.errors import UsageError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-# YAML has lists only, so a pair itself is not strict; its two numbers are.
-Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
-AspectRatio = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
-
-
-def key(default: Any, meaning: str, **limits: Any) -> Any:
-    """Define a field by its default, its meaning with the unit, and limits of its value."""
-    return Field(default, description=meaning, **limits)
-
-
-class Section(BaseModel):
-    """A group of keys: unknown keys are refused and nothing is converted silently; immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from relicctl.config.keys import Fraction, Pair, PositiveFloat, PositiveInt, PositivePair, Section, key
 
 
 class CommandConfig(Section):
     """All keys of a command, and its rules beyond types and ranges."""
 
-    option_keys: ClassVar[dict[str, str]] = {}  # command-line option -> the key it sets
+    # Command-line option -> the key it sets
+    option_keys: ClassVar[dict[str, str]] = {"device": "runtime.device", "workers": "runtime.workers", "seed": "seed"}
     implied_by_option: ClassVar[dict[str, dict[str, Any]]] = {}  # option -> values it sets besides its own key
     # Key -> its value -> the values of other keys by definition, where only a default or a preset says otherwise
     implied_values: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
     # Key -> its value -> beginnings of keys that are then never read: refused in --set instead of silently ignored
     unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
     harmless_values: ClassVar[dict[str, Any]] = {}  # values of unused keys that are accepted: they ask for nothing
-
-
-def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise UsageError for the first key whose pair is not a range above 0."""
-    for name, (low, high) in ranges.items():
-        if not 0 < low <= high:
-            raise UsageError(
-                f"{name} is [{low:g}, {high:g}], which is not a range above 0.",
-                f"Give {name} as [smallest, largest], both above 0.",
-            )
 
 
 class EncoderConfig(Section):
@@ -71,6 +43,25 @@ class DataConfig(Section):
     )
     subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+
+
+class CropConfig(Section):
+    """torchvision's RandomResizedCrop."""
+
+    scale: Pair = key((0.08, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area")
+    ratio: PositivePair = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+
+
+class ColorConfig(Section):
+    """Flip and colours, the same for all crops of a training."""
+
+    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
+    color_jitter_prob: Fraction = key(0.8, "probability of colour jitter, its four operations together")
+    brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
+    contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
+    saturation: Fraction = key(0.2, "factor on HSV's saturation, within 1 -+ this")
+    hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
+    grayscale_prob: Fraction = key(0.2, "probability of dropping colour")
 
 
 class CheckpointConfig(Section):

@@ -7,28 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, Strict, model_validator
+from pydantic import BeforeValidator, Strict, model_validator
 
-from relicctl.config.base import (
-    AspectRatio,
-    CheckpointConfig,
-    CommandConfig,
-    Fraction,
-    Pair,
-    PositiveFloat,
-    PositiveInt,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config.base import CheckpointConfig, ColorConfig, CommandConfig, CropConfig, RuntimeConfig
+from relicctl.config.keys import Fraction, Pair, PositiveFloat, PositiveFloats, PositiveInt, Section, check_ranges, key
 from relicctl.errors import UsageError
 
 # One DATA may stand alone, as in the other commands' configs.
 DataSpecs = Annotated[
     tuple[str, ...], Strict(False), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 ]
-ScaleFactors = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
 
 
 class MaskNetworkConfig(Section):
@@ -85,15 +73,9 @@ class MaskLossConfig(Section):
     fbeta_beta2: PositiveFloat = key(1.0, "beta squared of the F loss")
 
 
-class MaskAugmentConfig(Section):
+class MaskAugmentConfig(ColorConfig, CropConfig):  # in dumps the keys of CropConfig come first
     scale: Pair = key((0.4, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area")
-    ratio: AspectRatio = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
-    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
-    color_jitter_prob: Fraction = key(0.8, "probability of colour jitter, its four operations together")
-    brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
-    contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
     saturation: Fraction = key(0.4, "factor on HSV's saturation, within 1 -+ this")
-    hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
     grayscale_prob: Fraction = key(0.1, "probability of dropping colour")
     blur_prob: Fraction = key(0.1, "probability of Gaussian blur")
 
@@ -102,7 +84,7 @@ class PredictConfig(Section):
     """How a trained network's masks are generated."""
 
     flip: bool = key(True, "average with the mirrored image")
-    scales: ScaleFactors = key((1.0,), "factors on model.size whose predictions are averaged")
+    scales: PositiveFloats = key((1.0,), "factors on model.size whose predictions are averaged")
     refine: Literal["none", "guided", "cut"] = key(
         "cut", "how a map is drawn to the image's edges: not, by the guided filter, by filter and cut"
     )
@@ -127,13 +109,11 @@ class BgmaskConfig(CommandConfig):
     """A whole training of masks. Raises UsageError where keys contradict each other."""
 
     option_keys: ClassVar[dict[str, str]] = {
+        **CommandConfig.option_keys,
         "data": "data.train",
         "eval-data": "data.eval",
         "masks-for": "data.mask_data",
         "init-from": "model.init_encoder",
-        "device": "runtime.device",
-        "workers": "runtime.workers",
-        "seed": "seed",
     }
 
     model: MaskNetworkConfig = key(MaskNetworkConfig(), "the network")

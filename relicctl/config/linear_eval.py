@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, Strict, model_validator
+from pydantic import model_validator
 
-from relicctl.config.base import (
-    AspectRatio,
-    CheckpointConfig,
-    CommandConfig,
-    DataConfig,
-    EncoderConfig,
-    Fraction,
-    Pair,
-    PositiveFloat,
-    PositiveInt,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config.base import CheckpointConfig, CommandConfig, CropConfig, DataConfig, EncoderConfig, RuntimeConfig
+from relicctl.config.keys import Fraction, PositiveFloats, PositiveInt, Section, check_ranges, key
 
-LearningRates = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
 LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
 
 
-class RandomCropConfig(Section):
-    scale: Pair = key((0.08, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area")
-    ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
+class RandomCropConfig(CropConfig):
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
 class SweepConfig(Section):
-    lrs: LearningRates = key(
+    lrs: PositiveFloats = key(
         LEARNING_RATES, "learning rates per 256 images of the batch, all trained at once; one = no choice (our choice)"
     )
     val_fraction: float = key(0.1, "fraction of the training images on which the learning rate is chosen", gt=0, lt=1)
@@ -65,13 +49,7 @@ class AnalysisConfig(Section):
 class LinearEvalConfig(CommandConfig):
     """A whole linear evaluation. Raises UsageError where keys contradict each other."""
 
-    option_keys: ClassVar[dict[str, str]] = {
-        "data": "data.train",
-        "val": "data.val",
-        "device": "runtime.device",
-        "workers": "runtime.workers",
-        "seed": "seed",
-    }
+    option_keys: ClassVar[dict[str, str]] = {**CommandConfig.option_keys, "data": "data.train", "val": "data.val"}
     unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
         "protocol": {"fast": ("crop.", "data.cache", "runtime.precision")}
     }

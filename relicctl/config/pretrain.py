@@ -10,21 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from relicctl.config.base import (
-    AspectRatio,
-    CheckpointConfig,
-    CommandConfig,
-    DataConfig,
-    EncoderConfig,
-    Fraction,
-    Pair,
-    PositiveFloat,
-    PositiveInt,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config.base import CheckpointConfig, ColorConfig, CommandConfig, DataConfig, EncoderConfig, RuntimeConfig
+from relicctl.config.keys import Fraction, Pair, PositiveFloat, PositiveInt, PositivePair, Section, check_ranges, key
 from relicctl.errors import UsageError
 
 
@@ -51,16 +38,9 @@ class SmallViewsConfig(Section):
     area: Pair = key((0.05, 0.14), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
 
 
-class AugmentationConfig(Section):
+class AugmentationConfig(ColorConfig):
     """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
 
-    hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
-    color_jitter_prob: Fraction = key(0.8, "probability of colour jitter, its four operations together")
-    brightness: Fraction = key(0.4, "largest value added to or taken from pixels in [0, 1]")
-    contrast: Fraction = key(0.4, "factor about the channel's mean, within 1 -+ this")
-    saturation: Fraction = key(0.2, "factor on HSV's saturation, within 1 -+ this")
-    hue: float = key(0.1, "largest shift of hue, in turns", ge=0, le=0.5)
-    grayscale_prob: Fraction = key(0.2, "probability of dropping colour")
     blur_prob: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
     solarize_prob: Pair = key((0.0, 0.2), "probabilities of solarizing")
 
@@ -68,7 +48,7 @@ class AugmentationConfig(Section):
 class ViewsConfig(Section):
     large: LargeViewsConfig = key(LargeViewsConfig(), "views that both networks see")
     small: SmallViewsConfig = key(SmallViewsConfig(), "views that only the online network sees")
-    ratio: AspectRatio = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    ratio: PositivePair = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
     augment: AugmentationConfig = key(AugmentationConfig(), "flip, colour and blur")
 
 
@@ -149,12 +129,10 @@ class PretrainConfig(CommandConfig):
     """A whole pretraining run. Raises UsageError where keys contradict each other."""
 
     option_keys: ClassVar[dict[str, str]] = {
+        **CommandConfig.option_keys,
         "data": "data.train",
         "val": "data.val",
         "bgmask": "bgmask.bank",
-        "device": "runtime.device",
-        "workers": "runtime.workers",
-        "seed": "seed",
     }
     implied_by_option: ClassVar[dict[str, dict[str, Any]]] = {"bgmask": {"bgmask.source": "bank"}}
     implied_values: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
@@ -187,7 +165,10 @@ class PretrainConfig(CommandConfig):
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> PretrainConfig:
-        self._check_views()
+        views = self.views
+        check_ranges(
+            {"views.large.area": views.large.area, "views.small.area": views.small.area, "views.ratio": views.ratio}
+        )
         self._check_objective()
         self._check_optim()
         self._check_masks()
@@ -207,12 +188,6 @@ class PretrainConfig(CommandConfig):
             raise UsageError(
                 f"bgmask.foreground_range is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
             )
-
-    def _check_views(self) -> None:
-        views = self.views
-        check_ranges(
-            {"views.large.area": views.large.area, "views.small.area": views.small.area, "views.ratio": views.ratio}
-        )
 
     def _check_objective(self) -> None:
         large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives

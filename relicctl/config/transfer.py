@@ -1,4 +1,4 @@
-"""The keys of the dense tasks of a transfer evaluation: segmentation and detection."""
+"""The keys of a transfer evaluation: classification on other data, segmentation and detection."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from relicctl.config.base import (
-    AspectRatio,
-    CheckpointConfig,
-    CommandConfig,
-    EncoderConfig,
+from relicctl.config.base import CheckpointConfig, CommandConfig, EncoderConfig, RuntimeConfig
+from relicctl.config.keys import (
     Fraction,
     Pair,
     PositiveFloat,
+    PositiveFloats,
     PositiveInt,
-    RuntimeConfig,
+    PositiveInts,
+    PositivePair,
     Section,
     check_ranges,
     key,
 )
-from relicctl.errors import UsageError
 
+Metric = Literal["top1", "mean_per_class", "map11"]
+Protocols = Annotated[tuple[Literal["logistic", "knn", "finetune"], ...], Strict(False), Field(min_length=1)]
+LabelSubsets = Annotated[tuple[str | float, ...], Strict(False), Field(min_length=1)]
+WeightDecays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
+SamplesPerClass = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=1, max_length=2)]
+LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # log-spaced from 1e-6 to 1e5
 Milestones = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Strict(False)]
-SideLengths = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=1)]
 AnchorSizes = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=5, max_length=5)]
-ScaleRange = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
-
-
-DENSE_OPTION_KEYS = {"data": "data.datasets", "device": "runtime.device", "workers": "runtime.workers", "seed": "seed"}
+OPTION_KEYS = {**CommandConfig.option_keys, "data": "data.datasets"}
 
 
 class DenseEncoderConfig(EncoderConfig):
@@ -85,7 +85,7 @@ class DetectionOptimConfig(DenseOptimConfig):
 
 class SegmentationCropConfig(Section):
     size: int = key(513, "side in pixels of the square images that are trained on", ge=16)
-    scale: ScaleRange = key((0.5, 2.0), "range of the factor by which an image is resized before it is cropped")
+    scale: PositivePair = key((0.5, 2.0), "range of the factor by which an image is resized before it is cropped")
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
@@ -97,7 +97,7 @@ class SegmentationHeadConfig(Section):
 
 
 class DetectionImageConfig(Section):
-    min_size: SideLengths = key(
+    min_size: PositiveInts = key(
         (800,), "sides in pixels that the shorter side is resized to, drawn in training; tests: last"
     )
     max_size: PositiveInt = key(1333, "most pixels of the longer side")
@@ -122,7 +122,7 @@ class DetectorConfig(Section):
 class SegmentationConfig(CommandConfig):
     """A whole evaluation by semantic segmentation."""
 
-    option_keys: ClassVar[dict[str, str]] = DENSE_OPTION_KEYS
+    option_keys: ClassVar[dict[str, str]] = OPTION_KEYS
 
     model: DenseEncoderConfig = key(DenseEncoderConfig(), "the encoder")
     data: SegmentationDataConfig = key(SegmentationDataConfig(), "the data sets")
@@ -137,18 +137,14 @@ class SegmentationConfig(CommandConfig):
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> SegmentationConfig:
-        low, high = self.crop.scale
-        if low > high:
-            raise UsageError(
-                f"crop.scale is [{low:g}, {high:g}], which is no range.", "Give crop.scale as [smallest, largest]."
-            )
+        check_ranges({"crop.scale": self.crop.scale})
         return self
 
 
 class DetectionConfig(CommandConfig):
     """A whole evaluation by object detection."""
 
-    option_keys: ClassVar[dict[str, str]] = DENSE_OPTION_KEYS
+    option_keys: ClassVar[dict[str, str]] = OPTION_KEYS
 
     model: DenseEncoderConfig = key(DenseEncoderConfig(freeze_bn=True), "the encoder")
     data: DetectionDataConfig = key(DetectionDataConfig(), "the data sets")
@@ -158,16 +154,6 @@ class DetectionConfig(CommandConfig):
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
     runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
-
-
-Metric = Literal["top1", "mean_per_class", "map11"]
-Protocols = Annotated[tuple[Literal["logistic", "knn", "finetune"], ...], Strict(False), Field(min_length=1)]
-LabelSubsets = Annotated[tuple[str | float, ...], Strict(False), Field(min_length=1)]
-PositiveFloats = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
-WeightDecays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
-SamplesPerClass = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=1, max_length=2)]
-PositiveInts = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=1)]
-LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # log-spaced from 1e-6 to 1e5
 
 
 class TransferDataConfig(Section):
@@ -215,14 +201,14 @@ class FinetuneConfig(Section):
     batch_size: PositiveInt = key(64, "images per step; all where there are fewer (our choice)")
     momentum: float = key(0.9, "Nesterov's momentum", gt=0, lt=1)
     scale: Pair = key((0.08, 1.0), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
-    ratio: AspectRatio = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
+    ratio: PositivePair = key((0.75, 1.3333333), "range of the crop's width / height, drawn log-uniformly")
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
 class TransferConfig(CommandConfig):
     """A whole transfer evaluation: every protocol with every amount of labels on every data set."""
 
-    option_keys: ClassVar[dict[str, str]] = {**DENSE_OPTION_KEYS, "protocol": "protocol", "labels": "labels"}
+    option_keys: ClassVar[dict[str, str]] = {**OPTION_KEYS, "protocol": "protocol", "labels": "labels"}
 
     protocol: Protocols = key(
         ("logistic",), "logistic and knn on frozen features; finetune trains all (also --protocol)"
