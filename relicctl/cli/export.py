@@ -40,15 +40,9 @@ def export(
     """Export an encoder for another library and verify it there; prints its path."""
     from relicctl.commands import export as command
 
-    result = command.export(
-        source,
-        format=format,
-        out=out,
-        network=network,
-        origin=origin,
-        classifier=classifier,
-        license=license,
-        overwrite=overwrite,
-        quiet=quiet,
-    )
+    options = command.ExportOptions(
+        format=format, out=out, network=network, origin=origin, classifier=classifier, license=license,
+        overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    result = command.export(source, options)
     print_result(json.dumps(result) if as_json else result["path"])

@@ -31,7 +31,7 @@ from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.loader import resolve_cache
-from relicctl.encoders.resolve import BASELINES, ResolvedEncoder, open_encoder
+from relicctl.encoders.resolve import BASELINES, BaselineSpec, ResolvedEncoder, open_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation import cluster_analysis, reports
 from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
@@ -166,17 +166,8 @@ def resolve_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> R
 def open_linear_encoders(job: LinearJob, config: LinearEvalConfig, console: Console) -> list[ResolvedEncoder]:
     if job.analysis:
         cluster_analysis.check_sklearn()
-    return [
-        open_encoder(
-            source,
-            network=job.network,
-            model=config.model,
-            size=config.eval.size,
-            seed=config.seed,
-            warn=console.warn,
-        )
-        for source in job.sources
-    ]
+    baseline = BaselineSpec(config.model, config.seed, config.eval.size)
+    return [open_encoder(source, job.network, baseline, console.warn) for source in job.sources]
 
 
 def add_run_values(resolved: ResolvedConfig, run: Path | None, options: LinearOptions) -> ResolvedConfig:

@@ -11,19 +11,18 @@ from relicctl.errors import UsageError
 
 
 def format_preset_list() -> str:
-    """One line per preset: its name, the command it is for and what it is; pretrain's first."""
-    rows = [(name, _read_preset_command(name), read_preset_header(name).splitlines()[0]) for name in list_presets()]
+    """Return one line per preset: its name, the command it is for and what it is; pretrain's first."""
+    rows = []
+    for name in list_presets():
+        command = str(yaml_io.load_mapping(find_preset(name)).get("command", "pretrain"))
+        rows.append((name, command, read_preset_header(name).splitlines()[0]))
     rows.sort(key=lambda row: (row[1] != "pretrain", row[1]))
     names, commands = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"{name:<{names}}  {command:<{commands}}  {what}" for name, command, what in rows)
 
 
-def _read_preset_command(name: str) -> str:
-    return str(yaml_io.load_mapping(find_preset(name)).get("command", "pretrain"))
-
-
 def format_preset(name: str) -> str:
-    """The preset's comment and its whole config, with the origin of every value."""
+    """Return the preset's comment and its whole config, with the origin of every value."""
     resolved = resolve_config(name)
     comment = "".join(f"# {line}".rstrip() + "\n" for line in read_preset_header(name).splitlines())
     return f"{comment}\n{dump_yaml(resolved.config, resolved.origin)}".rstrip()

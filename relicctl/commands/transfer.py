@@ -21,7 +21,7 @@ from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
-from relicctl.encoders.resolve import open_encoders
+from relicctl.encoders.resolve import BaselineSpec, open_encoders
 from relicctl.errors import Interrupted, Terminated, UsageError
 from relicctl.evaluation import reports
 from relicctl.evaluation.cells import Cell, TransferTask, check_unique_encoders
@@ -83,7 +83,8 @@ def _run_transfer(task: TransferTask, options: TransferOptions, session: Session
     config, world = task.config, session.world
     job, out = resolve_transfer_job(config, options, world)
     size = config.eval.size if isinstance(config, TransferConfig) else None
-    references = open_encoders(job.encoders, job.network, config.model, size, config.seed, session.console)
+    baseline = BaselineSpec(config.model, config.seed, size)
+    references = open_encoders(job.encoders, job.network, baseline, session.console.warn)
     encoders = [task.load_encoder(name, r.encoder) for name, r in zip(job.encoders, references, strict=True)]
     task.open_data(session, options.download)
     run = open_or_create_run_folder(

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
@@ -283,13 +283,10 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
         return UsageError(
             f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_format_choices(inside)}."
         )
-    last = {key: key.rpartition(".")[2] for key in known}
+    last = name.rpartition(".")[2]
     close = difflib.get_close_matches(name, known, 3, 0.7)
-    close += [
-        key
-        for key in known
-        if difflib.SequenceMatcher(None, last[key], name.rpartition(".")[2]).ratio() > 0.8 and key not in close
-    ]
+    similar = (key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8)
+    close += [key for key in similar if key not in close]
     listing = f"`relicctl {get_command(schema)} --dry-run` lists all keys."
     fix = f"Did you mean {_format_choices(close[:3])}?" if close else listing
     return UsageError(f"There is no key {name!r} (from {where}).", fix)
@@ -297,22 +294,11 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
 
 def format_allowed_values(name: str, schema: type[CommandConfig] = PretrainConfig) -> str:
     """Describe the values that a key takes: "a whole number from 1 or null"."""
-    json_schema = schema.model_json_schema()
-    node = json_schema
-    for part in name.split("."):
-        node = node["properties"][part]
-        if "$ref" in node:
-            node = json_schema["$defs"][node["$ref"].rpartition("/")[2]]
-    return _format_type(node)
+    info = get_config_fields(schema)[name]
+    return _format_type(TypeAdapter(Annotated[info.annotation, info]).json_schema())
 
 
-_TYPE_NAMES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-}
+_TYPE_NAMES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
 _LIMIT_WORDS = {
     "minimum": "from",
     "exclusiveMinimum": "above",
@@ -334,7 +320,7 @@ def _format_type(node: dict[str, Any]) -> str:
     if node["type"] == "array":
         return f"a pair [a, b], each {_format_type(node['prefixItems'][0])}"
     limits = [f"{word} {node[limit]:g}" for limit, word in _LIMIT_WORDS.items() if limit in node]
-    return " ".join([_TYPE_NAMES[node["type"]], *limits])
+    return " ".join([_TYPE_NAMES.get(node["type"], node["type"]), *limits])
 
 
 def _format_choices(choices: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ with eps 1e-5. Convolutions are stored [height, width, in, out], ours are [out, 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
+from relicctl.encoders.file import describe_transform
 from relicctl.encoders.safe_pickle import OpaqueInstance, load_pickle
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ARCHITECTURES, build_encoder
@@ -31,11 +30,10 @@ HaikuTree = dict[str, Any]  # module name -> parameter name -> array
 
 
 def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The online encoder's state dict (float32, torchvision's names, no ``fc``) and its metadata.
+    """Return the online encoder's state dict (float32, torchvision's names, no ``fc``) and its metadata.
 
-    Metadata: what ``build_encoder`` needs (arch, width, stem, padding) and how to prepare an image (size,
-    crop_ratio, mean, std: the authors' evaluation, since weights do not tell). UsageError if the pickle asks for
-    what it should not, or holds no whole ResNet v1: then every tensor that does not fit is named.
+    Images are prepared as in the authors' evaluation. UsageError if the pickle asks for what it should not, or
+    holds no whole ResNet v1: then every tensor that does not fit is named.
     """
     params, state = _extract_online(path, load_pickle(path))
     arrays = {**_flatten_arrays(params), **_flatten_arrays(state)}
@@ -49,13 +47,11 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, expected_tensor in expected.items():
         array = arrays.get(names.get(name, ""))
         if name not in names:
-            tensors[name] = torch.zeros(
-                expected_tensor.shape, dtype=expected_tensor.dtype
-            )  # nothing here depends on the count
+            tensors[name] = torch.zeros_like(expected_tensor, device="cpu")  # nothing here depends on the count
         elif not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             errors.append(f"{names[name]} is {'missing' if array is None else 'no array of floats'}")
         else:
-            array = array[0] if array.ndim == 5 and len(array) else array  # Haiku's own have four axes
+            array = array[0] if array.ndim == 5 and len(array) else array  # without a device axis there are four
             converted = array.transpose(3, 2, 0, 1) if array.ndim == expected_tensor.ndim == 4 else array.reshape(-1)
             if converted.shape != expected_tensor.shape:
                 errors.append(f"{names[name]} is {list(array.shape)}, not fit for {list(expected_tensor.shape)}")
@@ -72,16 +68,13 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         "width": str(width),
         "stem": "imagenet",
         "padding": "same",
-        "size": "224",
-        "crop_ratio": "0.875",
-        "mean": json.dumps(IMAGENET_MEAN),
-        "std": json.dumps(IMAGENET_STD),
+        **describe_transform(),
         "network": "online",
     }
 
 
 def _extract_online(path: Path, content: Any) -> tuple[HaikuTree, HaikuTree]:
-    """Parameters and state of the online network, heads included."""
+    """Return parameters and state of the online network, heads included."""
     experiment = content.get("experiment_state") if isinstance(content, dict) else None
     if isinstance(experiment, OpaqueInstance):
         experiment = _extract_fields(experiment)
@@ -93,8 +86,11 @@ def _extract_online(path: Path, content: Any) -> tuple[HaikuTree, HaikuTree]:
 
 
 def _extract_fields(experiment: OpaqueInstance) -> HaikuTree:
-    """The fields of a named tuple or dataclass. Where the pickle gives values alone, the first one that has a stem
-    is the online parameters and the first with moving averages the online state: they come before the target's."""
+    """Return the fields of a named tuple or dataclass by name.
+
+    Where the pickle gives values alone, the first one that has a stem is the online parameters and the first with
+    moving averages the online state: they come before the target's.
+    """
     if isinstance(experiment.state, dict):
         return experiment.state
     if experiment.type.fields:
@@ -106,8 +102,7 @@ def _extract_fields(experiment: OpaqueInstance) -> HaikuTree:
 
 
 def _flatten_arrays(tree: HaikuTree) -> dict[str, Any]:
-    """``{"res_net50/~/initial_conv": {"w": array}}`` as ``{"res_net50/initial_conv w": array}``: Haiku's ``~``,
-    which marks modules made in a constructor, is left out."""
+    """Turn ``{"net/~/initial_conv": {"w": array}}`` into ``{"net/initial_conv w": array}``, without Haiku's ``~``."""
     return {
         f"{str(module).replace('~/', '')} {name}": array
         for module, parameters in tree.items()
@@ -117,7 +112,7 @@ def _flatten_arrays(tree: HaikuTree) -> dict[str, Any]:
 
 
 def _find_architecture(path: Path, arrays: dict[str, Any]) -> tuple[str, str, int]:
-    """Prefix of the ResNet's names, arch, and the stem's channels."""
+    """Return the prefix of the ResNet's names, arch, and the stem's channels."""
     stems = [key for key in arrays if re.fullmatch(r"(.*/)?initial_conv w", key)]
     if len(stems) == 1:
         stem, prefix = arrays[stems[0]], stems[0].removesuffix("initial_conv w")

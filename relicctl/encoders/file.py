@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
+from relicctl.config.base import EncoderConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import crop_on_host, make_eval_box
@@ -35,9 +36,19 @@ FORMAT = "relicctl-encoder"
 FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
 
 
+NETWORK_KEYS = ("arch", "width", "stem", "padding")  # metadata that say how to build the network
+
+
 @dataclass(frozen=True)
 class EvalTransform:
-    """An image -> what the encoder expects: centre square, resized (antialiased bicubic), normalised."""
+    """Prepare an image for an encoder: centre square, resized (antialiased bicubic), normalised.
+
+    Args:
+        size: side in pixels of the result.
+        crop_ratio: side of the centre square / the image's short side.
+        mean: of each channel, RGB in [0, 1].
+        std: of each channel.
+    """
 
     size: int
     crop_ratio: float
@@ -45,7 +56,7 @@ class EvalTransform:
     std: tuple[float, ...]
 
     def __call__(self, image: Image | np.ndarray) -> Tensor:
-        """PIL image (converted to RGB) or uint8 [H, W, 3] -> float32 [3, size, size]; else ValueError."""
+        """Return a PIL image (converted to RGB) or uint8 [H, W, 3] as float32 [3, size, size]; else ValueError."""
         pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
@@ -56,32 +67,38 @@ class EvalTransform:
 
 
 def save_encoder(path: Path, encoder: ResNet, metadata: dict[str, str]) -> None:
-    """Write the encoder to ``path``, wholly or not at all.
-
-    ``metadata`` has size, crop_ratio, mean, std and whatever else is worth knowing; how to build the network
-    is read off ``encoder``.
-    """
+    """Write the encoder to ``path``, wholly or not at all; ``metadata``: size, crop_ratio, mean, std and more."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
-    network = {
-        "format": FORMAT,
-        "arch": encoder.arch,
-        "width": str(encoder.width),
-        "stem": encoder.stem,
-        "padding": encoder.padding,
-    }
-    all_metadata = {"version": __version__, **metadata, **network}
+    all_metadata = {"version": __version__, **metadata, "format": FORMAT, **describe_network(encoder)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=all_metadata))
 
 
+def describe_network(network: ResNet | EncoderConfig) -> dict[str, str]:
+    """Return the metadata that say how to build a network."""
+    return {name: str(getattr(network, name)) for name in NETWORK_KEYS}
+
+
+def describe_transform(size: int = 224, crop_ratio: float = 0.875) -> dict[str, str]:
+    """Return the metadata that say how to prepare an image."""
+    mean, std = json.dumps(IMAGENET_MEAN), json.dumps(IMAGENET_STD)
+    return {"size": str(size), "crop_ratio": str(crop_ratio), "mean": mean, "std": std}
+
+
 def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
-    """An encoder in eval mode: images [N, 3, s, s] -> features [N, ``feature_dim``].
+    """Load an encoder.
 
-    ``path_or_run``: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or
-    a torch file with tensors alone), whose classifier is left out. ``network``: which one the file must hold.
-    Besides ``feature_dim`` the module has ``transform``, which prepares one image, and ``metadata``.
+    Args:
+        path_or_run: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or a
+            torch file with tensors alone), whose classifier is left out.
+        network: ``online`` or ``target``: the one that the file must hold.
 
-    UsageError when there is no such file, it is damaged, holds more than tensors, or does not fit: then every
-    missing, unexpected or misshapen tensor is named, and nothing is loaded in part.
+    Returns:
+        A module in eval mode: normalised images [N, 3, s, s] -> features [N, ``feature_dim``]. Its ``transform``
+        prepares one image (an ``EvalTransform``), its ``metadata`` say what it is.
+
+    Raises:
+        UsageError: there is no such file, it is damaged, holds more than tensors, or does not fit: then every
+            missing, unexpected or misshapen tensor is named.
     """
     path = Path(path_or_run)
     if path.is_dir():
@@ -101,7 +118,7 @@ def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
 
 
 def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> ResNet:
-    """The encoder that ``metadata`` describe, with ``tensors``; both were read from ``path``. As ``load_encoder``."""
+    """Build the encoder that ``metadata`` describe, with ``tensors``; both were read from ``path``."""
     try:
         with torch.device("meta"):
             encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])
@@ -113,7 +130,7 @@ def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, s
         )
         channels = {len(transform.mean), len(transform.std)}
         if transform.size < 1 or not 0 < transform.crop_ratio <= 1 or channels != {3}:
-            raise ValueError("no way to prepare an image")
+            raise ValueError("it does not say how to prepare an image")
     except (KeyError, ValueError, TypeError, OverflowError) as reason:
         raise UsageError(f"The metadata of {path} are damaged ({reason}).", FILE_FIX) from None
     encoder.load_state_dict(_match_tensors(path, tensors, encoder), assign=True)
@@ -122,7 +139,7 @@ def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, or the tensors of a torch file."""
+    """Read tensors and metadata of a safetensors file, or the tensors of a torch file."""
     with open(path, "rb") as handle:
         start = handle.read(9)
     if start[8:] != b"{":  # a safetensors file has its JSON header behind eight bytes of length, which may be any
@@ -168,34 +185,22 @@ def _raise_pickle_error(path: Path) -> NoReturn:
 
 
 def _infer_torchvision_metadata(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """How to build and feed the torchvision ResNet that ``tensors`` belong to, read off names and shapes."""
+    """Infer from names and shapes which torchvision ResNet ``tensors`` belong to."""
     depths = tuple(len({name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}) for k in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in tensors
     stem = tensors.get("conv1.weight", torch.empty(0))
     for arch, (block, known_depths) in ARCHITECTURES.items():
         if known_depths == depths and (block is Bottleneck) == bottleneck and stem.shape[2:] == (7, 7):
-            return {
-                "format": "torchvision",
-                "arch": arch,
-                "width": str(stem.shape[0] / 64),
-                "stem": "imagenet",
-                "padding": "symmetric",
-                "size": "224",
-                "crop_ratio": "0.875",
-                "mean": json.dumps(IMAGENET_MEAN),
-                "std": json.dumps(IMAGENET_STD),
-            }
+            network = {"arch": arch, "width": str(stem.shape[0] / 64), "stem": "imagenet", "padding": "symmetric"}
+            return {"format": "torchvision", **network, **describe_transform()}
     raise UsageError(f"{path} holds neither an encoder of relicctl nor a torchvision ResNet.", FILE_FIX)
 
 
 def _match_tensors(path: Path, tensors: dict[str, Tensor], encoder: ResNet) -> dict[str, Tensor]:
-    """``tensors`` as float32, if they are exactly those of ``encoder``."""
+    """Return ``tensors`` as float32, if they are exactly those of ``encoder``."""
     expected = encoder.state_dict()
-    counters = {  # older files lack them, and nothing here depends on them
-        name: torch.zeros(t.shape, dtype=t.dtype)
-        for name, t in expected.items()
-        if name.endswith("num_batches_tracked")
-    }
+    # older files lack BatchNorm's counters, and nothing here depends on them
+    counters = {name: torch.zeros_like(t, device="cpu") for name, t in expected.items() if t.dtype == torch.int64}
     tensors = {**counters, **tensors}
     errors = [f"{name} is missing" for name in expected if name not in tensors]
     errors += [f"{name} is unexpected" for name in tensors if name not in expected]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torchvision
@@ -17,37 +17,53 @@ from torch import Tensor, nn
 from relicctl.config import yaml_io
 from relicctl.config.base import EncoderConfig
 from relicctl.config.resolve import load_run_config
-from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
-from relicctl.encoders.file import build_encoder_from_tensors, load_encoder
+from relicctl.encoders.deepmind import read_deepmind
+from relicctl.encoders.file import (
+    NETWORK_KEYS,
+    build_encoder_from_tensors,
+    describe_network,
+    describe_transform,
+    load_encoder,
+)
 from relicctl.errors import DataError, UsageError
 from relicctl.models.resnet import ResNet, build_encoder
 
 NETWORKS = ("online", "target")
+BASELINES = ("random", "pixels", "torchvision")
+MAX_PIXEL_SIDE = 32  # most pixels of a side whose values are features
 
 
 @dataclass(frozen=True)
 class ResolvedEncoder:
-    """``encoder``: as ``load_encoder`` gives it; ``run``: the folder of its run, where that is known."""
+    """An encoder as ``load_encoder`` returns it, and the folder of its run, where that is known."""
 
     encoder: ResNet
     path: Path
     run: Path | None
 
     def load_record(self) -> dict[str, Any]:
-        """What the run noted at its start: version, preset, data fingerprint; {} where it is not known."""
+        """Load what the run recorded at its start: version, preset, data fingerprint; {} where it is not known."""
         return _load_run_record(self.run) if self.run else {}
 
     def load_results(self) -> dict[str, Any]:
-        """The run's results.json; {} before its end."""
+        """Load the run's results.json; {} before its end."""
         file = self.run / "results.json" if self.run else None
         return json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
 
 
+class BaselineSpec(NamedTuple):
+    """How ``random`` and ``pixels`` are built and fed, where no run says it."""
+
+    model: EncoderConfig
+    seed: int
+    size: int | None
+    crop_ratio: float = 0.875
+
+
 def read_path_from_stdin(source: str) -> str:
-    """``source``, or for ``-`` the last line on stdin that is not blank. UsageError if there is none."""
+    """Return ``source``, or for ``-`` the last line on stdin that is not blank. UsageError if there is none."""
     if source != "-":
         return source
     fix = "Pipe a command into it that prints a path, or give the path instead of -."
@@ -55,14 +71,12 @@ def read_path_from_stdin(source: str) -> str:
         raise UsageError("- reads a path from stdin, but nothing is piped in.", fix)
     lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not lines:
-        raise UsageError("- reads a path from stdin, but nothing came: the command before it may have failed.", fix)
+        raise UsageError("- reads a path from stdin, but got none: the command before it may have failed.", fix)
     return lines[-1].strip()
 
 
 def open_deepmind_encoder(source: str) -> ResolvedEncoder:
-    """The online encoder of a checkpoint that ReLICv2's or BYOL's authors published. Raises UsageError."""
-    from relicctl.encoders.deepmind import read_deepmind
-
+    """Open the online encoder of a checkpoint that ReLICv2's or BYOL's authors published. Raises UsageError."""
     path = Path(read_path_from_stdin(source))
     if not path.is_file():
         raise UsageError(f"{path} is no file.", "Give the .pkl file that the authors published.")
@@ -70,10 +84,10 @@ def open_deepmind_encoder(source: str) -> ResolvedEncoder:
 
 
 def open_trained_encoder(source: str, *, network: str = "online", warn: Callable[[str], None]) -> ResolvedEncoder:
-    """The encoder that ``source`` names, in eval mode.
+    """Open the encoder that ``source`` names, in eval mode. Raises UsageError.
 
-    A run's online network is that of its end, or of its newest checkpoint that can be read while it has not
-    ended; its target network lies in checkpoints alone. Raises UsageError for everything that gives no such encoder.
+    A run's online network is that of its end, before that of its newest valid checkpoint; its target network is in
+    checkpoints alone.
     """
     if network not in NETWORKS:
         raise UsageError(f"There is no network {network!r}.", "Give --network online or target.")
@@ -100,36 +114,29 @@ def open_trained_encoder(source: str, *, network: str = "online", warn: Callable
 def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> ResolvedEncoder:
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run's folder: it has no config.yaml.", "Give the folder of a run.")
-    found = checkpoint.load_newest_valid(run / "checkpoints", warn)
-    if found is None:
+    loaded = checkpoint.load_newest_valid(run / "checkpoints", warn)
+    if loaded is None:
         raise UsageError(
             f"{run} has no checkpoint that can be read.", f"Let the run write one: relicctl pretrain --resume {run}."
         )
-    path, tensors, _ = found
+    path, tensors, _ = loaded
     return ResolvedEncoder(_extract_encoder(tensors, run, network, path), path, run)
 
 
 def _extract_encoder(tensors: dict[str, Tensor], run: Path, network: str, path: Path) -> ResNet:
-    """The encoder in a checkpoint. Raises UsageError if there is none, or one of another architecture."""
+    """Build the encoder in a checkpoint. Raises UsageError if there is none, or one of another architecture."""
     config, record = load_run_config(run / "config.yaml"), _load_run_record(run)
     prefix = f"state.{network}.encoder."
     encoder_tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if not encoder_tensors:
         raise UsageError(f"{path} has no {network} encoder (objective {config.objective}).", "Give --network online.")
-    model = config.model
     metadata = {
-        "arch": model.arch,
-        "width": str(model.width),
-        "stem": model.stem,
-        "padding": model.padding,
+        **describe_network(config.model),
         "version": str(record.get("version", "")),
         "preset": str(record.get("preset") or ""),
         "objective": config.objective,
         "network": network,
-        "size": str(config.eval.size or config.views.large.size),
-        "crop_ratio": str(config.eval.crop_pct),
-        "mean": str(list(IMAGENET_MEAN)),
-        "std": str(list(IMAGENET_STD)),
+        **describe_transform(config.eval.size or config.views.large.size, config.eval.crop_pct),
     }
     return build_encoder_from_tensors(encoder_tensors, metadata, path)
 
@@ -147,10 +154,6 @@ def _is_checkpoint(path: Path) -> bool:
         return False  # load_encoder says what is wrong with it
 
 
-BASELINES = ("random", "pixels", "torchvision")
-MAX_PIXEL_SIDE = 32  # most pixels of a side whose values are features
-
-
 class Pixels(nn.Module):
     """The image itself as its features: ``[N, 3, s, s]`` -> ``[N, 3 s s]``, averaged down to 32 px."""
 
@@ -163,21 +166,18 @@ class Pixels(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x, self._side).flatten(1)
 
 
-def open_encoder(
-    source: str, *, network: str, model: EncoderConfig, size: int | None, seed: int, warn: Callable[[str], None],
-    crop_ratio: float | None = None,
-) -> ResolvedEncoder:  # fmt: skip
-    """What ``open_trained_encoder`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
+def open_encoder(source: str, network: str, baseline: BaselineSpec, warn: Callable[[str], None]) -> ResolvedEncoder:
+    """Open what ``open_trained_encoder`` opens; and ``random``, ``pixels``, ``torchvision:NAME``.
 
-    ``random:RUN`` is RUN's network before its first step, ``pixels:RUN`` goes with RUN's images. Without a run
-    ``random`` is a ``model`` from ``seed``; both are made for ``size`` px of the centre square ``crop_ratio``.
+    ``random:RUN`` is RUN's network before its first step, ``pixels:RUN`` takes images of RUN's size.
     """
     kind, _, rest = source.partition(":")
     if kind not in BASELINES or Path(source).exists():
         return open_trained_encoder(source, network=network, warn=warn)
     if kind == "torchvision":
         return ResolvedEncoder(load_encoder(find_cached_weights(rest)), Path(source), None)
-    run, crop_ratio = Path(rest) if rest else None, crop_ratio or 0.875
+    model, seed, size, crop_ratio = baseline
+    run = Path(rest) if rest else None
     if run is not None:
         config = load_run_config(run / "config.yaml")
         model, seed = config.model, config.seed
@@ -190,7 +190,7 @@ def open_encoder(
 
 
 def find_cached_weights(name: str) -> Path:
-    """The file that torchvision downloaded for its ResNet ``name``. Nothing is fetched."""
+    """Return the file that torchvision downloaded for its ResNet ``name``. Nothing is downloaded."""
     try:
         entries = list(torchvision.models.get_model_weights(name))
     except ValueError:
@@ -209,20 +209,13 @@ def find_cached_weights(name: str) -> Path:
 
 
 def _make_baseline(encoder: nn.Module, source: str, run: Path | None, size: int, crop_ratio: float) -> ResolvedEncoder:
-    metadata = {
-        "arch": getattr(encoder, "arch", "pixels"),
-        "network": "none",
-        "size": str(size),
-        "crop_ratio": str(crop_ratio),
-        "mean": json.dumps(IMAGENET_MEAN),
-        "std": json.dumps(IMAGENET_STD),
-    }
-    vars(encoder)["metadata"] = metadata
+    transform = describe_transform(size, crop_ratio)
+    vars(encoder)["metadata"] = {"arch": getattr(encoder, "arch", "pixels"), "network": "none", **transform}
     return ResolvedEncoder(cast(ResNet, encoder.eval()), Path(source), run)
 
 
 def open_encoders(
-    sources: Sequence[str], network: str, model: EncoderConfig, size: int | None, seed: int, console: Console
+    sources: Sequence[str], network: str, baseline: BaselineSpec, warn: Callable[[str], None]
 ) -> list[ResolvedEncoder]:
     """Open all encoders. ``random`` is the untrained network of the first one that has a run; ``pixels`` has its size.
 
@@ -230,26 +223,18 @@ def open_encoders(
     """
     references: list[ResolvedEncoder] = []
     for source in sources:
-        random_run = next((str(r.run) for r in references if r.run), None)
-        spec = f"{source}:{random_run}" if random_run and source in ("random", "pixels") else source
-        first_metadata: dict[str, str] = vars(references[0].encoder)["metadata"] if references else {}
-        references.append(
-            open_encoder(
-                spec,
-                network=network,
-                model=match_architecture(references, model),
-                size=size or (int(first_metadata["size"]) if references else None),
-                crop_ratio=float(first_metadata["crop_ratio"]) if references else None,
-                seed=seed,
-                warn=console.warn,
-            )
-        )
+        run = next((reference.run for reference in references if reference.run), None)
+        spec = f"{source}:{run}" if run and source in ("random", "pixels") else source
+        references.append(open_encoder(spec, network, baseline, warn))
+        if len(references) == 1:
+            baseline = _match_encoder(baseline, references[0].encoder)
     return references
 
 
-def match_architecture(references: list[ResolvedEncoder], model: EncoderConfig) -> EncoderConfig:
-    """``model`` made like the first encoder found, unless that is none with an architecture."""
-    first = references[0].encoder if references else None
-    if not isinstance(first, ResNet):
-        return model
-    return model.model_copy(update={name: getattr(first, name) for name in ("arch", "width", "stem", "padding")})
+def _match_encoder(baseline: BaselineSpec, encoder: ResNet) -> BaselineSpec:
+    """Return ``baseline`` with the size of the encoder's images, and with its architecture unless it is ``pixels``."""
+    metadata, model = vars(encoder)["metadata"], baseline.model
+    if isinstance(encoder, ResNet):
+        model = model.model_copy(update={name: getattr(encoder, name) for name in NETWORK_KEYS})
+    size = baseline.size or int(metadata["size"])
+    return BaselineSpec(model, baseline.seed, size, float(metadata["crop_ratio"]))

@@ -65,11 +65,11 @@ class _UnsafePickleError(Exception):
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``OpaqueInstance``s.
+    """Read a pickle (of ``pickle`` or ``dill``): containers, scalars, numpy arrays and ``OpaqueInstance``s.
 
     JAX's arrays come as numpy's; ordered and default dictionaries, and Haiku's, as plain ones. Arrays may be
-    read-only and have a foreign byte order. UsageError if the file
-    cannot be read, is no whole pickle, or names what is not admitted: the name is in the message.
+    read-only and have a foreign byte order. UsageError if the file cannot be read, is no whole pickle, or names
+    what is not admitted: the name is in the message.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -126,20 +126,18 @@ class _StackMachine:
                 stack.append(tuple(reversed(items)))
             case "MARK":
                 self.marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(self.pop_to_mark()))
-            case "LIST":
-                stack.append(self.pop_to_mark())
+            case "TUPLE" | "LIST":
+                items = self.pop_to_mark()
+                stack.append(tuple(items) if opcode == "TUPLE" else items)
             case "DICT":
                 items = self.pop_to_mark()
                 stack.append({})
                 self.update(items)
             case "FROZENSET":
                 stack.append(frozenset(map(_check_key, self.pop_to_mark())))
-            case "APPEND":
-                self.extend([stack.pop()])
-            case "APPENDS":
-                self.extend(self.pop_to_mark())
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode == "APPEND" else self.pop_to_mark()
+                _check_type(stack[-1], list).extend(items)
             case "ADDITEMS":
                 items = self.pop_to_mark()
                 _check_type(stack[-1], set).update(map(_check_key, items))
@@ -154,10 +152,8 @@ class _StackMachine:
                 self.pop_to_mark()
             case "DUP":
                 stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                self.memo[len(self.memo) if opcode == "MEMOIZE" else argument] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 known = self.memo[argument]
                 finished = isinstance(known, _PendingObject) and known.value is not None
@@ -177,23 +173,18 @@ class _StackMachine:
                 stack.append(self.resolve_call(name, arguments))
             case "NEWOBJ":
                 arguments, name = stack.pop(), stack.pop()
-                stack.append(
-                    OpaqueInstance(_check_foreign(_check_type(name, GlobalName)), _check_type(arguments, tuple))
-                )
+                stack.append(OpaqueInstance(_check_foreign(name), _check_type(arguments, tuple)))
             case "BUILD":
                 self.build(stack.pop())
             case _:
                 raise _UnsafePickleError(f"it uses the opcode {opcode}, which arrays and containers do not need")
 
     def pop_to_mark(self) -> list[Any]:
-        """Pops what lies above the last mark."""
+        """Pop what lies above the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
-
-    def extend(self, items: list[Any]) -> None:
-        _check_type(self.stack[-1], list).extend(items)
 
     def update(self, items: list[Any]) -> None:
         """``items``: key, value, key, value, ..."""
@@ -209,7 +200,7 @@ class _StackMachine:
             _check_type(target, OpaqueInstance).state = state
 
     def resolve_call(self, name: GlobalName, arguments: tuple[Any, ...]) -> Any:
-        """What the call would return, for the few that are known; a class that is not becomes an ``OpaqueInstance``."""
+        """Return what the call would, for the few that are known; other classes become an ``OpaqueInstance``."""
         arguments = _check_type(arguments, tuple)
         match (_check_type(name, GlobalName).module, name.name), arguments:
             case ("_codecs", "encode"), (str(text), "latin1" | "latin-1"):
@@ -256,7 +247,7 @@ _LITERALS = {
     if opcode.arg and not opcode.stack_before and opcode.stack_after not in ([], [pickletools.anyobject])
 }
 
-# functions that take numpy's (function, arguments, state, something of their own) and return the array
+# functions that take numpy's (function, arguments, state, something of theirs) and return the array
 _ARRAY_WRAPPERS = {
     ("dill._dill", "_create_array"),
     ("jax._src.array", "_reconstruct_array"),
@@ -281,7 +272,7 @@ _FORBIDDEN_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "dill", "clou
 
 
 def _resolve_global(module: Any, name: Any) -> GlobalName:
-    """The name, if it is known or looks like a class (capitalised) of a package outside the standard library."""
+    """Return the name, if it is known or looks like a class (capitalised) of a package outside the standard library."""
     if len(_check_type(module, str)) + len(_check_type(name, str)) > 500:
         raise ValueError
     module = IMPORT_MAPPING.get(module, module)  # protocols up to 2 write Python 2's names
@@ -289,12 +280,12 @@ def _resolve_global(module: Any, name: Any) -> GlobalName:
     return found if (found.module, found.name) in _KNOWN_GLOBALS else _check_foreign(found)
 
 
-def _check_foreign(name: GlobalName) -> GlobalName:
-    package = name.module.partition(".")[0]
+def _check_foreign(name: Any) -> GlobalName:
+    package = _check_type(name, GlobalName).module.partition(".")[0]
     is_class = re.fullmatch(r"(\w+\.)*_*[A-Z]\w*", name.name)
     if package in _FORBIDDEN_PACKAGES or not is_class or (name.module, name.name) in _KNOWN_GLOBALS:
         _raise_unsafe(name)
-    return name
+    return cast(GlobalName, name)
 
 
 def _raise_unsafe(name: GlobalName) -> NoReturn:
@@ -319,7 +310,7 @@ def _build_array(state: Any) -> np.ndarray:
 
 
 def _build_view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """The array whose elements are ``data``, not copied. ValueError or TypeError if they do not match exactly."""
+    """Return the array whose elements are ``data``, not copied. ValueError or TypeError if they do not match."""
     if not isinstance(dtype, np.dtype) or type(data) not in (bytes, bytearray):
         raise TypeError
     if len(_check_type(shape, tuple)) > MAX_DIMS or any(
@@ -332,7 +323,7 @@ def _build_view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _build_dtype(code: str, state: Any) -> np.dtype:
-    """Of numbers and booleans; objects, text, records and types of other packages are refused."""
+    """Build a dtype of numbers or booleans; objects, text, records and types of other packages are refused."""
     if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
         raise _UnsafePickleError(f"it has an array of type {code[:20]!a}, not of numbers")
     _, order, *compound = _check_type(state, tuple)[:5]

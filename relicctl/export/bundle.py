@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ARCHITECTURES, ResNet, build_encoder
+
+WEIGHTS_FILE = "model.safetensors"  # of the formats that are folders
 
 
 class EncoderOutputs(NamedTuple):
@@ -51,13 +52,11 @@ class ExportBundle:
 
     @property
     def mean(self) -> list[float]:
-        mean: list[float] = json.loads(self.metadata["mean"])
-        return mean
+        return list(json.loads(self.metadata["mean"]))
 
     @property
     def std(self) -> list[float]:
-        std: list[float] = json.loads(self.metadata["std"])
-        return std
+        return list(json.loads(self.metadata["std"]))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,19 +67,6 @@ class ExportBundle:
         """Blocks in each stage."""
         return ARCHITECTURES[self.encoder.arch][1]
 
-    @property
-    def has_basic_blocks(self) -> bool:
-        """Whether the blocks are the two-convolution ones of ResNet-18 and 34."""
-        return ARCHITECTURES[self.encoder.arch][0] is BasicBlock
-
-    @property
-    def feature_dim(self) -> int:
-        return int(self.encoder.feature_dim)
-
-    @property
-    def stem_channels(self) -> int:
-        return self.encoder.conv1.out_channels
-
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under torchvision's names, the classifier as ``fc``."""
         tensors = {name: t.detach().contiguous() for name, t in self.encoder.state_dict().items()}
@@ -90,27 +76,26 @@ class ExportBundle:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> EncoderOutputs:
-        """Of normalised images ``[N, 3, size, size]``: what every exported form has to give too."""
+        """Compute from normalised images ``[N, 3, size, size]`` what every exported form has to give too."""
         features = self.encoder(images)
-        if self.head is None:
-            return EncoderOutputs(features, None)
-        return EncoderOutputs(features, nn.functional.linear(features, self.head.weight, self.head.bias))
+        logits = nn.functional.linear(features, self.head.weight, self.head.bias) if self.head else None
+        return EncoderOutputs(features, logits)
 
 
 def quote_python_string(text: str | Path) -> str:
-    """As a Python string, in double quotes."""
+    """Return a Python string literal, in double quotes."""
     return json.dumps(str(text), ensure_ascii=False)
 
 
 def to_symmetric_padding(encoder: ResNet) -> ResNet:
-    """The same weights behind PyTorch's padding: another function of the images than with TensorFlow's."""
+    """Return the same weights behind PyTorch's padding: another function of the images than with TensorFlow's."""
     converted = build_encoder(encoder.arch, encoder.width, encoder.stem, "symmetric")
     converted.load_state_dict(encoder.state_dict())
     return converted.eval()
 
 
 def load_head(path: Path, feature_dim: int) -> LinearHead:
-    """The classifier of a linear-eval run, or in a file. Raises UsageError unless it takes such features."""
+    """Load the classifier of a linear-eval run, or of a file. Raises UsageError unless it takes such features."""
     file = path / "classifier.safetensors" if path.is_dir() else path
     fix = "Give --classifier the folder of a `relicctl linear-eval` run."
     try:

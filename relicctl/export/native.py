@@ -1,4 +1,4 @@
-"""relicctl's own form: one safetensors file with torchvision's names that says how to build and feed the encoder."""
+"""relicctl's form: one safetensors file with torchvision's names that says how to build and feed the encoder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_st
 
 KEEPS_SAME_PADDING = True
 IS_FOLDER = False
-WEIGHTS_FILE = ""  # the file with the weights, seen from the folder
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("relicctl",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
-    """Why this form cannot hold it, or None."""
+    """Return why this form cannot hold it, or None."""
     return "it holds encoders alone (leave out --classifier)" if bundle.head else None
 
 
@@ -32,11 +31,10 @@ def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
-    network = (
-        "" if bundle.metadata["network"] == "online" else f", network={quote_python_string(bundle.metadata['network'])}"
-    )
+    network = bundle.metadata["network"]
+    argument = "" if network == "online" else f", network={quote_python_string(network)}"
     return [
         "from relicctl import load_encoder",
-        f"model = load_encoder({quote_python_string(path)}{network})",
+        f"model = load_encoder({quote_python_string(path)}{argument})",
         "prepare = model.transform  # PIL image -> tensor",
     ]

@@ -16,7 +16,6 @@ from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_st
 
 KEEPS_SAME_PADDING = True  # TensorFlow's
 IS_FOLDER = False
-WEIGHTS_FILE = ""
 WRITE_PACKAGES = ("onnx", "onnxscript")
 READ_PACKAGES = ("onnxruntime",)
 
@@ -81,7 +80,7 @@ class _Graph(nn.Module):
         self.encoder = bundle.encoder
         self.head: nn.Linear | None = None
         if bundle.head:
-            self.head = nn.Linear(bundle.feature_dim, len(bundle.classes))
+            self.head = nn.Linear(bundle.encoder.feature_dim, len(bundle.classes))
             self.head.load_state_dict({"weight": bundle.head.weight, "bias": bundle.head.bias})
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

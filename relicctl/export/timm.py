@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
+from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
 
 KEEPS_SAME_PADDING = False  # TensorFlow's
 IS_FOLDER = True
-WEIGHTS_FILE = "model.safetensors"
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("timm",)
 _BYOB_STEMS = {"imagenet": ("7x7", "maxpool", "stem.conv1"), "stride2": ("3x3", "", "stem")}
@@ -29,7 +28,7 @@ _BYOB_CONVOLUTIONS = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
-    """Why timm has no such model, or None."""
+    """Return why timm has no such model, or None."""
     encoder = bundle.encoder
     if _is_torchvision_resnet(bundle):
         return None
@@ -75,14 +74,14 @@ def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
 
 
 def _is_torchvision_resnet(bundle: ExportBundle) -> bool:
-    return bundle.encoder.stem == "imagenet" and bundle.stem_channels == 64
+    return bundle.encoder.stem == "imagenet" and bundle.encoder.conv1.out_channels == 64
 
 
 def _build_timm_config(bundle: ExportBundle) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architecture": bundle.encoder.arch,
         "num_classes": len(bundle.classes),
-        "num_features": bundle.feature_dim,
+        "num_features": bundle.encoder.feature_dim,
         "global_pool": "avg",
     }
     first, last = "conv1", "fc"
@@ -90,7 +89,7 @@ def _build_timm_config(bundle: ExportBundle) -> dict[str, Any]:
         stem, pool, layer = _BYOB_STEMS[bundle.encoder.stem]
         config["architecture"] += "_clip_gap"
         config["model_args"] = {
-            "width_factor": bundle.stem_channels / 64,
+            "width_factor": bundle.encoder.conv1.out_channels / 64,
             "stem_chs": 64,
             "stem_type": stem,
             "stem_pool": pool,
@@ -118,7 +117,7 @@ def _build_timm_config(bundle: ExportBundle) -> dict[str, Any]:
 
 
 def _to_byobnet_name(name: str, stem: str) -> str:
-    """ByobNet's name of the tensor that torchvision calls ``name``."""
+    """Return ByobNet's name of the tensor that torchvision calls ``name``."""
     layer = _BYOB_STEMS[stem][2]
     name = re.sub(r"^conv1\.", f"{layer}.conv.", name)
     name = re.sub(r"^bn1\.", f"{layer}.bn.", name)

@@ -14,16 +14,15 @@ from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_st
 
 KEEPS_SAME_PADDING = False  # TensorFlow's
 IS_FOLDER = False
-WEIGHTS_FILE = ""  # the file with the weights, seen from the folder
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("torchvision",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
-    """Why torchvision has no such model, or None."""
+    """Return why torchvision has no such model, or None."""
     if bundle.encoder.stem != "imagenet":
         return f"torchvision's ResNets have the 7x7 stem with a max-pool, not {bundle.encoder.stem}"
-    if bundle.stem_channels != 64:
+    if bundle.encoder.conv1.out_channels != 64:
         return "torchvision widens only the inner convolutions, not every stage and the stem"
     return None
 
@@ -67,6 +66,6 @@ def _build_torchvision_model(bundle: ExportBundle) -> Any:
     from torchvision.models import resnet
 
     classes = len(bundle.classes) or 1
-    if bundle.encoder.arch == "resnet200":  # no function of its own
+    if bundle.encoder.arch == "resnet200":  # torchvision has no function for it
         return resnet.ResNet(resnet.Bottleneck, list(bundle.depths), num_classes=classes)
     return getattr(resnet, bundle.encoder.arch)(num_classes=classes)

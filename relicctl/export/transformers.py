@@ -15,18 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
+from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
 
 KEEPS_SAME_PADDING = False  # TensorFlow's
 IS_FOLDER = True
-WEIGHTS_FILE = "model.safetensors"
 WRITE_PACKAGES: tuple[str, ...] = ()
 READ_PACKAGES = ("transformers",)
-_BICUBIC = 3  # Pillow's number
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
-    """Why transformers has no such model, or None."""
+    """Return why transformers has no such model, or None."""
     if bundle.encoder.stem != "imagenet":
         return f"transformers' ResNet has the 7x7 stem with a max-pool, not {bundle.encoder.stem}"
     return None
@@ -36,11 +34,9 @@ def write(bundle: ExportBundle, path: Path) -> None:
     prefix = "resnet." if bundle.head else ""
     tensors = {_to_transformers_name(name, prefix): tensor for name, tensor in bundle.state_dict().items()}
     save_file(tensors, path / WEIGHTS_FILE, metadata={**bundle.metadata, "format": "pt"})
-    for name, content in (
-        ("config.json", _build_transformers_config(bundle)),
-        ("preprocessor_config.json", _build_processor_config(bundle)),
-    ):
-        (path / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    configs = {"config": _build_transformers_config(bundle), "preprocessor_config": _build_processor_config(bundle)}
+    for name, content in configs.items():
+        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
@@ -78,8 +74,8 @@ def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
 
 
 def _build_transformers_config(bundle: ExportBundle) -> dict[str, Any]:
-    planes = bundle.stem_channels
-    expansion = 1 if bundle.has_basic_blocks else 4
+    planes, basic = bundle.encoder.conv1.out_channels, bundle.encoder.arch in ("resnet18", "resnet34")
+    expansion = 1 if basic else 4
     return {
         "architectures": ["ResNetForImageClassification" if bundle.head else "ResNetModel"],
         "model_type": "resnet",
@@ -88,7 +84,7 @@ def _build_transformers_config(bundle: ExportBundle) -> dict[str, Any]:
         "embedding_size": planes,
         "hidden_sizes": [planes * expansion * 2**stage for stage in range(4)],
         "depths": list(bundle.depths),
-        "layer_type": "basic" if bundle.has_basic_blocks else "bottleneck",
+        "layer_type": "basic" if basic else "bottleneck",
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
         "downsample_in_bottleneck": False,
@@ -103,7 +99,7 @@ def _build_processor_config(bundle: ExportBundle) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": round(bundle.size / bundle.crop_ratio)},
-        "resample": _BICUBIC,
+        "resample": 3,  # Pillow's number of bicubic
         "do_center_crop": True,
         "crop_size": {"height": bundle.size, "width": bundle.size},
         "do_rescale": True,
@@ -115,7 +111,7 @@ def _build_processor_config(bundle: ExportBundle) -> dict[str, Any]:
 
 
 def _to_transformers_name(name: str, prefix: str) -> str:
-    """transformers' name of the tensor that torchvision calls ``name``."""
+    """Return transformers' name of the tensor that torchvision calls ``name``."""
     if name.startswith("fc."):
         return name.replace("fc.", "classifier.1.")
     name = re.sub(r"^(conv|bn)1\.", r"embedder.embedder.\1.", name)

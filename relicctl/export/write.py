@@ -31,7 +31,7 @@ NUM_IMAGES = 4
 
 
 def sample_images(reference: ResolvedEncoder) -> tuple[Tensor, str]:
-    """Prepared images ``[4, 3, s, s]`` and where they are from: the run's own data, else the demo data."""
+    """Return prepared images ``[4, 3, s, s]`` and where they are from: the run's data, else the demo data."""
     transform: Any = reference.encoder.transform
     run = reference.run
     if run is not None and (run / "config.yaml").is_file():
@@ -43,11 +43,11 @@ def sample_images(reference: ResolvedEncoder) -> tuple[Tensor, str]:
         except RelicError:
             pass  # moved, or of another machine
     images = _load_sample_images(transform, "shapes", "val")
-    return images, f"{NUM_IMAGES} images of the demo data, as the run's own cannot be read here"
+    return images, f"{NUM_IMAGES} images of the demo data, as the run's data cannot be read here"
 
 
 def compute_max_difference(expected: EncoderOutputs, actual: EncoderOutputs) -> float:
-    """The largest absolute difference of features and logits, each over max(1, its own largest value)."""
+    """Return the largest absolute difference of features and logits, each over max(1, its largest value)."""
     assert (expected.logits is None) == (actual.logits is None)
     pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if a is not None and b is not None]
     assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
@@ -56,7 +56,7 @@ def compute_max_difference(expected: EncoderOutputs, actual: EncoderOutputs) -> 
 
 
 def format_padding_change(original: torch.nn.Module, changed: ExportBundle, images: Tensor) -> str:
-    """In words, how far features move when TensorFlow's padding is replaced by the symmetric one."""
+    """Say how far features move when TensorFlow's padding is replaced by the symmetric one."""
     with torch.inference_mode():
         before, after = original(images), changed.encoder(images)
     cosine = torch.nn.functional.cosine_similarity(before, after).mean()
@@ -90,7 +90,7 @@ def check_output_free(out: Path, *, folder: bool, overwrite: bool) -> None:
 
 @contextmanager
 def open_atomic_output(out: Path) -> Iterator[Path]:
-    """A temporary path beside ``out``; it replaces ``out`` when the block ends well, else it is removed."""
+    """Yield a temporary path beside ``out``; it replaces ``out`` when the block ends well, else it is removed."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def open_atomic_output(out: Path) -> Iterator[Path]:
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         reason = to_os_error(error) if isinstance(error, SafetensorError) else error
-        if reason.errno is None:  # a library's own, about what is in the files
+        if reason.errno is None:  # raised by a library about the files' content
             raise error
         if reason.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailed(f"The disk is full: {out} was not written.", "Make room, then do it again.") from None
@@ -119,7 +119,7 @@ def hash_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """How an exported form was found to agree with the encoder it came from."""
+    """How an exported form agrees with the encoder it came from."""
 
     sha256: str  # of the file with the weights
     statement: str  # one sentence
@@ -129,7 +129,7 @@ class Verification:
 def format_model_card(
     name: str, library: str, bundle: ExportBundle, usage: list[str], verification: Verification
 ) -> str:
-    """Markdown, with the front matter that the Hugging Face hub reads."""
+    """Return Markdown, with the front matter that the Hugging Face hub reads."""
     metadata = bundle.metadata
     task = "image-classification" if bundle.head else "image-feature-extraction"
     origin = f"objective {metadata['objective']}" + (f", preset {metadata['preset']}" if metadata["preset"] else "")
@@ -139,7 +139,7 @@ def format_model_card(
     rows = {
         "encoder": "{arch}, width {width}, {stem} stem, {padding} padding".format(**metadata),
         "network": metadata["network"],
-        "features": str(bundle.feature_dim),
+        "features": str(bundle.encoder.feature_dim),
         "input": f"RGB, short side to {round(bundle.size / bundle.crop_ratio)} px (bicubic), "
         f"centre {bundle.size} px, scaled to [0, 1], mean {bundle.mean}, std {bundle.std}",
         "trained with": f"relicctl {metadata['version']}, {origin}",
@@ -148,9 +148,8 @@ def format_model_card(
         "sha256 of the weights": verification.sha256,
     }
     if bundle.head:
-        rows["classes"] = f"{len(bundle.classes)}: {', '.join(bundle.classes[:20])}" + (
-            ", ..." if len(bundle.classes) > 20 else ""
-        )
+        names = [*bundle.classes[:20], *(["..."] if len(bundle.classes) > 20 else [])]
+        rows["classes"] = f"{len(bundle.classes)}: {', '.join(names)}"
     sections = ["---", *front, "---", "", f"# {name}", "", *_format_markdown_table("", "", rows), ""]
     sections += ["## Loading", "", "```python", *usage, "```", ""]
     for title, figures in json.loads(metadata["figures"]).items():

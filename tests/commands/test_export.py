@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from relicctl.commands import export as command
-from relicctl.commands.export import export
 from relicctl.encoders.file import load_encoder
 from relicctl.encoders.resolve import open_trained_encoder
 from relicctl.errors import RunFailed, UsageError
@@ -22,13 +21,17 @@ from relicctl.export.bundle import EncoderOutputs
 from relicctl.export.write import compute_max_difference
 
 
+def export(source: str, **options: object) -> dict:
+    return command.export(source, command.ExportOptions(**options))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def run(make_run) -> Path:
     return make_run("resnet18")
 
 
 def exported(source: object, out: Path, **options: object) -> dict:
-    return export(str(source), **{"format": "torchvision", "out": out, "quiet": True, **options})  # type: ignore[arg-type]
+    return export(str(source), **{"format": "torchvision", "out": out, "quiet": True, **options})
 
 
 def test_a_run_a_checkpoint_and_weights_give_the_same_online_encoder(run, tmp_path):
@@ -67,7 +70,7 @@ def test_a_dash_reads_the_last_line_of_stdin(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_a_dash_with_nothing_on_stdin_says_so(text, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    with pytest.raises(UsageError, match="nothing came"):
+    with pytest.raises(UsageError, match="got none"):
         exported("-", tmp_path / "o.safetensors")
 
 

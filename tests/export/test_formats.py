@@ -9,15 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from relicctl.commands.export import export
+from relicctl.commands import export as command
 from relicctl.encoders.file import load_encoder
 from relicctl.errors import UsageError
 from relicctl.export.bundle import load_head
 
 
+def export(source: str, **options: object) -> dict:
+    return command.export(source, command.ExportOptions(**options))  # type: ignore[arg-type]
+
+
 def export_and_load(source: Path, out: Path, **options: object) -> dict:
     """What the three printed lines define, with the result of the export under ``result``."""
-    result = export(str(source), out=out, quiet=True, **options)  # type: ignore[arg-type]
+    result = export(str(source), out=out, quiet=True, **options)
     assert len(result["load"]) == 3
     names: dict = {"images": options.get("images"), "result": result}
     exec("\n".join(result["load"]), names)

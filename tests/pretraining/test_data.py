@@ -293,7 +293,7 @@ def test_a_path_on_stdin_is_for_one_process(monkeypatch):
         resolve_bank_path(given)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert resolve_bank_path(given).config.bgmask.bank == "runs/masks"
-    with pytest.raises(UsageError, match="nothing came"):
+    with pytest.raises(UsageError, match="got none"):
         resolve_bank_path(given)
     assert resolve_bank_path(resolve_config(options={"bgmask": "b"}, schema=PretrainConfig)).config.bgmask.bank == "b"
 
