@@ -295,7 +295,7 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
 def format_allowed_values(name: str, schema: type[CommandConfig] = PretrainConfig) -> str:
     """Describe the values that a key takes: "a whole number from 1 or null"."""
     info = get_config_fields(schema)[name]
-    return _format_type(TypeAdapter(Annotated[info.annotation, info]).json_schema())
+    return _format_type(TypeAdapter(Annotated[info.annotation, info]).json_schema())  # type: ignore[arg-type]
 
 
 _TYPE_NAMES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
