@@ -29,7 +29,7 @@ def test_stdout_holds_the_result_and_nothing_else(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "runs/demo\n"
 
 
-def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True)
     console.info("a note")
     console.print_table(["name"], [["x"]])
@@ -39,12 +39,12 @@ def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "warning: mind this\n"
 
 
-def test_tables_align(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_columns_align(capsys: pytest.CaptureFixture[str]) -> None:
     Console().print_table(["accuracy", "n"], [["kNN(20)", 0.5], ["probe", 0.123456]])
     assert capsys.readouterr().err == "accuracy       n\nkNN(20)      0.5\nprobe     0.1235\n"
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(
+def test_progress_without_a_terminal_is_a_line_at_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -61,7 +61,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     ]
 
 
-def test_a_line_has_the_figures_of_its_own_step(
+def test_a_progress_line_shows_the_metrics_of_its_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.time, "monotonic", lambda: 0.5)
@@ -77,7 +77,7 @@ def test_a_line_has_the_figures_of_its_own_step(
     ]
 
 
-def test_steps_without_figures_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_without_metrics_print_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with Console().progress(3) as progress:
         for step in range(1, 4):
             progress.update(step, {})
@@ -118,7 +118,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "loss 2.5  eta 0:00:03" in text
 
 
-def test_a_gone_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     for stream in (closed, None):
@@ -140,14 +140,14 @@ def test_a_gone_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> No
         (Interrupted("It broke.", "Mend it.", 15), 143),
     ],
 )
-def test_expected_failures_are_two_sentences_and_their_code(
+def test_expected_errors_are_two_sentences_and_their_exit_code(
     error: RelicError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report_error(error) == code
     assert capsys.readouterr().err == "error: It broke.\n  fix: Mend it.\n"
 
 
-def test_unexpected_failures_lead_to_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_errors_mention_debug(capsys: pytest.CaptureFixture[str]) -> None:
     error = ValueError("first line\nsecond line")
     assert report_error(error) == 1
     assert capsys.readouterr().err == (
@@ -164,7 +164,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("  fix: The traceback is above.\n")
 
 
-def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_reported_with_exit_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_error(KeyboardInterrupt()) == 130
     assert "Interrupted" in capsys.readouterr().err
 
@@ -173,7 +173,7 @@ class OutOfMemoryError(RuntimeError):
     """Stands for torch's, which is told by its name."""
 
 
-def test_a_compiler_that_fails_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_compiler_is_reported_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     missing = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
     assert report_error(missing("No working C++ compiler found\nand more")) == 1
     assert capsys.readouterr().err == (

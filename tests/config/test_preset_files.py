@@ -21,12 +21,12 @@ NAMES = {
 }  # fmt: skip
 
 
-def test_all_are_there() -> None:
+def test_every_preset_of_the_list_exists() -> None:
     assert set(list_presets()) == NAMES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_each_resolves_and_explains_itself(name: str) -> None:
+def test_each_preset_resolves_and_has_a_header(name: str) -> None:
     resolved = resolve_config(name)
     assert resolved.preset == name
     assert f"preset {name}" in resolved.origin.values()
@@ -38,7 +38,7 @@ def test_each_resolves_and_explains_itself(name: str) -> None:
     assert max(map(len, read_preset(name).splitlines())) <= 110
 
 
-def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
+def test_imagenet_presets_differ_as_their_names_say() -> None:
     base = resolve_config("r50-1000ep").config
     for name, arch, width in [
         ("r50x2-1000ep", "resnet50", 2),
@@ -65,7 +65,9 @@ def test_the_imagenet_family_differs_in_what_its_names_say() -> None:
         ("r50-100ep-1gpu", 100, 512, 0.4, 1e-6, 0.9995),
     ],
 )
-def test_lengths_follow_byol(name: str, epochs: int, batch: int, base_lr: float, decay: float, ema: float) -> None:
+def test_schedules_by_length_follow_byol(
+    name: str, epochs: int, batch: int, base_lr: float, decay: float, ema: float
+) -> None:
     config = resolve_config(name).config
     optim = config.optim
     assert (optim.epochs, optim.batch_size, optim.base_lr, optim.weight_decay, config.target.ema) == (
@@ -83,7 +85,7 @@ def test_lengths_follow_byol(name: str, epochs: int, batch: int, base_lr: float,
         ("../demo", "demo"),
     ],
 )
-def test_unknown_names_are_answered(name: str, advice: str) -> None:
+def test_unknown_preset_names_suggest_the_closest(name: str, advice: str) -> None:
     with pytest.raises(UsageError) as refused:
         find_preset(name)
     assert advice in refused.value.fix

@@ -43,7 +43,7 @@ def old_file(path: Path, command: str) -> tuple[Path, Any]:
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
-def test_old_names_lead_to_keys_and_are_none(command: str) -> None:
+def test_renamed_keys_lead_to_existing_keys(command: str) -> None:
     fields = get_config_fields(SCHEMAS[command])
     for old, new in RENAMED[command].items():
         assert old not in fields
@@ -91,7 +91,7 @@ def test_old_names_are_warned_of_once_and_not_on_stdout(tmp_path: Path, capsys: 
     assert "holdout" not in out
 
 
-def test_a_runs_old_config_is_no_matter_for_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_an_old_run_does_not_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
     text = dump_yaml(resolve_config("demo").config).replace("  val_fraction:", "  holdout:")
@@ -169,7 +169,7 @@ def test_finished_dense_cells_are_found_under_the_hash_they_had(
         ),
     ],
 )  # fmt: skip
-def test_mask_banks_are_recognised_by_the_text_they_were_made_by(sets: tuple[str, ...], text: str) -> None:
+def test_mask_banks_of_old_runs_are_recognised(sets: tuple[str, ...], text: str) -> None:
     config = resolve_config(sets=sets, schema=BgmaskConfig).config
     assert ", ".join(format_section(config, name) for name in ("predict", "refine")) == text
 
@@ -186,13 +186,13 @@ def digest_of(part: Any) -> str:
 # ------------------------------------------------------------ metrics, and the table of tools/golden.py
 
 
-def test_metrics_of_old_runs_have_the_present_names() -> None:
+def test_metrics_of_old_runs_are_read_under_the_present_names() -> None:
     line = {"step": 1, "rank_me": 2.0, "deviation": 0.5, "feature_deviation": 0.4, "loss": 1.0}
     assert rename_metrics(line) == {"step": 1, "rankme": 2.0, "embedding_std": 0.5, "feature_std": 0.4, "loss": 1.0}
     assert rename_metrics(rename_metrics(line)) == rename_metrics(line)
 
 
-def test_the_recorders_table_is_the_same() -> None:
+def test_the_table_of_tools_golden_is_the_same() -> None:
     table = yaml.safe_load((Path(__file__).parents[2] / "tools" / "renamed_keys.yaml").read_text("utf-8"))
     plain = {
         command: {old: new if isinstance(new, str) else {"key": new[0], "values": new[1]} for old, new in keys.items()}

@@ -41,7 +41,7 @@ def refusal(**given: Any) -> UsageError:
 # ---------------------------------------------------------------- laws
 
 
-def test_later_layers_win_and_are_remembered(tmp_path: Path) -> None:
+def test_later_layers_override_earlier_ones_and_origins_are_recorded(tmp_path: Path) -> None:
     """For every subset of the layers, the last one present gives the value and the origin."""
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 2\n")
@@ -115,7 +115,7 @@ def test_dumped_configs_read_back_the_same(
         (" seed =7", 7),
     ],
 )
-def test_assignments_are_typed(text: str, expected: Any) -> None:
+def test_assignments_are_parsed_as_yaml_values(text: str, expected: Any) -> None:
     assert value(resolve_config(sets=[text]).config, text.partition("=")[0].strip()) == expected
 
 
@@ -137,7 +137,7 @@ def test_unknown_keys_name_the_closest(text: str, suggested: str) -> None:
     assert suggested in error.fix
 
 
-def test_a_key_like_no_other_leads_to_the_list() -> None:
+def test_an_unknown_key_without_close_names_points_to_the_list() -> None:
     assert "--dry-run" in refusal(sets=["zzzz=1"]).fix
 
 
@@ -162,16 +162,16 @@ def test_wrong_values_name_key_value_and_what_is_allowed(text: str, shown: str, 
 
 
 @pytest.mark.parametrize("name", list(get_config_fields()))
-def test_what_is_allowed_can_be_said_of_every_key(name: str) -> None:
+def test_allowed_values_of_every_key_can_be_printed(name: str) -> None:
     assert format_allowed_values(name)
 
 
 @pytest.mark.parametrize("text", ["loss.beta", "=3", ""])
-def test_no_assignment(text: str) -> None:
+def test_set_without_an_equals_sign_is_refused(text: str) -> None:
     assert "KEY=VALUE" in refusal(sets=[text]).what
 
 
-def test_options_are_named_in_refusals() -> None:
+def test_errors_name_the_option_that_set_the_value() -> None:
     assert "--workers" in refusal(options={"workers": -1}).what
 
 
@@ -195,7 +195,7 @@ def test_a_file_may_extend_a_preset(tmp_path: Path) -> None:
     assert "--preset" in refusal(preset="demo", config_file=file).fix
 
 
-def test_the_record_in_a_run_config_is_no_setting(tmp_path: Path) -> None:
+def test_the_run_record_in_config_yaml_is_ignored_as_a_setting(tmp_path: Path) -> None:
     config = resolve_config("demo").config
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config) + yaml.safe_dump({"run": {"version": "0", "preset": "demo"}}))
@@ -236,7 +236,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     assert "not text" in refusal(config_file=tmp_path / "b.yaml").what
 
 
-def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+def test_an_empty_config_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_mapping(tmp_path / "c.yaml") == {}
     assert resolve_config(config_file=tmp_path / "c.yaml").config == PretrainConfig()
@@ -250,7 +250,7 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 # ---------------------------------------------------------------- objectives
 
 
-def test_relic_is_what_it_is_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+def test_objective_relic_implies_its_settings_unless_they_are_given(tmp_path: Path) -> None:
     for preset in (None, "cifar10-r18", "r50-2large6small"):
         resolved = resolve_config(preset, sets=["objective=relic"])
         config = resolved.config
@@ -274,7 +274,7 @@ def test_relic_is_what_it_is_unless_the_user_says_otherwise(tmp_path: Path) -> N
         ("supervised", "model.projector.out=8"),
     ],
 )
-def test_what_an_objective_never_reads_is_not_taken_in_silence(objective: str, text: str) -> None:
+def test_keys_that_the_objective_never_reads_are_refused(objective: str, text: str) -> None:
     error = refusal(sets=[f"objective={objective}", text])
     assert text.partition("=")[0] in error.what
     assert objective in error.what
@@ -283,7 +283,7 @@ def test_what_an_objective_never_reads_is_not_taken_in_silence(objective: str, t
 # ---------------------------------------------------------------- continuing a run
 
 
-def test_a_run_goes_on_with_its_own_config_and_what_the_user_adds(tmp_path: Path) -> None:
+def test_resume_uses_the_runs_config_and_what_the_user_adds(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(resolve_config("demo", sets=["seed=5"]).config) + "run: {version: '0'}\n")
     now = resolve_config("cifar10-r18", sets=["checkpoint.keep=7"], options={"device": "cpu"})
@@ -300,7 +300,7 @@ def test_origins_do_not_depend_on_the_order_of_keys() -> None:
     assert resolve_config(sets=sets) == resolve_config(sets=shuffled)
 
 
-def test_a_file_without_end_is_read_to_a_bound(tmp_path: Path) -> None:
+def test_an_endless_config_file_is_read_to_a_limit(tmp_path: Path) -> None:
     (tmp_path / "long.yaml").write_bytes(b"#" * (1 << 20))
     for path in (tmp_path / "long.yaml", Path("/dev/zero")):
         with pytest.raises(UsageError, match="KiB"):

@@ -38,20 +38,20 @@ CONTRACT = {
 }
 
 
-def test_the_promised_names_hold() -> None:
+def test_the_documented_keys_exist() -> None:
     promised = {section + name for section, names in CONTRACT.items() for name in names}
     assert promised - set(get_config_fields()) == set()
 
 
-def test_every_key_says_what_it_means() -> None:
+def test_every_key_has_a_description() -> None:
     assert [name for name, field in get_config_fields().items() if not field.description] == []
 
 
-def test_leaves_are_all_there_is() -> None:
+def test_listed_keys_are_all_leaves_of_the_schema() -> None:
     assert list(get_config_fields()) == list(flatten(PretrainConfig().model_dump()))
 
 
-def test_a_config_cannot_be_changed() -> None:
+def test_a_config_is_immutable() -> None:
     with pytest.raises(ValidationError):
         PretrainConfig().optim.epochs = 3  # type: ignore[misc]
 
@@ -105,7 +105,7 @@ def test_wrong_types_ranges_and_names_are_refused(content: dict[str, Any]) -> No
         ({"bgmask": {"source": "bank"}}, "bgmask.source"),
     ],
 )
-def test_contradictions_are_refused(content: dict[str, Any], named: str) -> None:
+def test_contradicting_keys_are_refused(content: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError) as refused:
         PretrainConfig(**content)
     assert named in refused.value.what

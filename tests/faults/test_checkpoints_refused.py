@@ -65,7 +65,7 @@ SPOILT = [truncated, emptied, with_a_flipped_bit, of_a_newer_version, with_a_fli
 
 
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
-def test_the_checkpoint_before_is_taken(tiny, whole, cut, tmp_path, spoil):
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(tiny, whole, cut, tmp_path, spoil):
     run = tmp_path / "run"
     shutil.copytree(cut, run)
     spoil(run / "checkpoints" / checkpoint.format_checkpoint_name(6))
@@ -77,7 +77,7 @@ def test_the_checkpoint_before_is_taken(tiny, whole, cut, tmp_path, spoil):
     assert len(list((run / "checkpoints").glob("*.unreadable"))) == 1  # the user may want it: it is not deleted
 
 
-def test_one_that_cannot_be_read_is_never_kept_in_place_of_one_that_can(tiny, whole, cut, tmp_path):
+def test_an_unreadable_checkpoint_never_displaces_a_readable_one(tiny, whole, cut, tmp_path):
     """With checkpoint.keep 1, a later step's broken file would make the run delete every new checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(cut, run)
@@ -93,7 +93,7 @@ def test_one_that_cannot_be_read_is_never_kept_in_place_of_one_that_can(tiny, wh
     assert_same_run(run, whole)
 
 
-def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_start_anew_in_silence(tiny, cut, tmp_path):
+def test_a_run_without_readable_checkpoints_does_not_restart_silently(tiny, cut, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cut, run)
     for path in checkpoint.list_checkpoints(run / "checkpoints"):
@@ -105,7 +105,7 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_start_anew_in_sile
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
 
-def test_times_of_files_mean_nothing(tiny, whole, cut, tmp_path):
+def test_file_times_do_not_matter(tiny, whole, cut, tmp_path):
     """The newest checkpoint is that of the latest step, whatever a clock that jumped back has stamped on it."""
     import os
 

@@ -117,7 +117,7 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def test_a_run_over_all_of_them_lists_the_bad_ones_and_goes_on(tiny, photos, tmp_path):
+def test_a_run_over_corrupt_images_lists_them_and_continues(tiny, photos, tmp_path):
     """Beside them what only a folder can hold: a folder named like a picture, a pipe, links that lead nowhere."""
     for name, data in (REPORTED | DECODED).items():
         (photos / name).write_bytes(data)
@@ -177,7 +177,7 @@ def _at_step_4(fault) -> None:
 
 
 @pytest.mark.parametrize("fault", ["at_step_4_the_folder_is_gone", "at_step_4_the_folder_is_empty"])
-def test_a_folder_that_goes_away_costs_the_way_from_the_last_checkpoint(tiny, photos, tmp_path, fault):
+def test_a_vanished_data_folder_costs_only_the_steps_since_the_last_checkpoint(tiny, photos, tmp_path, fault):
     """And is not taken for a thousand bad images: those would be held against the run when the folder is back."""
     run, log = tmp_path / "run", tmp_path / "log"
     line = command(tiny, run, "--data", str(photos), "--set", "data.cache=none", "--workers", "1")
@@ -194,7 +194,7 @@ def test_a_folder_that_goes_away_costs_the_way_from_the_last_checkpoint(tiny, ph
     assert again.code == 0, again.err
 
 
-def test_a_reader_that_is_killed_ends_the_run_with_one_clear_sentence(tiny, photos, tmp_path):
+def test_a_killed_data_worker_ends_the_run_with_one_sentence(tiny, photos, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     line = command(tiny, run, "--data", str(photos), "--set", "data.cache=none", "--workers", "1")
     line += ["--set", "optim.epochs=12"]

@@ -95,7 +95,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(tiny, whole, 
     assert_same_run(run, whole)
 
 
-def test_an_export_that_finds_no_room_leaves_nothing(whole, small_disk, capsys):
+def test_an_export_on_a_full_disk_leaves_nothing(whole, small_disk, capsys):
     fill(small_disk.path, 300_000)  # an encoder takes 718 kB
     out = small_disk.path / "export" / "r18.safetensors"
     export = ["export", str(whole), "--format", "relicctl", "--out", str(out), "--quiet"]
@@ -108,7 +108,7 @@ def test_an_export_that_finds_no_room_leaves_nothing(whole, small_disk, capsys):
     assert relicctl(export) == 0
 
 
-def test_features_that_find_no_room_are_made_anew(small_disk):
+def test_features_that_did_not_fit_on_disk_are_extracted_again(small_disk):
     """The feature cache of transfer and linear-eval: either whole or absent."""
     import numpy as np
     import torch

@@ -62,7 +62,7 @@ def spoilt(draw, honest: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_damage_gives_anything_but_our_errors(seeds, name):
+def test_damaged_files_raise_only_our_errors(seeds, name):
     @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(spoilt(seeds[name]))
     def check(data: bytes) -> None:
@@ -74,7 +74,7 @@ def test_no_damage_gives_anything_but_our_errors(seeds, name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_random_bytes_give_anything_but_our_errors(name):
+def test_random_bytes_raise_only_our_errors(name):
     @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=600))
     def check(data: bytes) -> None:
@@ -85,7 +85,7 @@ def test_no_random_bytes_give_anything_but_our_errors(name):
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.text(max_size=80))
-def test_no_text_gives_the_config_anything_but_our_errors(text):
+def test_random_config_text_raises_only_our_errors(text):
     read_config(text.encode("utf-8", "surrogatepass"))
 
 
@@ -119,7 +119,7 @@ def test_known_attacks_on_yaml_are_refused_or_harmless(text):
     assert time.monotonic() - began < SECONDS
 
 
-def test_a_member_that_claims_ten_gigabytes_takes_none(tmp_path):
+def test_an_archive_member_that_claims_ten_gigabytes_allocates_none(tmp_path):
     """In the directory of a zip, and in the header of a tar of that length without any blocks."""
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -169,7 +169,7 @@ def test_a_member_that_claims_ten_gigabytes_takes_none(tmp_path):
     ],
     ids=range(15),
 )
-def test_no_claim_in_a_safetensors_header_is_believed(header):
+def test_safetensors_headers_are_validated(header):
     text = json.dumps(header).encode()
     for data in (struct.pack("<Q", len(text)) + text + bytes(4), struct.pack("<Q", 1 << 60) + text):
         read_checkpoint(data)
@@ -185,7 +185,7 @@ def test_no_claim_in_a_safetensors_header_is_believed(header):
     ],
     ids=str,
 )  # fmt: skip
-def test_no_claim_in_a_mask_bank_is_believed(claim):
+def test_mask_bank_headers_are_validated(claim):
     """With checksums that fit; and rows that point beyond the masks."""
     whole = banks()[1]
     length = struct.unpack_from("<I", whole, 12)[0]

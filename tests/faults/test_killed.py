@@ -116,7 +116,7 @@ def test_killed_and_resumed_is_never_killed(tiny, whole, tmp_path, moment):
     assert_same_run(run, whole)
 
 
-def test_killed_in_every_life_it_still_arrives(tiny, whole, tmp_path):
+def test_a_run_killed_after_every_restart_still_finishes(tiny, whole, tmp_path):
     """Each life dies after its first checkpoint is in place: every kill costs that life's steps at most."""
     run = tmp_path / "run"
     while (ended := in_a_process(command(tiny, run), f"{__name__}.while_old_checkpoints_go")).code:
@@ -126,7 +126,7 @@ def test_killed_in_every_life_it_still_arrives(tiny, whole, tmp_path):
     assert_same_run(run, whole)
 
 
-def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, whole, tmp_path):
+def test_one_command_line_starts_and_resumes_a_run(tiny, whole, tmp_path):
     """Also from given weights, which are the run's start and not that of its continuation."""
     run = tmp_path / "run"
     line = command(tiny, run, "--init-from", str(whole))
@@ -141,7 +141,7 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, whole, tmp_path
     assert_same_run(run, uncut)
 
 
-def test_a_folder_of_something_else_is_never_taken_for_a_run(tiny, tmp_path):
+def test_a_folder_that_is_no_run_is_never_resumed(tiny, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")

@@ -85,7 +85,7 @@ def test_nothing_in_the_package_runs_what_it_reads():
     assert found == []
 
 
-def test_the_loader_of_yaml_is_a_safe_one():
+def test_the_yaml_loader_is_a_safe_loader():
     import yaml
 
     from relicctl.config import yaml_io
@@ -106,7 +106,7 @@ def test_the_loader_of_yaml_is_a_safe_one():
         "from importlib import import_module\nimport_module(x)", "from os import system\nsystem(x)",
     ],
 )  # fmt: skip
-def test_the_walk_sees_what_it_looks_for(line):
+def test_the_search_for_pickles_finds_what_it_looks_for(line):
     assert complaints(line)
     assert not complaints(
         "torch.load(f, weights_only=True)\nnp.load(f)\npickle.UnpicklingError\nyaml.load(t, _StrictLoader)"

@@ -57,7 +57,7 @@ def the_same_signal_twice() -> None:
 
 
 @pytest.mark.parametrize(("launcher", "saved"), [({"TORCHELASTIC_RUN_ID": "x"}, [3, 5]), ({}, [3])])
-def test_under_torchrun_a_signal_that_comes_twice_is_one(tiny, tmp_path, launcher, saved):
+def test_a_signal_sent_twice_under_torchrun_counts_once(tiny, tmp_path, launcher, saved):
     """A scheduler sends it to all processes, and torchrun hands it on; a person's second one means at once."""
     run = tmp_path / "run"
     fault = f"{__name__}.the_same_signal_twice"
@@ -118,7 +118,7 @@ def test_out_of_memory_names_what_to_change(tiny, tmp_path, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("redirection", "code"), [("<&- >&- 2>&-", 0), ("2> >(true)", 0), ("> >(true)", 1)])
-def test_streams_that_are_closed_or_whose_reader_is_gone_do_not_harm_the_run(tiny, whole, tmp_path, redirection, code):
+def test_closed_or_broken_streams_do_not_harm_the_run(tiny, whole, tmp_path, redirection, code):
     """1 says that nobody got the result, the path; the run itself is whole."""
     run = tmp_path / "run"
     line = [part for part in command(tiny, run) if part != "--quiet"]
