@@ -19,17 +19,10 @@ from relicctl.commands import linear_eval as command
 from relicctl.data.datasets.open import open_dataset
 from relicctl.encoders.file import load_encoder
 from relicctl.export.bundle import load_head
+from tests.helpers.configs import tiny_pretrain_yaml
 
 DATA = "shapes:size=16,train=80,val=40"
-TINY = f"""
-model:
-  {{arch: resnet18, width: 0.125, stem: stride2, projector: {{hidden: 16, out: 8}}, predictor: {{hidden: 16, out: 8}}}}
-views: {{large: {{count: 2, size: 16}}, small: {{count: 0}}}}
-loss: {{negatives: 4}}
-optim: {{name: lars, batch_size: 8, base_lr: 2.0, epochs: 2, warmup_epochs: 0.5}}
-data: {{train: "{DATA}", val: "{DATA}"}}
-runtime: {{device: cpu, precision: fp32, threads: 1}}
-"""
+TINY = tiny_pretrain_yaml(views={"small": {"count": 0}}, data={"train": DATA, "val": DATA}, eval={"every_epochs": 10})
 FAST = """
 optim: {epochs: 4}
 runtime: {device: cpu, threads: 1}

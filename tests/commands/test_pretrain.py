@@ -21,18 +21,10 @@ from safetensors.torch import load_file
 
 from relicctl.cli import run as relicctl
 from relicctl.core import checkpoint
+from tests.helpers.configs import tiny_pretrain_yaml
 from tests.helpers.ports import free_ports
 
-TINY = """
-model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
-views: {large: {count: 2, size: 16}, small: {count: 1, size: 8}}
-loss: {negatives: 4}
-optim: {name: lars, batch_size: 8, base_lr: 2.0, epochs: 2, warmup_epochs: 0.5}
-data: {train: "shapes:size=16,train=64,val=40", val: "shapes:size=16,train=64,val=40"}
-eval: {every_epochs: 1}
-checkpoint: {every_steps: 3, every_minutes: null}
-runtime: {device: cpu, log_every: 2, precision: fp32, threads: 1}
-"""
+TINY = tiny_pretrain_yaml()
 STEPS = 16
 TIMINGS = {"images_per_s", "data_wait", "eta_s"}
 

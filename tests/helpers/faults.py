@@ -16,6 +16,7 @@ import torch
 
 from relicctl.cli import run as relicctl
 from relicctl.core import checkpoint
+from tests.helpers.configs import tiny_pretrain_yaml
 
 # A process that has imported torch and done nothing with it: forks of it start at once and may compute gradients.
 NURSERY = multiprocessing.get_context("forkserver")
@@ -23,16 +24,13 @@ PRELOADED = ["relicctl.commands.pretrain", "relicctl.commands.export", "relicctl
 assert all(map(importlib.util.find_spec, PRELOADED))  # the fork server swallows import errors
 NURSERY.set_forkserver_preload(PRELOADED)
 
-TINY = """
-model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
-views: {large: {count: 2, size: 16}, small: {count: 0}}
-loss: {negatives: 4}
-optim: {name: lars, batch_size: 8, base_lr: 2.0, epochs: 1, warmup_epochs: 0.5}
-data: {train: "shapes:size=16,train=64,val=8"}
-eval: {every_epochs: 0}
-checkpoint: {every_steps: 3, every_minutes: null}
-runtime: {device: cpu, log_every: 1, precision: fp32, threads: 1}
-"""
+TINY = tiny_pretrain_yaml(
+    views={"small": {"count": 0}},
+    optim={"epochs": 1},
+    data={"train": "shapes:size=16,train=64,val=8", "val": None},
+    eval={"every_epochs": 0},
+    runtime={"log_every": 1},
+)
 STEPS = 8
 TIMINGS = {"images_per_s", "data_wait", "eta_s"}
 

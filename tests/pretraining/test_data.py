@@ -24,21 +24,13 @@ from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.mask_bank import MaskBank
 from relicctl.errors import UsageError
 from relicctl.pretraining.data import resolve_bank_path
+from tests.helpers.configs import tiny_pretrain_yaml
 from tests.helpers.ports import free_ports
 
 DATA = "shapes:size=32,train=64,val=40"
-TINY = f"""
-model:
-  {{arch: resnet18, width: 0.125, stem: stride2, projector: {{hidden: 16, out: 8}}, predictor: {{hidden: 16, out: 8}}}}
-views: {{large: {{count: 2, size: 16}}, small: {{count: 1, size: 8}}}}
-loss: {{negatives: 4}}
-bgmask: {{probability: 0.5}}
-optim: {{name: lars, batch_size: 8, base_lr: 2.0, epochs: 1, warmup_epochs: 0.5}}
-data: {{train: "{DATA}"}}
-eval: {{every_epochs: 0}}
-checkpoint: {{every_steps: 3, every_minutes: null}}
-runtime: {{device: cpu, log_every: 2, precision: fp32, threads: 1}}
-"""
+TINY = tiny_pretrain_yaml(
+    bgmask={"probability": 0.5}, optim={"epochs": 1}, data={"train": DATA, "val": None}, eval={"every_epochs": 0}
+)
 STEPS = 8
 MESSAGE = "no background masks"
 

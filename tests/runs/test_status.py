@@ -20,17 +20,9 @@ from relicctl.cli import run as relicctl
 from relicctl.errors import Diverged, Interrupted, RunFailed, Terminated
 from relicctl.runs import status as module
 from relicctl.runs.folder import RunFolder
+from tests.helpers.configs import tiny_pretrain_yaml
 
-TINY = """
-model: {arch: resnet18, width: 0.125, stem: stride2, projector: {hidden: 16, out: 8}, predictor: {hidden: 16, out: 8}}
-views: {large: {count: 2, size: 16}, small: {count: 1, size: 8}}
-loss: {negatives: 4}
-optim: {name: lars, batch_size: 8, base_lr: 2.0, epochs: 2, warmup_epochs: 0.5}
-data: {train: "shapes:size=16,train=64,val=40", val: "shapes:size=16,train=64,val=40"}
-eval: {every_epochs: 1}
-checkpoint: {every_steps: 3, every_minutes: null}
-runtime: {device: cpu, log_every: 2, precision: fp32, threads: 1}
-"""
+TINY = tiny_pretrain_yaml()
 
 
 class Batches:
