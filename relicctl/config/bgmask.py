@@ -9,8 +9,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Strict, model_validator
 
-from relicctl.config.base import CheckpointConfig, ColorConfig, CommandConfig, CropConfig, RuntimeConfig
-from relicctl.config.keys import Fraction, Pair, PositiveFloat, PositiveFloats, PositiveInt, Section, check_ranges, key
+from relicctl.config.base import (
+    CheckpointConfig,
+    ColorConfig,
+    CommandConfig,
+    CropConfig,
+    Fraction,
+    Pair,
+    PositiveFloat,
+    PositiveFloats,
+    PositiveInt,
+    RuntimeConfig,
+    Section,
+    check_ranges,
+    key,
+)
 from relicctl.errors import UsageError
 
 # One DATA may stand alone, as in the other commands' configs.

@@ -6,8 +6,20 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from relicctl.config.base import CheckpointConfig, CommandConfig, CropConfig, DataConfig, EncoderConfig, RuntimeConfig
-from relicctl.config.keys import Fraction, PositiveFloats, PositiveInt, Section, check_ranges, key
+from relicctl.config.base import (
+    CheckpointConfig,
+    CommandConfig,
+    CropConfig,
+    DataConfig,
+    EncoderConfig,
+    Fraction,
+    PositiveFloats,
+    PositiveInt,
+    RuntimeConfig,
+    Section,
+    check_ranges,
+    key,
+)
 
 LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
 

@@ -10,8 +10,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from relicctl.config.base import CheckpointConfig, ColorConfig, CommandConfig, DataConfig, EncoderConfig, RuntimeConfig
-from relicctl.config.keys import Fraction, Pair, PositiveFloat, PositiveInt, PositivePair, Section, check_ranges, key
+from relicctl.config.base import (
+    CheckpointConfig,
+    ColorConfig,
+    CommandConfig,
+    DataConfig,
+    EncoderConfig,
+    Fraction,
+    Pair,
+    PositiveFloat,
+    PositiveInt,
+    PositivePair,
+    RuntimeConfig,
+    Section,
+    check_ranges,
+    key,
+)
 from relicctl.errors import UsageError
 
 

@@ -18,9 +18,8 @@ from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from relicctl.config import yaml_io
-from relicctl.config.base import CommandConfig
+from relicctl.config.base import CommandConfig, Section
 from relicctl.config.bgmask import BgmaskConfig
-from relicctl.config.keys import Section
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.config.presets import find_preset
 from relicctl.config.pretrain import PretrainConfig

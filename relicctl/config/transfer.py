@@ -6,8 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from relicctl.config.base import CheckpointConfig, CommandConfig, EncoderConfig, RuntimeConfig
-from relicctl.config.keys import (
+from relicctl.config.base import (
+    CheckpointConfig,
+    CommandConfig,
+    EncoderConfig,
     Fraction,
     Pair,
     PositiveFloat,
@@ -15,6 +17,7 @@ from relicctl.config.keys import (
     PositiveInt,
     PositiveInts,
     PositivePair,
+    RuntimeConfig,
     Section,
     check_ranges,
     key,

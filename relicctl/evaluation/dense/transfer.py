@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relicctl.config.keys import Section
+from relicctl.config.base import Section
 from relicctl.config.renamed import restore_old_names
 from relicctl.config.resolve import get_command
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig
