@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any
 
 import yaml
 
@@ -20,27 +19,11 @@ from relicctl.runs.resume import LinearOptions, TransferOptions
 EvaluationOptions = LinearOptions | TransferOptions
 
 
-class EvaluationJob(Protocol):
-    """What is evaluated; saved in config.yaml, so that ``--resume`` needs nothing else."""
-
-    @classmethod
-    def start(cls, sources: tuple[str, ...], options: Any) -> Self: ...
-
-    @classmethod
-    def resume(cls, saved: dict[str, Any], sources: tuple[str, ...], options: Any) -> Self:
-        """The job as it was saved, with what the command line may add. Raises UsageError for another job."""
-        ...
-
-
-Job = TypeVar("Job", bound=EvaluationJob)
-
-
-def resolve_job(job_class: type[Job], options: EvaluationOptions, world: World) -> tuple[Job, Path | None]:
+def resolve_job(job_class: Any, options: EvaluationOptions, world: World) -> tuple[Any, Path | None]:
     """Return the job, of the folder to resume or of the command line, and the folder of the results if it is named."""
     out = get_results_folder(options)
-    sources = tuple(
-        world.broadcast_from_main(lambda: [read_path_from_stdin(source) for source in options.sources])
-    )  # one rank reads stdin
+    # one rank reads stdin
+    sources = tuple(world.broadcast_from_main(lambda: [read_path_from_stdin(source) for source in options.sources]))
     if options.resume is not None and out is not None:
         return job_class.resume(yaml_io.load_mapping(out / "config.yaml")["run"]["job"], sources, options), out
     job = job_class.start(sources, options)
@@ -64,9 +47,9 @@ def choose_results_folder(out: Path | None, parent: Path, name: str, world: Worl
     return Path(world.broadcast_from_main(lambda: str(out or find_free_name(parent, name))))
 
 
-def save_config(run: RunFolder, config: CommandConfig, record: Mapping[str, Any]) -> None:
+def save_config(run: RunFolder, config: CommandConfig, record: dict[str, Any]) -> None:
     """Write config.yaml: the config, and under ``run`` what resuming needs besides."""
-    run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": dict(record)}, sort_keys=False))
+    run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
 
 
 def parse_named_data(texts: tuple[str, ...], option: str = "--data") -> dict[str, str]:

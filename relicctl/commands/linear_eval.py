@@ -74,9 +74,6 @@ class LinearJob:
         tests = saved["tests"] | parse_named_data(options.tests, "--test")
         return cls(before, saved["network"], tests, options.analysis or saved["analysis"])
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"sources": list(self.sources)}
-
 
 @dataclass(frozen=True)
 class LinearData:
@@ -228,7 +225,7 @@ def save_linear_record(
         "cache": resolve_cache(config.data.cache, train.source, session.device) if imagenet else None,
         "precision": pick_precision(config.runtime.precision, session.device) if imagenet else "fp32",
         **saved,
-        "job": job.to_dict(),
+        "job": asdict(job),
     }
     save_config(run, config, record)
     return record

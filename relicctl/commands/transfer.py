@@ -6,16 +6,11 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relicctl.commands.common import (
-    choose_results_folder,
-    get_results_folder,
-    resolve_job,
-    save_config,
-)
+from relicctl.commands.common import choose_results_folder, get_results_folder, resolve_job, save_config
 from relicctl.config.resolve import ResolvedConfig, dump_yaml, resolve_from_run
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
@@ -59,9 +54,6 @@ class TransferJob:
             )
         return cls(sources or tuple(saved["sources"]), options.baselines or tuple(saved["baselines"]), saved["network"])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"sources": list(self.sources), "baselines": list(self.baselines), "network": self.network}
-
 
 def transfer(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, Any]:
     """Run or resume a comparison; returns ``run`` (the folder of results) and the content of results.json."""
@@ -91,7 +83,7 @@ def _run_transfer(task: TransferTask, options: TransferOptions, session: Session
         world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
     )
     with close_with_resume_hint(run, task.resume_option):
-        save_config(run, config, {"version": __version__, "job": job.to_dict()})
+        save_config(run, config, {"version": __version__, "job": asdict(job)})
         check_unique_encoders(encoders)
         context = session.with_run(run, pick_precision(config.runtime.precision, session.device))
         cells = task.compute_cells(encoders, context)
@@ -116,9 +108,7 @@ def build_task(config: Any) -> TransferTask:
 def resolve_transfer_config(resolved: ResolvedConfig, options: TransferOptions) -> ResolvedConfig:
     """Return the config, on top of that of the folder to resume."""
     out = get_results_folder(options)
-    if options.resume is None or out is None:
-        return resolved
-    return resolve_from_run(resolved, out / "config.yaml")
+    return resolve_from_run(resolved, out / "config.yaml") if options.resume is not None and out else resolved
 
 
 def resolve_transfer_job(config: Any, options: TransferOptions, world: World) -> tuple[TransferJob, Path]:

@@ -112,10 +112,7 @@ def plot_clusters(path: Path, clusters: dict[str, ClusterAnalysis], names: Seque
     grid = figure.subplots(2, len(clusters), squeeze=False)
     colours = (
         ([c.discriminant_ratio[labels] for c in clusters.values()], "linear discriminant ratio of the class"),
-        (
-            [c.neighbour_distances.mean(1) for c in clusters.values()],
-            f"mean distance to {NUM_NEIGHBOURS} nearest",
-        ),
+        ([c.neighbour_distances.mean(1) for c in clusters.values()], f"mean distance to {NUM_NEIGHBOURS} nearest"),
     )
     for row, (values, meaning) in zip(grid, colours, strict=True):
         low, high = np.concatenate(values).min(), np.concatenate(values).max()

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relicctl.config.linear_eval import LinearEvalConfig
-from relicctl.config.transfer import TransferConfig
+from relicctl.config.linear_eval import LinearEvalConfig, RandomCropConfig
+from relicctl.config.transfer import FinetuneConfig, TransferConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import GIB
@@ -30,12 +30,17 @@ from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import crop_on_host, make_eval_box
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, load_or_next
+from relicctl.data.loader import LoaderConfig, ViewLoader
+from relicctl.data.photometric import AugmentConfig
+from relicctl.data.sampler import Sampler
+from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.errors import DataError, RunFailed
 from relicctl.evaluation.labelled_data import LabelledDataset
-from relicctl.runs.distributed import RunContext
+from relicctl.runs.distributed import RunContext, resolve_num_workers
 from relicctl.runs.folder import RunFolder
 
 IMAGES_PER_CHUNK = 128
+CropConfig = RandomCropConfig | FinetuneConfig
 
 
 class EvalImages:
@@ -58,8 +63,7 @@ class EvalImages:
         """Return the rows (int64) of images that could be decoded in the last pass; report the others by name."""
         for index, reason in sorted(self.bad.items()):
             report.add(self._source.get_name(index), reason)
-        rows: np.ndarray = np.setdiff1d(np.arange(len(self)), list(self.bad))
-        return rows
+        return np.setdiff1d(np.arange(len(self)), list(self.bad))
 
     def get_rank_ranges(self, world: World) -> list[tuple[int, int]]:
         """Return, for each rank, its first image and the one after its last."""
@@ -89,8 +93,7 @@ class EvalImages:
         image, _, skipped = load_or_next(self._source, index)
         self.bad.update(skipped)
         height, width = image.shape[:2]
-        crop: np.ndarray = crop_on_host(image, make_eval_box(height, width, self._ratio)[None], self._size)[0]
-        return crop
+        return np.asarray(crop_on_host(image, make_eval_box(height, width, self._ratio)[None], self._size)[0])
 
 
 @contextmanager
@@ -156,11 +159,11 @@ def load_or_extract(
     Raises DataError for features that are not finite, RunFailed when they cannot be written.
     """
     cached = _load_features(path, device) if world.is_main else None
-    if not world.broadcast_from_main(lambda: cached is not None):
-        extracted = extract()
-        world.broadcast_from_main(lambda: _save_features(path, *extracted))
-        cached = extracted if world.is_main else None
-    return cached
+    if world.broadcast_from_main(lambda: cached is not None):
+        return cached
+    extracted = extract()
+    world.broadcast_from_main(lambda: _save_features(path, *extracted))
+    return extracted if world.is_main else None
 
 
 def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
@@ -225,10 +228,21 @@ class FeatureExtractor:
         self.size, self.crop_ratio = get_eval_crop(encoder, config)
         self.encoder: nn.Module = encoder.to(context.device).to(memory_format=torch.channels_last).eval()
         self.encoder.requires_grad_(False)
-        self.context, self._max_bad = context, config.data.max_corrupt_fraction
+        self.context, self._config = context, config
 
-    def make_bad_images(self, source: ImageDataset) -> BadImages:
-        return make_bad_images(self.context.run, len(source), self._max_bad)
+    def build_crop_loader(self, source: ImageDataset, sampler: Sampler, crop: CropConfig, cache: str) -> ViewLoader:
+        """Build the loader of one random crop of every image, flipped at random and not augmented otherwise."""
+        config, context = self._config, self.context
+        flip = AugmentConfig(crop.hflip_prob, 0, grayscale_prob=0, blur_prob=(0, 0), solarize_prob=(0, 0))
+        workers = resolve_num_workers(config.runtime, context.device, cache)
+        return ViewLoader(
+            source, sampler, ViewSpec((CropSpec(1, self.size, crop.scale),), crop.ratio, flip),
+            LoaderConfig(config.seed, context.device, context.world, cache=cache, workers=workers),
+            self._make_bad_images(source),
+        )  # fmt: skip
+
+    def _make_bad_images(self, source: ImageDataset) -> BadImages:
+        return make_bad_images(self.context.run, len(source), self._config.data.max_corrupt_fraction)
 
     def __call__(self, images: LabelledDataset) -> ExtractedFeatures:
         device, world, console = self.context.device, self.context.world, self.context.console
@@ -238,6 +252,6 @@ class FeatureExtractor:
         console.info(f"features of {len(crops)} images of {images.source.spec}, {at_once} per step")
         with console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
             features = extract_features(self.encoder, crops, device, world, lambda done: bar.update(done, {}))
-        rows = crops.get_decodable_rows(self.make_bad_images(images.source))
+        rows = crops.get_decodable_rows(self._make_bad_images(images.source))
         picked = torch.from_numpy(rows).to(device)
         return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(device), rows)

@@ -23,17 +23,15 @@ from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.loop import LoopConfig, Task
 from relicctl.core.optim import compute_learning_rate
-from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
-from relicctl.data.photometric import AugmentConfig
+from relicctl.data.loader import resolve_cache
 from relicctl.data.sampler import Sampler
-from relicctl.data.views import Batch, CropSpec, ViewSpec
+from relicctl.data.views import Batch
 from relicctl.errors import Diverged
 from relicctl.evaluation.cells import open_subfolder
 from relicctl.evaluation.features import EvalImages, FeatureExtractor, extract_features
 from relicctl.evaluation.metrics import ProtocolResult, compute_metric, find_best_candidate
 from relicctl.evaluation.transfer_data import Split, TransferDataset
 from relicctl.models.layers import convert_sync_batchnorm
-from relicctl.runs.distributed import resolve_num_workers
 from relicctl.runs.training import resume_and_train
 
 
@@ -65,10 +63,8 @@ class GridSearch:
 
     def __call__(self, split: Split) -> ProtocolResult:
         finetune, console = self.config.finetune, self.extractor.context.console
-        grid = [
-            HyperParams(*values)
-            for values in itertools.product(finetune.lrs, finetune.weight_decays, finetune.epochs or (None,))
-        ]
+        points = itertools.product(finetune.lrs, finetune.weight_decays, finetune.epochs or (None,))
+        grid = [HyperParams(*point) for point in points]
         candidates, warnings = [], []
         for number, hyper in enumerate(grid, 1):
             console.info(f"fine-tuning {number} of {len(grid)}: {hyper}")
@@ -138,29 +134,12 @@ class GridSearch:
         )  # fmt: skip
         task = FinetuneTask(self.extractor.encoder, len(self.data.trainval.classes), params, device, world)
         cache = world.broadcast_from_main(lambda: resolve_cache(config.data.cache, source, device))
-        flip = AugmentConfig(
-            hflip_prob=finetune.hflip_prob,
-            color_jitter_prob=0,
-            grayscale_prob=0,
-            blur_prob=(0, 0),
-            solarize_prob=(0, 0),
-        )
-        loader = ViewLoader(
-            source, sampler, ViewSpec((CropSpec(1, self.extractor.size, finetune.scale),), finetune.ratio, flip),
-            LoaderConfig(
-                config.seed, device, world, cache=cache, workers=resolve_num_workers(config.runtime, device, cache)
-            ),
-            self.extractor.make_bad_images(source),
-        )  # fmt: skip
+        loader = self.extractor.build_crop_loader(source, sampler, finetune, cache)
         loop_config = LoopConfig.from_sections(
-            config.checkpoint,
-            config.runtime,
-            total=steps,
-            steps_per_epoch=sampler.steps_per_epoch,
-            batch_size=sampler.batch_size,
-            resume_command=f"relicctl transfer {context.run.resume_option}",
+            config.checkpoint, config.runtime, total=steps, steps_per_epoch=sampler.steps_per_epoch,
+            batch_size=sampler.batch_size, resume_command=f"relicctl transfer {context.run.resume_option}",
             lr_key="finetune.lrs",
-        )
+        )  # fmt: skip
         with open_subfolder(context, folder, config.checkpoint.keep) as subfolder:
             resume_and_train(task, loader, loop_config, subfolder)
         return task.model.eval()
@@ -204,13 +183,9 @@ class FinetuneTask(Task):
             if isinstance(module, _BatchNorm):
                 module.momentum = compute_bn_momentum(params.steps_per_epoch)
         self.optimizer = torch.optim.SGD(
-            network.parameters(),
-            params.lr,
-            params.momentum,
-            weight_decay=params.weight_decay,
-            nesterov=True,
+            network.parameters(), params.lr, params.momentum, weight_decay=params.weight_decay, nesterov=True,
             foreach=True,
-        )
+        )  # fmt: skip
         self._network: nn.Module = DistributedDataParallel(self.model) if split else self.model
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bf16")
 

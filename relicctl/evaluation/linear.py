@@ -17,14 +17,12 @@ from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.loop import Batches, LoopConfig, Task
 from relicctl.core.optim import compute_learning_rate
-from relicctl.data.loader import LoaderConfig, ViewLoader
-from relicctl.data.photometric import AugmentConfig
+from relicctl.data.loader import ViewLoader
 from relicctl.data.sampler import Sampler
-from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.evaluation.cells import open_subfolder
 from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
 from relicctl.evaluation.labelled_data import LabelledDataset
-from relicctl.runs.distributed import RunContext, resolve_num_workers
+from relicctl.runs.distributed import RunContext
 from relicctl.runs.training import restore_or_start, train_with_progress
 
 
@@ -61,9 +59,8 @@ class LinearTrainer:
         held_out = torch.from_numpy(val_rows).to(context.device)
         self.num_val_images = len(val_rows)
         val_features = features.features[held_out]
-        result = evaluate_rates(
-            classifiers, scaler(val_features) if scaler else val_features, features.labels[held_out]
-        )
+        val_features = scaler(val_features) if scaler else val_features
+        result = evaluate_rates(classifiers, val_features, features.labels[held_out])
         return SweepResult(*map(tuple, context.world.broadcast_from_main(lambda: (result.rates, result.accuracy))))
 
     def fit(
@@ -77,20 +74,14 @@ class LinearTrainer:
         schedule_steps = sampler.steps_per_epoch * config.optim.epochs
         classifiers = LinearClassifierGrid(self.train_features.features.shape[1], len(self._images.classes), rates)
         task = LinearTask(
-            classifiers.to(context.device),
-            batch_size=batch_size,
-            momentum=config.optim.momentum,
-            total_steps=schedule_steps,
-            split=config.protocol == "imagenet" and world.size > 1,
-        )
+            classifiers.to(context.device), batch_size=batch_size, momentum=config.optim.momentum,
+            total_steps=schedule_steps, split=config.protocol == "imagenet" and world.size > 1,
+        )  # fmt: skip
         loop_config = LoopConfig.from_sections(
-            config.checkpoint,
-            config.runtime,
-            total=min(schedule_steps, config.optim.max_steps or schedule_steps),
-            steps_per_epoch=sampler.steps_per_epoch,
-            batch_size=batch_size,
+            config.checkpoint, config.runtime, total=min(schedule_steps, config.optim.max_steps or schedule_steps),
+            steps_per_epoch=sampler.steps_per_epoch, batch_size=batch_size,
             resume_command=f"relicctl linear-eval {self._context.run.resume_option}",
-        )
+        )  # fmt: skip
         state = restore_or_start(task, context, lambda tensors: tensors["state.rates"].tolist() == list(rates))
         if world.is_main and not state.step:  # checkpoints that are there have other learning rates
             for stale in checkpoint.list_checkpoints(context.run.checkpoints_dir):
@@ -106,27 +97,8 @@ class LinearTrainer:
             scaler = StandardScaler.from_features(features)
             return FeatureLoader(scaler(features), self.train_features.labels[indices], sampler), scaler
         assert self._cache is not None
-        crop = CropSpec(1, extractor.size, config.crop.scale)
-        flip = AugmentConfig(
-            hflip_prob=config.crop.hflip_prob,
-            color_jitter_prob=0,
-            grayscale_prob=0,
-            blur_prob=(0, 0),
-            solarize_prob=(0, 0),
-        )
-        loader = ViewLoader(
-            self._images.source.select(self.train_features.rows[rows]),
-            sampler,
-            ViewSpec((crop,), config.crop.ratio, flip),
-            LoaderConfig(
-                config.seed,
-                context.device,
-                context.world,
-                cache=self._cache,
-                workers=resolve_num_workers(config.runtime, context.device, self._cache),
-            ),
-            extractor.make_bad_images(self._images.source),
-        )
+        source = self._images.source.select(self.train_features.rows[rows])
+        loader = extractor.build_crop_loader(source, sampler, config.crop, self._cache)
         return EncodedFeatureLoader(loader, extractor.encoder, context.autocast()), None
 
 
@@ -287,13 +259,7 @@ def evaluate_rates(classifiers: LinearClassifierGrid, features: Tensor, labels: 
 
 
 def compute_probe_accuracy(
-    bank_NF: torch.Tensor,
-    bank_labels: torch.Tensor,
-    queries_MF: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    weight_decay: float = 1e-4,
-    iterations: int = 100,
+    bank_NF: Tensor, bank_labels: Tensor, queries_MF: Tensor, labels: Tensor, weight_decay: float = 1e-4
 ) -> float:
     """Return the top-1 accuracy of multinomial logistic regression (L-BFGS) on standardised, detached features."""
     bank, queries = bank_NF.detach().float(), queries_MF.detach().float()
@@ -302,7 +268,7 @@ def compute_probe_accuracy(
     classes = int(torch.cat([bank_labels, labels]).max()) + 1
     weight = torch.zeros(bank.shape[1], classes, device=bank.device, requires_grad=True)
     bias = torch.zeros(classes, device=bank.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         solver.zero_grad()

@@ -14,27 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from relicctl.config.transfer import DetectionConfig
-from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.core.distributed import World
-from relicctl.core.loop import Task
+from relicctl.console import Console
+from relicctl.core.counter_rng import Stream, derive_seed
 from relicctl.data.datasets.voc import Boxes
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import UsageError
-from relicctl.evaluation.dense.detection_data import DetectionDataset
-from relicctl.evaluation.dense.training import (
-    build_sgd,
-    compute_multistep_lr,
-    get_normalization,
-    prepare_encoder,
-    wrap_ddp,
-)
+from relicctl.evaluation.dense.data import Transform
+from relicctl.evaluation.dense.detection_data import DetectionDataset, open_detection_data
+from relicctl.evaluation.dense.training import DenseTask, get_normalization
 from relicctl.models.resnet import ResNet
 
 EVAL_BATCH_SIZE = 8
@@ -72,45 +66,49 @@ def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> Fa
     )
 
 
-class DetectionTask(Task):
+def collate_detection(items: list[tuple[Tensor, dict[str, Tensor]]]) -> DetectionBatch:
+    return [image for image, _ in items], [target for _, target in items]
+
+
+class DetectionTask(DenseTask):
     """The loop's task. A batch is (images uint8 [3, H, W] each, targets in torchvision's form)."""
 
-    def __init__(
-        self, encoder: Any, classes: int, config: DetectionConfig, device: torch.device, precision: str, world: World
-    ) -> None:
-        self._schedule, self._seed, self._device, self._rank = config.optim, config.seed, device, world.rank
-        body = prepare_encoder(encoder, config.model, device, world)
-        with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, 1)):
-            network = build_detector(body, classes, config)
-        self.model: FasterRCNN = network.to(device).train()
-        self._network = wrap_ddp(self.model, world)
-        self.optimizer: torch.optim.Optimizer = build_sgd(self.model, config.optim)
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    name, metric = "detection", "ap"
+    collate = staticmethod(collate_detection)
+
+    @staticmethod
+    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DetectionDataset, DetectionDataset]:
+        return open_detection_data(name, spec, config.data, console.warn)
+
+    @staticmethod
+    def build_transform(config: Any) -> Transform:
+        return DetectionTransform(config.images.hflip_prob)
+
+    def build_network(self, encoder: Any) -> nn.Module:
+        detector: nn.Module = build_detector(encoder, self.classes, self.config)
+        return detector
 
     def compute_loss(self, batch: DetectionBatch, step: int) -> dict[str, Tensor]:
         """Return the sum of Faster R-CNN's four losses, and each."""
         images, targets = batch
-        with _fork_rng(derive_seed(self._seed, Stream.NEGATIVES, step, self._rank), self._device), self._autocast:
-            losses = self._network([image / 255 for image in images], targets)
+        seed = derive_seed(self.config.seed, Stream.NEGATIVES, step, self.world.rank)
+        with _fork_rng(seed, self.device), self.autocast:
+            losses = self.network([image / 255 for image in images], targets)
         return {"loss": torch.stack([loss.float() for loss in losses.values()]).sum(), **losses}
-
-    def get_learning_rate(self, step: int) -> float:
-        return compute_multistep_lr(step, self._schedule)
 
     @torch.no_grad()
     def score(self, samples: DetectionDataset, bad: dict[int, str]) -> dict[str, Any]:
-        """Return average precision on ``samples``; images that cannot be decoded are added to ``bad`` and left out."""
         self.model.eval()
         detections: dict[int, Detections] = {}
         for first in range(0, len(samples), EVAL_BATCH_SIZE):
             images, rows = [], []
             for row in range(first, min(first + EVAL_BATCH_SIZE, len(samples))):
                 try:
-                    images.append(_to_channels_first(samples.load(row)).to(self._device) / 255)
+                    images.append(_to_channels_first(samples.load(row)).to(self.device) / 255)
                     rows.append(row)
                 except BadImageError as reason:
                     bad[row] = reason.reason
-            with self._autocast:
+            with self.autocast:
                 outputs = self.model(images) if images else []
             for row, output in zip(rows, outputs, strict=True):
                 corners, scores, labels = (output[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
@@ -135,10 +133,6 @@ class DetectionTransform:
             "boxes": torch.from_numpy(corners),
             "labels": torch.from_numpy(targets.labels + 1),
         }
-
-
-def collate_detection(items: list[tuple[Tensor, dict[str, Tensor]]]) -> DetectionBatch:
-    return [image for image, _ in items], [target for _, target in items]
 
 
 def _to_channels_first(image: np.ndarray) -> Tensor:

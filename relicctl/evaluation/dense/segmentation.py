@@ -18,22 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relicctl.config.transfer import SegmentationConfig, SegmentationCropConfig
-from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.core.distributed import World, all_reduce_sum
-from relicctl.core.loop import Task
+from relicctl.config.transfer import SegmentationCropConfig
+from relicctl.console import Console
 from relicctl.data.constants import IMAGENET_MEAN
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import DenseDataset
-from relicctl.evaluation.dense.segmentation_data import IGNORE_INDEX
-from relicctl.evaluation.dense.training import (
-    build_sgd,
-    compute_multistep_lr,
-    get_normalization,
-    prepare_encoder,
-    wrap_ddp,
-)
+from relicctl.evaluation.dense.data import DenseDataset, Transform
+from relicctl.evaluation.dense.segmentation_data import IGNORE_INDEX, open_segmentation_data
+from relicctl.evaluation.dense.training import DenseTask
 from relicctl.models.layers import convert_sync_batchnorm
 from relicctl.models.resnet import STEMS, ResNet
 
@@ -62,52 +54,53 @@ class Segmenter(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class SegmentationTask(Task):
+def collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, masks = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(masks)
+
+
+class SegmentationTask(DenseTask):
     """The loop's task. A batch is (images uint8 [B, H, W, 3], masks uint8 [B, H, W]), this rank's rows of it."""
 
-    def __init__(
-        self, encoder: Any, classes: int, config: SegmentationConfig, device: torch.device, precision: str, world: World
-    ) -> None:
-        self._schedule, self._world = config.optim, world
-        body = prepare_encoder(encoder, config.model, device, world)
-        with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, 1)):
-            network = Segmenter(body, classes, config.head.channels, config.head.dilation)
-        if world.size > 1:
-            network.head = convert_sync_batchnorm(network.head, device)
-        self.model: Segmenter = network.to(device).to(memory_format=torch.channels_last).train()
-        self._network = wrap_ddp(self.model, world)
-        self.optimizer: torch.optim.Optimizer = build_sgd(self.model, config.optim)
-        self._mean, self._std = get_normalization(encoder, device)
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self._classes, self._device = classes, device
+    name, metric = "segmentation", "miou"
+    collate = staticmethod(collate_segmentation)
+
+    @staticmethod
+    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DenseDataset, DenseDataset]:
+        return open_segmentation_data(name, spec, config.data, console.info)
+
+    @staticmethod
+    def build_transform(config: Any) -> Transform:
+        return SegmentationTransform(config.crop)
+
+    def build_network(self, encoder: Any) -> nn.Module:
+        network = Segmenter(encoder, self.classes, self.config.head.channels, self.config.head.dilation)
+        if self.world.size > 1:
+            network.head = convert_sync_batchnorm(network.head, self.device)
+        return network.to(memory_format=torch.channels_last)
 
     def _compute_logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        with self._autocast:
-            logits: Tensor = network((images.permute(0, 3, 1, 2) / 255 - self._mean) / self._std)
+        with self.autocast:
+            logits: Tensor = network((images.permute(0, 3, 1, 2) / 255 - self.mean) / self.std)
         return logits
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         """Return the cross-entropy, averaged over all pixels of the batch that are not ignored."""
         images, masks = batch
-        logits = self._compute_logits(self._network, images)
+        logits = self._compute_logits(self.network, images)
         total = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE_INDEX, reduction="sum")
         count = (masks != IGNORE_INDEX).sum().float()
-        if self._world.size > 1:  # so that averaging gradients over ranks gives the gradient of the batch's mean
-            count = all_reduce_sum(count) / self._world.size
+        count = self.world.all_reduce_mean(count)  # so that averaging gradients over ranks gives the batch's gradient
         return {"loss": total / count.clamp(min=1)}
-
-    def get_learning_rate(self, step: int) -> float:
-        return compute_multistep_lr(step, self._schedule)
 
     @torch.no_grad()
     def score(self, samples: DenseDataset, bad: dict[int, str]) -> dict[str, Any]:
-        """Return metrics on whole images; add those that cannot be decoded to ``bad``."""
         self.model.eval()
-        confusion = torch.zeros(self._classes, self._classes, dtype=torch.int64, device=self._device)
+        confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=self.device)
         for images, masks in _iter_same_size_batches(samples, bad):
-            predicted = self._compute_logits(self.model, torch.from_numpy(images).to(self._device)).argmax(1)
+            predicted = self._compute_logits(self.model, torch.from_numpy(images).to(self.device)).argmax(1)
             confusion += compute_confusion_matrix(
-                torch.from_numpy(masks).to(self._device).long(), predicted, self._classes
+                torch.from_numpy(masks).to(self.device).long(), predicted, self.classes
             )
         iou = compute_iou(confusion)
         named = zip(samples.classes, iou.tolist(), strict=True)
@@ -165,11 +158,6 @@ class SegmentationTransform:
         if uniform[3] < self.config.hflip_prob:
             square, labels = square[:, ::-1].copy(), labels[:, ::-1].copy()
         return torch.from_numpy(square), torch.from_numpy(labels)
-
-
-def collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, masks = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(masks)
 
 
 def _iter_same_size_batches(samples: DenseDataset, bad: dict[int, str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +13,64 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from relicctl.config.transfer import DenseEncoderConfig, DenseOptimConfig
+from relicctl.console import Console
+from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World
+from relicctl.core.loop import Task
+from relicctl.evaluation.dense.data import DenseDataset, Transform
 from relicctl.models.layers import convert_sync_batchnorm
+
+
+class DenseTask(Task):
+    """Base class of the loop's dense tasks; this rank's rows of a batch are ``collate`` of transformed samples."""
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+
+    def __init__(
+        self, encoder: Any, classes: int, config: Any, device: torch.device, precision: str, world: World
+    ) -> None:
+        self.config, self.device, self.world, self.classes = config, device, world, classes
+        self.mean, self.std = get_normalization(encoder, device)
+        body = prepare_encoder(encoder, config.model, device, world)
+        with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, 1)):
+            self.model = self.build_network(body).to(device).train()
+        self.network = DistributedDataParallel(self.model) if world.size > 1 else self.model
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad], config.optim.base_lr, config.optim.momentum,
+            weight_decay=config.optim.weight_decay, foreach=True,
+        )  # fmt: skip
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    @staticmethod
+    @abstractmethod
+    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DenseDataset, DenseDataset]:
+        """Open the images to train on and those to test on."""
+
+    @staticmethod
+    @abstractmethod
+    def build_transform(config: Any) -> Transform: ...
+
+    @staticmethod
+    @abstractmethod
+    def collate(items: list[Any]) -> Any: ...
+
+    @abstractmethod
+    def build_network(self, encoder: Any) -> nn.Module: ...
+
+    @abstractmethod
+    def score(self, samples: Any, bad: dict[int, str]) -> dict[str, Any]:
+        """Return metrics on whole images; those that cannot be decoded are added to ``bad`` and left out."""
+
+    def get_learning_rate(self, step: int) -> float:
+        return compute_multistep_lr(step, self.config.optim)
 
 
 def compute_multistep_lr(step: int, schedule: DenseOptimConfig) -> float:
     """Return the learning rate: linear warm-up to ``base_lr``, then a tenth of it after each of ``milestones``."""
     drops = sum(step >= fraction * schedule.steps for fraction in schedule.milestones)
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    rate: float = schedule.base_lr * warmup / 10**drops
-    return rate
-
-
-def build_sgd(network: nn.Module, schedule: DenseOptimConfig) -> torch.optim.Optimizer:
-    """Build SGD for all parameters that are trained."""
-    return torch.optim.SGD(
-        [p for p in network.parameters() if p.requires_grad], schedule.base_lr, schedule.momentum,
-        weight_decay=schedule.weight_decay, foreach=True,
-    )  # fmt: skip
+    return float(schedule.base_lr * warmup / 10**drops)
 
 
 def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.device, world: World) -> Any:
@@ -39,19 +80,9 @@ def prepare_encoder(encoder: Any, config: DenseEncoderConfig, device: torch.devi
         return convert_sync_batchnorm(encoder, device) if world.size > 1 else encoder
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):
-            _freeze_in_eval_mode(module.requires_grad_(False))
+            module.requires_grad_(False).eval()
+            vars(module)["train"] = lambda mode=True, module=module: module  # whatever mode its parents are set to
     return encoder
-
-
-def wrap_ddp(network: nn.Module, world: World) -> nn.Module:
-    """Return ``network`` with gradients averaged over ranks."""
-    return DistributedDataParallel(network) if world.size > 1 else network
-
-
-def _freeze_in_eval_mode(module: nn.Module) -> None:
-    """Set eval mode, whatever mode its parents are set to."""
-    module.eval()
-    vars(module)["train"] = lambda mode=True: module
 
 
 def get_normalization(encoder: Any, device: torch.device) -> tuple[Tensor, Tensor]:

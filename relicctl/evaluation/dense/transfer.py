@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relicctl.config.base import Section
 from relicctl.config.renamed import restore_old_names
 from relicctl.config.resolve import get_command
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig
-from relicctl.console import Console
 from relicctl.core.loop import LoopConfig
 from relicctl.data.loader import resolve_cache
 from relicctl.data.sampler import Sampler
@@ -26,46 +23,16 @@ from relicctl.evaluation.cells import (
     load_or_compute_cell,
     open_subfolder,
 )
-from relicctl.evaluation.dense import detection, segmentation
 from relicctl.evaluation.dense.data import CachedDenseDataset, DenseBatches, DenseDataset, DenseLoader
-from relicctl.evaluation.dense.detection_data import open_detection_data
-from relicctl.evaluation.dense.segmentation_data import open_segmentation_data
+from relicctl.evaluation.dense.detection import DetectionTask, check_pycocotools
+from relicctl.evaluation.dense.segmentation import SegmentationTask
+from relicctl.evaluation.dense.training import DenseTask
 from relicctl.evaluation.features import compute_encoder_hash, make_bad_images
 from relicctl.runs.distributed import RunContext, Session, resolve_num_workers
 from relicctl.runs.training import resume_and_train
 from relicctl.version import __version__
 
-
-@dataclass(frozen=True)
-class DenseTaskSpec:
-    """What differs between segmentation and detection."""
-
-    name: str
-    metric: str
-    open_splits: Callable[[str, str, Any, Console], tuple[Any, Any]]
-    task_class: Callable[..., Any]
-    build_transform: Callable[[Any], Callable[..., Any]]
-    collate: Callable[[list[Any]], Any]
-
-
-DENSE_TASKS: dict[type[Section], DenseTaskSpec] = {
-    SegmentationConfig: DenseTaskSpec(
-        "segmentation",
-        "miou",
-        lambda name, spec, config, console: open_segmentation_data(name, spec, config.data, console.info),
-        segmentation.SegmentationTask,
-        lambda config: segmentation.SegmentationTransform(config.crop),
-        segmentation.collate_segmentation,
-    ),
-    DetectionConfig: DenseTaskSpec(
-        "detection",
-        "ap",
-        lambda name, spec, config, console: open_detection_data(name, spec, config.data, console.warn),
-        detection.DetectionTask,
-        lambda config: detection.DetectionTransform(config.images.hflip_prob),
-        detection.collate_detection,
-    ),
-}
+DENSE_TASKS: dict[type[Any], type[DenseTask]] = {SegmentationConfig: SegmentationTask, DetectionConfig: DetectionTask}
 
 
 class DenseTransfer(TransferTask):
@@ -73,11 +40,11 @@ class DenseTransfer(TransferTask):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._spec = DENSE_TASKS[type(config)]
+        self._task_class = DENSE_TASKS[type(config)]
         self._splits: dict[str, tuple[DenseDataset, DenseDataset]] = {}
-        self.resume_option = f"--task {self._spec.name} "
+        self.resume_option = f"--task {self._task_class.name} "
         if isinstance(config, DetectionConfig):
-            detection.check_pycocotools()
+            check_pycocotools()
 
     def load_encoder(self, name: str, encoder: Any) -> LoadedEncoder:
         if isinstance(encoder, Pixels):
@@ -86,7 +53,7 @@ class DenseTransfer(TransferTask):
 
     def open_data(self, session: Session, download: bool) -> None:
         self._splits = {
-            name: self._spec.open_splits(name, spec, self.config, session.console)
+            name: self._task_class.open_splits(name, spec, self.config, session.console)
             for name, spec in self.config.data.datasets.items()
         }
 
@@ -95,27 +62,27 @@ class DenseTransfer(TransferTask):
 
     def _compute_cell(self, encoder: LoadedEncoder, name: str, context: RunContext) -> Cell:
         train, val = self._splits[name]
-        spec = self._spec
+        kind, metric = self._task_class.name, self._task_class.metric
         settings = restore_old_names(
             get_command(type(self.config)), self.config.model_dump(exclude={"runtime", "checkpoint", "data"})
         )
         key = compute_digest(
-            encoder.hash, train.compute_fingerprint(), val.compute_fingerprint(), train.classes, spec.name, settings,
+            encoder.hash, train.compute_fingerprint(), val.compute_fingerprint(), train.classes, kind, settings,
             context.precision, __version__,
         )  # fmt: skip
-        title = f"{encoder.name} on {name}, {spec.name}"
-        folder = context.run.path / spec.name / key
+        title = f"{encoder.name} on {name}, {kind}"
+        folder = context.run.path / kind / key
 
         def compute() -> Cell:
             context.console.info(f"{title}: {len(train)} images to train on, {len(val)} to test on")
-            task = spec.task_class(
+            task = self._task_class(
                 encoder.encoder, len(val.classes), self.config, context.device, context.precision, context.world
             )
             losses = self._train(task, train, folder, context)
             metrics, num_bad = context.world.broadcast_from_main(lambda: self._score(task, val, context))
             return {
-                "encoder": encoder.name, "data": name, "protocol": spec.name, "labels": "all", "metric": spec.metric,
-                "value": metrics[spec.metric], "figures": metrics, "frozen": self.config.model.freeze_encoder,
+                "encoder": encoder.name, "data": name, "protocol": kind, "labels": "all", "metric": metric,
+                "value": metrics[metric], "figures": metrics, "frozen": self.config.model.freeze_encoder,
                 "images": {"fit": len(train), "test": len(val) - num_bad}, "loss": losses, "warnings": [],
             }  # fmt: skip
 
@@ -124,7 +91,7 @@ class DenseTransfer(TransferTask):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return cell
 
-    def _score(self, task: Any, val: DenseDataset, context: RunContext) -> tuple[dict[str, Any], int]:
+    def _score(self, task: DenseTask, val: DenseDataset, context: RunContext) -> tuple[dict[str, Any], int]:
         """The metrics, and how many images could not be decoded."""
         bad: dict[int, str] = {}
         metrics = task.score(val, bad)
@@ -133,27 +100,24 @@ class DenseTransfer(TransferTask):
             report.add(val.get_name(row), reason)
         return metrics, len(bad)
 
-    def _train(self, task: Any, train: DenseDataset, folder: Path, context: RunContext) -> list[float]:
+    def _train(self, task: DenseTask, train: DenseDataset, folder: Path, context: RunContext) -> list[float]:
         """Train to the end, from the newest checkpoint; returns the loss of the first and of the last log line."""
         config, device, world = self.config, context.device, context.world
         sampler = Sampler(config.seed, len(train), min(config.optim.batch_size, len(train)))
         cache = world.broadcast_from_main(lambda: resolve_cache(config.data.cache, train.source, device))
         batches = DenseBatches(
-            train if cache == "none" else CachedDenseDataset(train), sampler, self._spec.build_transform(config),
-            self._spec.collate, config.seed,
+            train if cache == "none" else CachedDenseDataset(train), sampler, task.build_transform(config),
+            task.collate, config.seed,
         )  # fmt: skip
         loader = DenseLoader(
             batches, device, world, resolve_num_workers(config.runtime, device, cache),
             make_bad_images(context.run, len(train), config.data.max_corrupt_fraction),
         )  # fmt: skip
         loop_config = LoopConfig.from_sections(
-            config.checkpoint,
-            config.runtime,
-            total=config.optim.steps,
-            steps_per_epoch=sampler.steps_per_epoch,
+            config.checkpoint, config.runtime, total=config.optim.steps, steps_per_epoch=sampler.steps_per_epoch,
             batch_size=sampler.batch_size,
             resume_command=f"relicctl transfer {self.resume_option}{context.run.resume_option}",
-        )
+        )  # fmt: skip
         with open_subfolder(context, folder, config.checkpoint.keep) as subfolder:
             resume_and_train(task, loader, loop_config, subfolder)
             losses = world.broadcast_from_main(lambda: [record["loss"] for record in subfolder.run.read_metrics()])
@@ -163,13 +127,9 @@ class DenseTransfer(TransferTask):
         return {"sha256": encoder.hash}
 
     def describe_data(self) -> dict[str, Any]:
+        specs = self.config.data.datasets
         return {
-            name: {
-                "source": self.config.data.datasets[name],
-                "classes": list(val.classes),
-                "train": len(train),
-                "val": len(val),
-            }
+            name: {"source": specs[name], "classes": list(val.classes), "train": len(train), "val": len(val)}
             for name, (train, val) in self._splits.items()
         }
 
