@@ -134,11 +134,8 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
             **{f"knn{k}": accuracy for k, accuracy in knn.items()},
             "sweep": sweep.to_dict() if sweep else None,
             "per_class": scores.get_class_metrics(data.train.classes),
-            "tests": {
-                name: evaluate_test_set(data.extra_tests[name], features, linear)
-                for name, features in extra_features.items()
-            },
-            "protocol": make_protocol_record(config, trainer, rate, train_features, test_features),
+            "tests": {name: evaluate_test_set(data.extra_tests[name], f, linear) for name, f in extra_features.items()},
+            "protocol": make_protocol_record(config, trainer, rate, len(test_features.labels)),
             "encoder": {"source": job.sources[0], "network": job.network, **dict(sorted(metadata.items()))},
             "confusion": scores.confusion.tolist(),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -267,11 +264,7 @@ def evaluate_test_set(images: LabelledDataset, features: ExtractedFeatures, line
 
 
 def make_protocol_record(
-    config: LinearEvalConfig,
-    trainer: LinearTrainer,
-    rate: float,
-    train_features: ExtractedFeatures,
-    test_features: ExtractedFeatures,
+    config: LinearEvalConfig, trainer: LinearTrainer, rate: float, num_test_images: int
 ) -> dict[str, Any]:
     fast, num_val = config.protocol == "fast", trainer.num_val_images
     return {
@@ -284,9 +277,9 @@ def make_protocol_record(
         "epochs": config.optim.epochs,
         "max_steps": config.optim.max_steps,
         "train": config.data.train,
-        "train_images": len(train_features.labels),
+        "train_images": len(trainer.train_features.labels),
         "test": config.data.val or f"held-out share {config.eval.val_fraction:g} of {config.data.train}",
-        "test_images": len(test_features.labels),
+        "test_images": num_test_images,
         "size": trainer.extractor.size,
         "crop_ratio": trainer.extractor.crop_ratio,
         "knn": f"cosine, weights exp(similarity / {TEMPERATURE}), all training images",

@@ -90,7 +90,7 @@ def _run_transfer(task: TransferTask, options: TransferOptions, session: Session
         results = {
             "cells": cells,
             "relative": reports.list_relative_improvements(cells, job.encoders, job.baselines),
-            "encoders": {encoder.name: task.describe_encoder(encoder) for encoder in encoders},
+            "encoders": {encoder.name: encoder.record for encoder in encoders},
             "baselines": list(job.baselines),
             "data": task.describe_data(),
             "version": __version__,

@@ -19,11 +19,15 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """``hash``: SHA-256 over the weights and how images are shown. Two encoders of one hash are the same."""
+    """``hash``: SHA-256 over the weights and how images are shown. Two encoders of one hash are the same.
+
+    ``record``: what results.json says of it.
+    """
 
     name: str
     encoder: Any
     hash: str
+    record: dict[str, Any]
 
 
 class TransferTask(ABC):
@@ -44,10 +48,6 @@ class TransferTask(ABC):
 
     @abstractmethod
     def compute_cells(self, encoders: Sequence[LoadedEncoder], context: RunContext) -> list[Cell]: ...
-
-    @abstractmethod
-    def describe_encoder(self, encoder: LoadedEncoder) -> dict[str, Any]:
-        """What results.json says of an encoder."""
 
     @abstractmethod
     def describe_data(self) -> dict[str, Any]:

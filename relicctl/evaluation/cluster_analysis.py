@@ -88,10 +88,9 @@ def compute_discriminant_ratio(points: Tensor, labels: Tensor, classes: int) -> 
 def compute_neighbour_distances(points: Tensor) -> Tensor:
     """Return Euclidean distances of each point to its five nearest neighbours, ascending: ``[N, 5]``."""
     nearest = []
-    for first in range(0, len(points), ROWS_PER_STEP):
-        rows = points[first : first + ROWS_PER_STEP]
-        distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
-        distances[torch.arange(len(rows)), torch.arange(first, first + len(rows))] = torch.inf  # not itself
+    for indices in torch.arange(len(points)).split(ROWS_PER_STEP):
+        distances = torch.cdist(points[indices], points, compute_mode="donot_use_mm_for_euclid_dist")
+        distances[torch.arange(len(indices)), indices] = torch.inf  # not itself
         nearest.append(distances.topk(NUM_NEIGHBOURS, largest=False).values)
     return torch.cat(nearest)
 
@@ -102,8 +101,7 @@ def _compute_tsne(points: np.ndarray, seed: int) -> np.ndarray:
 
     perplexity = min(30.0, (len(points) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32)
-    embedding: np.ndarray = tsne.fit_transform(points).astype(np.float64)
-    return embedding
+    return np.asarray(tsne.fit_transform(points).astype(np.float64))
 
 
 def plot_clusters(path: Path, clusters: dict[str, ClusterAnalysis], names: Sequence[str], labels: np.ndarray) -> None:

@@ -110,15 +110,11 @@ def eval_mode(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def extract_features(
-    encoder: nn.Module,
-    images: EvalImages,
-    device: torch.device,
-    world: World = SINGLE_PROCESS,
-    on_chunk: Callable[[int], None] = lambda done: None,
-) -> torch.Tensor:
+    encoder: nn.Module, images: EvalImages, device: torch.device, world: World = SINGLE_PROCESS, bar: Any = None
+) -> Tensor:
     """Return the features of all images, float32 ``[N, F]`` on ``device``, the same on every rank.
 
-    Each rank extracts its part, in float32; ``on_chunk`` gets the number of chunks that are done.
+    Each rank extracts its part, in float32; ``bar``: a progress bar of its chunks.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -127,10 +123,10 @@ def extract_features(
         for chunk in images.iter_chunks(world):
             pixels = torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2)
             local_features.append(encoder((pixels / 255 - mean) / std))
-            on_chunk(len(local_features))
-    gathered = world.all_gather_object(
-        [local_features[0].shape[1] if local_features else None, sorted(images.bad.items())]
-    )
+            if bar is not None:
+                bar.update(len(local_features), {})
+    local_width = local_features[0].shape[1] if local_features else None
+    gathered = world.all_gather_object([local_width, sorted(images.bad.items())])
     width = next(width for width, _ in gathered if width is not None)
     for _, bad in gathered:
         images.bad.update((index, reason) for index, reason in bad)
@@ -251,7 +247,7 @@ class FeatureExtractor:
         at_once = IMAGES_PER_CHUNK * world.size
         console.info(f"features of {len(crops)} images of {images.source.spec}, {at_once} per step")
         with console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
-            features = extract_features(self.encoder, crops, device, world, lambda done: bar.update(done, {}))
+            features = extract_features(self.encoder, crops, device, world, bar)
         rows = crops.get_decodable_rows(self._make_bad_images(images.source))
         picked = torch.from_numpy(rows).to(device)
         return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(device), rows)

@@ -232,5 +232,4 @@ def align_labels(train: ImageDataset, held_out: ImageDataset) -> np.ndarray:
             f"{held_out.spec} has {len(missing)} classes that are not in {train.spec}, such as {missing[0]!r}.",
             "Give --val images of the same classes, in folders of the same names; or --set data.val=null.",
         )
-    labels: np.ndarray = np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels]
-    return labels
+    return np.asarray(np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels])

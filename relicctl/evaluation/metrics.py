@@ -88,15 +88,13 @@ class ClassificationMetrics:
     @property
     def class_counts(self) -> np.ndarray:
         """Number of images of each class, int64 ``[C]``."""
-        counts: np.ndarray = self.confusion.sum(1)
-        return counts
+        return np.asarray(self.confusion.sum(1))
 
     @property
     def class_accuracy(self) -> np.ndarray:
         """Accuracy within each class, float64 ``[C]``; NaN where it has no image."""
         with np.errstate(invalid="ignore"):
-            accuracy: np.ndarray = self.confusion.diagonal() / self.class_counts
-        return accuracy
+            return np.asarray(self.confusion.diagonal() / self.class_counts)
 
     @property
     def mean_per_class(self) -> float:

@@ -28,12 +28,7 @@ class OnlineEvaluator:
     """
 
     def __init__(
-        self,
-        train: ImageDataset,
-        held_out: ImageDataset,
-        config: PretrainConfig,
-        device: torch.device,
-        bad_train: BadImages,
+        self, train: ImageDataset, held_out: ImageDataset, config: PretrainConfig, device: torch.device, bad: BadImages
     ) -> None:
         eval_config, seed = config.eval, config.seed
         size = eval_config.size or config.views.large.size
@@ -42,7 +37,7 @@ class OnlineEvaluator:
         query_rows = permutation(len(held_out), seed, Stream.EVAL)[: eval_config.val_images]
         assert train.labels is not None
         self._use_probe, self._device = eval_config.probe, device
-        self.bad_train, self.bad_held_out = bad_train, BadImages(len(held_out), bad_train.limit)
+        self.bad_train, self.bad_held_out = bad, BadImages(len(held_out), bad.limit)
         self._bank = EvalImages(train.select(bank_rows), size, eval_config.crop_pct)
         self._queries = EvalImages(held_out.select(query_rows), size, eval_config.crop_pct)
         self._bank_labels = torch.from_numpy(train.labels[bank_rows]).to(device)
@@ -88,8 +83,7 @@ def compute_rankme(features_NF: torch.Tensor) -> float:
 def compute_normalized_std(outputs_ND: torch.Tensor) -> float:
     """Return the std of L2-normalised outputs times sqrt(D): 1 when uniform on the sphere, 0 when collapsed."""
     z = normalize(outputs_ND.detach().float(), dim=1)
-    scale: float = z.shape[1] ** 0.5
-    return float(z.std(0).mean()) * scale
+    return float(float(z.std(0).mean()) * z.shape[1] ** 0.5)
 
 
 def get_collapse_warning(metrics: dict[str, Any], rows: int, candidates: int | None = None) -> str | None:

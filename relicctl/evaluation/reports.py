@@ -30,11 +30,9 @@ def build_transfer_table(
     header += [f"{names[e]} vs {names[b]}" for b in baselines for e in others]
     rows = []
     for key, values in group_cells(cells).items():
-        columns = [f"{100 * values[e]:.1f}" for e in encoders]
-        columns += [
-            format_percent(compute_relative_improvement(values[e], values[b])) for b in baselines for e in others
-        ]
-        rows.append([*key, *columns])
+        relative = [compute_relative_improvement(values[e], values[b]) for b in baselines for e in others]
+        percents = ["" if percent is None else f"{percent:+.1f} %" for percent in relative]
+        rows.append([*key, *(f"{100 * values[e]:.1f}" for e in encoders), *percents])
     return header, rows
 
 
@@ -65,10 +63,6 @@ def list_relative_improvements(cells: Sequence[Cell], encoders: Sequence[str], b
         for e in encoders
         if e not in baselines
     ]
-
-
-def format_percent(percent: float | None) -> str:
-    return "" if percent is None else f"{percent:+.1f} %"
 
 
 def format_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -145,10 +139,8 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
     present = [(name, row) for name, row in results["per_class"].items() if row["images"]]
     title = "class"
     if len(present) > MAX_NAMED_CLASSES:
-        present, title = (
-            sorted(present, key=lambda item: item[1]["top1"])[:NUM_WORST_CLASSES],
-            f"{NUM_WORST_CLASSES} worst classes",
-        )
+        present = sorted(present, key=lambda item: item[1]["top1"])[:NUM_WORST_CLASSES]
+        title = f"{NUM_WORST_CLASSES} worst classes"
     console.info("")
     console.print_table([title, "images", "top-1"], [[name, row["images"], row["top1"]] for name, row in present])
     if len(results["per_class"]) <= MAX_CONFUSION_CLASSES:
@@ -191,12 +183,8 @@ def plot_linear_results(
                 matrix.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     for axes in others:
         assert sweep is not None
-        axes.plot(
-            *zip(*sorted(zip(sweep.rates, sweep.accuracy, strict=True)), strict=True),
-            marker=".",
-            color="tab:blue",
-            label="held-out training images",
-        )
+        points = zip(*sorted(zip(sweep.rates, sweep.accuracy, strict=True)), strict=True)
+        axes.plot(*points, marker=".", color="tab:blue", label="held-out training images")
         axes.axvline(sweep.best_rate, color="tab:orange", linestyle="--", label=f"chosen: {sweep.best_rate:g}")
         axes.set(xscale="log", xlabel="learning rate per 256 images", ylabel="top-1", title="sweep")
         axes.grid(alpha=0.3)

@@ -37,7 +37,9 @@ class ClassificationTransfer(TransferTask):
         self._datasets: list[TransferDataset] = []
 
     def load_encoder(self, name: str, encoder: Any) -> LoadedEncoder:
-        return LoadedEncoder(name, encoder, compute_encoder_hash(encoder, *get_eval_crop(encoder, self.config)))
+        size, crop_ratio = get_eval_crop(encoder, self.config)
+        digest = compute_encoder_hash(encoder, size, crop_ratio)
+        return LoadedEncoder(name, encoder, digest, {"sha256": digest, "size": size, "crop_ratio": crop_ratio})
 
     def open_data(self, session: Session, download: bool) -> None:
         config, world = self.config, session.world
@@ -89,8 +91,7 @@ class ClassificationTransfer(TransferTask):
         def compute() -> Cell:
             context.console.info(title)
             if protocol == "finetune":
-                grid_search = GridSearch(extractor, config, context.run.path / "finetune" / key, data, metric)
-                result = grid_search(split)
+                result = GridSearch(extractor, config, context.run.path / "finetune" / key, data, metric)(split)
                 images = {"fit": len(split.train), "validation": len(split.val), "test": len(data.test.labels)}
             else:
                 splits = load_feature_splits(encoder.hash, extractor, data, split)
@@ -105,10 +106,6 @@ class ClassificationTransfer(TransferTask):
 
         names = {"encoder": encoder.name, "data": data.name, "labels": labels}
         return load_or_compute_cell(key, title, names, context, compute)
-
-    def describe_encoder(self, encoder: LoadedEncoder) -> dict[str, Any]:
-        size, crop_ratio = get_eval_crop(encoder.encoder, self.config)
-        return {"sha256": encoder.hash, "size": size, "crop_ratio": crop_ratio}
 
     def describe_data(self) -> dict[str, Any]:
         config = self.config.data
@@ -216,13 +213,8 @@ def load_feature_splits(
     examples, rows = trainval
     train, val = (np.flatnonzero(np.isin(rows, part)) for part in (split.train, split.val))
     both = np.sort(np.concatenate([train, val]))
-    return FeatureSplits(
-        examples.select_rows(train),
-        examples.select_rows(val),
-        examples.select_rows(both),
-        test[0],
-        len(data.trainval.classes),
-    )
+    selected = [examples.select_rows(picked) for picked in (train, val, both)]
+    return FeatureSplits(selected[0], selected[1], selected[2], test[0], len(data.trainval.classes))
 
 
 def evaluate_frozen(
@@ -246,9 +238,8 @@ def evaluate_logistic(splits: FeatureSplits, *, metric: str, l2: tuple[float, ..
         return one_hot(labels, splits.classes).bool() if metric == "map11" and labels.ndim == 1 else labels
 
     train, val, trainval, test = splits.train, splits.val, splits.trainval, splits.test
-    models = fit_logistic_regression(
-        train.features, get_targets(train.labels), sorted(l2, reverse=True), splits.classes
-    )
+    strengths = sorted(l2, reverse=True)
+    models = fit_logistic_regression(train.features, get_targets(train.labels), strengths, splits.classes)
     scores = [compute_metric(metric, logits, val.labels) for logits in models.compute_logits(val.features)]
     candidates = [{"lambda": strength, "value": value} for strength, value in zip(models.lambdas, scores, strict=True)]
     strength = find_best_candidate(candidates)["lambda"]

@@ -21,7 +21,7 @@ import numpy as np
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.counter_rng import Stream
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ConcatDataset, ImageDataset
+from relicctl.data.datasets.base import ConcatDataset, ImageDataset, Subset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError
@@ -216,25 +216,13 @@ def _open_image_split(
     return errors[0]
 
 
-class MultiLabelDataset(ImageDataset):
+class MultiLabelDataset(Subset):
     """``images`` with ``labels`` int8 ``[N, C]``: 1 for present classes, -1 for absent ones, 0 where it is ignored."""
 
     def __init__(self, images: ImageDataset, classes: tuple[str, ...], labels: np.ndarray) -> None:
-        self.spec, self.namespace, self.images = images.spec, images.namespace, images
-        self.classes: tuple[str, ...] = classes
+        super().__init__(images, np.arange(len(images)))
+        self.images, self.classes = images, classes
         self.labels: np.ndarray = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def get_name(self, index: int) -> str:
-        return self.images.get_name(index)
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        return self.images.read(index)
-
-    def size(self, index: int) -> int:
-        return self.images.size(index)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> MultiLabelDataset:
         rows = np.asarray(indices, dtype=np.int64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def test_k_processes_see_what_one_sees_to_the_bit(size):
     def look(world: World):
         images = EvalImages(Noise(40, BAD), 16, 1.0)
         shown: list[int] = []
-        found = [extract_features(encoder, images, CPU, world, shown.append) for encoder in copies[world.rank]]
+        bar = SimpleNamespace(update=lambda done, metrics: shown.append(done))
+        found = [extract_features(encoder, images, CPU, world, bar) for encoder in copies[world.rank]]
         listed: list[str] = []
         rows = images.get_decodable_rows(BadImages(40, 0.5, lambda name, reason: listed.append(name)))
         return found, rows, listed, shown

@@ -49,7 +49,8 @@ class DenseTransfer(TransferTask):
     def load_encoder(self, name: str, encoder: Any) -> LoadedEncoder:
         if isinstance(encoder, Pixels):
             raise UsageError(f"{name} produces no feature maps.", "Leave it out of dense tasks.")
-        return LoadedEncoder(name, encoder, compute_encoder_hash(encoder, 0, 1.0))
+        digest = compute_encoder_hash(encoder, 0, 1.0)
+        return LoadedEncoder(name, encoder, digest, {"sha256": digest})
 
     def open_data(self, session: Session, download: bool) -> None:
         self._splits = {
@@ -122,9 +123,6 @@ class DenseTransfer(TransferTask):
             resume_and_train(task, loader, loop_config, subfolder)
             losses = world.broadcast_from_main(lambda: [record["loss"] for record in subfolder.run.read_metrics()])
         return [losses[0], losses[-1]]
-
-    def describe_encoder(self, encoder: LoadedEncoder) -> dict[str, Any]:
-        return {"sha256": encoder.hash}
 
     def describe_data(self) -> dict[str, Any]:
         specs = self.config.data.datasets
