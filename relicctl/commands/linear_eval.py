@@ -125,9 +125,8 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
     results: dict[str, Any] = {}
     if world.is_main:
         scores = ClassificationMetrics.from_logits(linear(test_features.features), test_features.labels)
-        knn = compute_knn_accuracy(
-            train_features.features, train_features.labels, test_features.features, test_features.labels
-        )
+        train_pair, test_pair = ((f.features, f.labels) for f in (train_features, test_features))
+        knn = compute_knn_accuracy(*train_pair, *test_pair)
         metadata: Any = references[0].encoder.metadata
         results = {
             **scores.to_dict(),
@@ -174,9 +173,8 @@ def add_run_values(resolved: ResolvedConfig, run: Path | None, options: LinearOp
     config = load_run_config(run / "config.yaml")
     values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
     if resolved.origin["data.train"] == "default":
-        values |= {
-            f"data.{name}": getattr(config.data, name) for name in ("train", "val", "subset", "max_corrupt_fraction")
-        }
+        keys = ("train", "val", "subset", "max_corrupt_fraction")
+        values |= {f"data.{name}": getattr(config.data, name) for name in keys}
         values |= {"seed": config.seed, "eval.val_fraction": config.eval.val_fraction}
     return replace_defaults(resolved, values)
 

@@ -93,7 +93,5 @@ def load_or_compute_cell(
 @contextmanager
 def open_subfolder(context: RunContext, path: Path, num_checkpoints: int) -> Iterator[RunContext]:
     """A folder for one training within the run: it has its own checkpoints, and resumes when the run does."""
-
-    sub_run = open_sub_run(context.world, path, parent=context.run.path, keep=num_checkpoints)
-    with closing(sub_run) as run:
+    with closing(open_sub_run(context.world, path, parent=context.run.path, keep=num_checkpoints)) as run:
         yield replace(context, run=run)

@@ -11,9 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -205,13 +204,12 @@ def get_eval_crop(encoder: Any, config: LinearEvalConfig | TransferConfig) -> tu
     return config.eval.size or int(metadata["size"]), config.eval.crop_pct or float(metadata["crop_ratio"])
 
 
-@dataclass(frozen=True)
-class ExtractedFeatures:
-    """Of the images that could be decoded: ``features`` ``[N, F]``, ``labels`` ``[N]``, ``rows`` in the data set."""
+class ExtractedFeatures(NamedTuple):
+    """Of the images that could be decoded: ``features`` ``[N, F]``, ``rows`` in the data set, ``labels`` ``[N]``."""
 
     features: Tensor
-    labels: Tensor
     rows: np.ndarray
+    labels: Tensor
 
 
 class FeatureExtractor:
@@ -250,4 +248,4 @@ class FeatureExtractor:
             features = extract_features(self.encoder, crops, device, world, bar)
         rows = crops.get_decodable_rows(self._make_bad_images(images.source))
         picked = torch.from_numpy(rows).to(device)
-        return ExtractedFeatures(features[picked], torch.from_numpy(images.labels[rows]).to(device), rows)
+        return ExtractedFeatures(features[picked], rows, torch.from_numpy(images.labels[rows]).to(device))

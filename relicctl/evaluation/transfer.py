@@ -31,10 +31,7 @@ class ClassificationTransfer(TransferTask):
     """Every protocol with every labelled subset on every data set."""
 
     config: TransferConfig
-
-    def __init__(self, config: TransferConfig) -> None:
-        super().__init__(config)
-        self._datasets: list[TransferDataset] = []
+    _datasets: list[TransferDataset]
 
     def load_encoder(self, name: str, encoder: Any) -> LoadedEncoder:
         size, crop_ratio = get_eval_crop(encoder, self.config)
@@ -45,10 +42,8 @@ class ClassificationTransfer(TransferTask):
         config, world = self.config, session.world
 
         def open_datasets() -> list[TransferDataset]:
-            return [
-                open_transfer_dataset(name, config, download=download, warn=session.console.warn)
-                for name in config.data.datasets
-            ]
+            warn = session.console.warn
+            return [open_transfer_dataset(name, config, download=download, warn=warn) for name in config.data.datasets]
 
         if download and world.size > 1:
             world.broadcast_from_main(lambda: len(open_datasets()))  # one rank downloads
@@ -58,8 +53,9 @@ class ClassificationTransfer(TransferTask):
         for labels in map(format_labels, config.labels):
             for data in self._datasets:
                 split = split_trainval(data, labels, config.data.val_fraction, config.seed)
-                if "finetune" in config.protocol:
-                    check_finetune_batch(split, config.finetune.batch_size, world)
+                if "finetune" in config.protocol:  # raises UsageError if a batch cannot be split over the ranks
+                    for images in (len(split.train), len(split.train) + len(split.val)):
+                        world.get_local_rows(min(config.finetune.batch_size, images), "finetune.batch_size")
 
     def compute_cells(self, encoders: Sequence[LoadedEncoder], context: RunContext) -> list[Cell]:
         extractors = {encoder.name: FeatureExtractor(encoder.encoder, self.config, context) for encoder in encoders}
@@ -155,12 +151,6 @@ def resolve_metric(data: TransferDataset, config: TransferConfig) -> str:
     return "map11"
 
 
-def check_finetune_batch(split: Split, batch_size: int, world: World) -> None:
-    """Raises UsageError if a batch, or all images where there are fewer, cannot be split over the ranks."""
-    for images in (len(split.train), len(split.train) + len(split.val)):
-        world.get_local_rows(min(batch_size, images), "finetune.batch_size")
-
-
 @dataclass(frozen=True)
 class LabelledFeatures:
     """``features`` ``[N, F]``; ``labels`` int64 ``[N]``, or int8 ``[N, C]`` of multi-label images."""
@@ -195,13 +185,9 @@ def load_feature_splits(
     device, world = extractor.context.device, extractor.context.world
 
     def load(images: LabelledDataset, part: str) -> tuple[LabelledFeatures, np.ndarray] | None:
-        def extract() -> tuple[Tensor, np.ndarray]:
-            extracted = extractor(images)
-            return extracted.features, extracted.rows
-
         name = compute_digest(encoder_hash, part, images.source.spec, images.source.compute_fingerprint())
         path = extractor.context.run.path / "features" / f"{name}.safetensors"
-        loaded = load_or_extract(path, device, extract, world)
+        loaded = load_or_extract(path, device, lambda: extractor(images)[:2], world)
         if loaded is None:
             return None
         features, rows = loaded

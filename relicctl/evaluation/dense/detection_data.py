@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from relicctl.config.transfer import DetectionDataConfig
 from relicctl.data.datasets.archives import FileReader
@@ -165,10 +166,7 @@ class DetectionDataset(DenseDataset):
     def select_with_boxes(self) -> DetectionDataset:
         """Return the images that have a box to train on."""
         image_indices = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        counts = np.bincount(image_indices[~self.boxes.ignored], minlength=len(self))
-        return self._select_rows(np.flatnonzero(counts))
-
-    def _select_rows(self, rows: np.ndarray) -> DetectionDataset:
+        rows = np.unique(image_indices[~self.boxes.ignored])
         parts = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         starts = np.cumsum([0, *map(len, parts)])
         boxes = self.boxes[np.concatenate(parts) if parts else np.empty(0, np.int64)]
@@ -222,7 +220,7 @@ def open_detection_data(
 def build_shapes_detection(source: ShapesDataset) -> DetectionDataset:
     """Return the demo data with the bounding box of every object."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda index: _compute_bounding_box(source.load_mask(index)), range(len(source))))
+        found = list(pool.map(lambda index: Image.fromarray(source.load_mask(index)).getbbox(), range(len(source))))
     image_indices = np.array([index for index, corners in enumerate(found) if corners is not None], dtype=np.int64)
     corners = np.array([c for c in found if c is not None], dtype=np.float32).reshape(-1, 4)
     area = (corners[:, 2:] - corners[:, :2]).prod(1).astype(np.float64)
@@ -230,11 +228,3 @@ def build_shapes_detection(source: ShapesDataset) -> DetectionDataset:
     starts = np.searchsorted(image_indices, np.arange(len(source) + 1))
     sizes = np.full((len(source), 2), source.settings.size)
     return DetectionDataset(source, source.classes, boxes, starts, sizes)
-
-
-def _compute_bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return left, top, right, bottom of the True pixels of bool ``[H, W]``; None if there are none."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

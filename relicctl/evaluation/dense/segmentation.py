@@ -40,17 +40,14 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = dilate_last_stage(encoder)
         layers: list[nn.Module] = []
-        width = encoder.feature_dim
-        for _ in range(2):
+        for width in (encoder.feature_dim, channels):
             layers += [nn.Conv2d(width, channels, 3, padding=dilation, dilation=dilation, bias=False)]
             layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-            width = channels
-        self.head = nn.Sequential(*layers, nn.Conv2d(width, classes, 1))
+        self.head = nn.Sequential(*layers, nn.Conv2d(channels, classes, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.head(compute_feature_map(self.encoder, images))
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -227,10 +224,6 @@ class _UnstridedSameConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        height, width = (_compute_same_padding(size) for size in input.shape[-2:])
+        # the pixels that SAME pads before each side for a 3x3 kernel of stride 2
+        height, width = (max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) // 2 for size in input.shape[-2:])
         return F.conv2d(F.pad(input, (width, 2 - width, height, 2 - height)), self.weight)
-
-
-def _compute_same_padding(size: int) -> int:
-    """Return the pixels that SAME pads before ``size`` for a 3x3 kernel of stride 2."""
-    return max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) // 2
