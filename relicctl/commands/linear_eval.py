@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from relicctl.commands.common import (
-    choose_results_folder,
-    get_results_folder,
-    parse_named_data,
-    resolve_job,
-    save_config,
-)
+from relicctl.commands import common
 from relicctl.config import yaml_io
 from relicctl.config.base import EncoderConfig
 from relicctl.config.linear_eval import LinearEvalConfig
@@ -62,7 +56,7 @@ class LinearJob:
             raise UsageError("No encoder is named.", "Give a run, a file of weights, -, random or torchvision:NAME.")
         if len(sources) > 1 and not options.analysis:
             raise UsageError("Several encoders are compared only by --analysis.", "Add --analysis, or give one.")
-        tests = parse_named_data(options.tests, "--test")
+        tests = common.parse_named_data(options.tests, "--test")
         return cls(tuple(dict.fromkeys(sources)), options.network, tests, options.analysis)
 
     @classmethod
@@ -71,7 +65,7 @@ class LinearJob:
         before = tuple(saved["sources"])
         if sources not in ((), before):
             raise UsageError(f"The results are of {before[0]}, not of {sources[0]}.", "Name no encoder with --resume.")
-        tests = saved["tests"] | parse_named_data(options.tests, "--test")
+        tests = saved["tests"] | common.parse_named_data(options.tests, "--test")
         return cls(before, saved["network"], tests, options.analysis or saved["analysis"])
 
 
@@ -94,7 +88,7 @@ def linear_eval(resolved: ResolvedConfig, options: LinearOptions) -> dict[str, A
 def format_linear_dry_run(resolved: ResolvedConfig, options: LinearOptions) -> str:
     """Return the resolved config and where each value comes from."""
     resolved = resolve_linear_config(resolved, options)
-    job, _ = resolve_job(LinearJob, options, World())
+    job, _ = common.resolve_job(LinearJob, options, World())
     references = open_linear_encoders(job, resolved.config, Console(options.quiet))
     resolved = add_run_values(resolved, references[0].run, options)
     return dump_yaml(resolved.config, resolved.origin).rstrip()
@@ -102,10 +96,10 @@ def format_linear_dry_run(resolved: ResolvedConfig, options: LinearOptions) -> s
 
 def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: Session) -> dict[str, Any]:
     world = session.world
-    job, out = resolve_job(LinearJob, options, world)
+    job, out = common.resolve_job(LinearJob, options, world)
     references = open_linear_encoders(job, resolved.config, session.console)
     config: LinearEvalConfig = add_run_values(resolved, references[0].run, options).config
-    out = choose_results_folder(out, *get_default_folder(references[0], job), world)
+    out = common.choose_results_folder(out, *get_default_folder(references[0], job), world)
     if config.protocol == "imagenet":
         world.get_local_rows(config.optim.batch_size)  # raises UsageError before anything is computed
     data = open_linear_data(config, job, options.download, session)
@@ -152,7 +146,7 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
 
 def resolve_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
     """Return the config, that of the folder to resume if there is one."""
-    out = get_results_folder(options)
+    out = common.get_results_folder(options)
     return resolved if options.resume is None or out is None else resume_config(resolved, out, MUTABLE_KEYS)
 
 
@@ -222,7 +216,7 @@ def save_linear_record(
         **saved,
         "job": asdict(job),
     }
-    save_config(run, config, record)
+    common.save_config(run, config, record)
     return record
 
 

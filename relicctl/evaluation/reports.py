@@ -51,13 +51,9 @@ def compute_relative_improvement(value: float, baseline: float) -> float | None:
 
 
 def list_relative_improvements(cells: Sequence[Cell], encoders: Sequence[str], baselines: Sequence[str]) -> list[Cell]:
+    names = ("data", "protocol", "labels", "metric", "encoder", "baseline", "relative_improvement_percent")
     return [
-        dict(zip(("data", "protocol", "labels", "metric"), key, strict=True))
-        | {
-            "encoder": e,
-            "baseline": b,
-            "relative_improvement_percent": compute_relative_improvement(values[e], values[b]),
-        }
+        dict(zip(names, (*key, e, b, compute_relative_improvement(values[e], values[b])), strict=True))
         for key, values in group_cells(cells).items()
         for b in baselines
         for e in encoders
@@ -85,12 +81,9 @@ def plot_transfer_chart(path: Path, cells: Sequence[Cell], encoders: Sequence[st
     for axes, (baseline, kind) in zip(grid, panels, strict=False):
         here = {key: values for key, values in groups.items() if key[1:3] == kind}
         for number, encoder in enumerate(bars):
-            heights = [
-                (compute_relative_improvement(values[encoder], values[baseline]) or 0.0)
-                if baseline
-                else 100 * values[encoder]
-                for values in here.values()
-            ]
+            heights = [100 * values[encoder] for values in here.values()]
+            if baseline:
+                heights = [compute_relative_improvement(v[encoder], v[baseline]) or 0.0 for v in here.values()]
             width = 0.8 / len(bars)
             places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(here))]
             drawn = axes.bar(places, heights, width * 0.92, label=names[encoder], color=f"C{number}")

@@ -169,11 +169,10 @@ def _concat_labelled(train: LabelledDataset, val: LabelledDataset) -> LabelledDa
 def _match_split_classes(
     name: str, part: str, source: ImageDataset, classes: tuple[str, ...], warn: Callable[[str], None]
 ) -> LabelledDataset:
-    images = (
-        match_multilabel_classes(source, classes)
-        if isinstance(source, MultiLabelDataset)
-        else match_classes(source, classes)
-    )
+    if isinstance(source, MultiLabelDataset):
+        images = match_multilabel_classes(source, classes)
+    else:
+        images = match_classes(source, classes)
     if images.unknown_classes:
         raise DataError(
             f"{name} has classes in {part} that are not in train, {images.unknown_classes[0]!r} among them.",
@@ -240,9 +239,8 @@ def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) 
     Returns None if neither is multi-label. ``classes``: those of train, where this is another split; further ones
     come after them. Raises DataError for lists, annotations or tables that cannot be used.
     """
-    if (files := _open_file_reader(spec)) is not None and (
-        listed := files.read(f"ImageSets/Main/{word}.txt")
-    ) is not None:
+    files = _open_file_reader(spec)
+    if files is not None and (listed := files.read(f"ImageSets/Main/{word}.txt")) is not None:
         voc = read_voc(files, parse_first_words(listed), classes or None, spec)
         easy, boxes = ~voc.boxes.ignored, voc.boxes
         labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
