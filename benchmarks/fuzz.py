@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py --minutes 10 --out fuzz.json [--only pickle archive]
 
-The targets and their honest seeds are those of tests/faults/hostile.py, each in a process of its own for its share of
+The targets and their honest seeds are those of tests/helpers/hostile.py, each in a process of its own for its share of
 the time. A finding is any exception but our errors, an input that takes longer than SECONDS, or a process that grows
 beyond MEGABYTES; it is saved beside --out. Without atheris, seeds are mutated blindly.
 """

@@ -55,8 +55,15 @@ class _ConfigLayers:
         self.values = flatten(schema().model_dump(), schema=schema)
         self.origin = dict.fromkeys(self.values, "default")
         self.renamed: dict[str, str] = {}
+        self._given_as: dict[tuple[str, str], str] = {}  # (source, present name) -> the name that was used
 
     def set_value(self, name: str, value: Any, where: str) -> None:
+        used = self._given_as.setdefault((where, rename_key(self.command, name)), name)
+        if used != name:
+            raise UsageError(
+                f"{used} and {name} (from {where}) are two names of one key.",
+                f"Keep {rename_key(self.command, name)} alone.",
+            )
         if (new_name := rename_key(self.command, name)) != name:
             self.renamed[name] = new_name
             name, value = new_name, rename_value(self.command, name, value)
@@ -276,17 +283,19 @@ def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Comma
 
 
 def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) -> UsageError:
-    known = get_config_fields(schema)
-    inside = [key for key in known if key.startswith(f"{name}.")]
+    known, command = get_config_fields(schema), get_command(schema)
+    old_names = RENAMED[command]
+    inside = [rename_key(command, key) for key in (*known, *old_names) if key.startswith(f"{name}.")]
     if inside:
         return UsageError(
             f"{name} (from {where}) is a group of keys and takes no value.", f"Set {_format_choices(inside)}."
         )
     last = name.rpartition(".")[2]
-    close = difflib.get_close_matches(name, known, 3, 0.7)
+    matches = difflib.get_close_matches(name, [*known, *old_names], 3, 0.7)
+    close = list(dict.fromkeys(rename_key(command, key) for key in matches))
     similar = (key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8)
     close += [key for key in similar if key not in close]
-    listing = f"`relicctl {get_command(schema)} --dry-run` lists all keys."
+    listing = f"`relicctl {command} --dry-run` lists all keys."
     fix = f"Did you mean {_format_choices(close[:3])}?" if close else listing
     return UsageError(f"There is no key {name!r} (from {where}).", fix)
 

@@ -140,7 +140,7 @@ def resume_config(
     if changed:
         raise UsageError(
             f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
-            "Leave it unchanged, or start another run with --init-from.",
+            "Leave it unchanged, or start another run in another --out.",
         )
     preset = read_run_record(run).get("preset")
     if resolved.preset not in (None, preset):

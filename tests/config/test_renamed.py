@@ -11,6 +11,7 @@ import yaml
 from relicctl.bgmask.pipeline import format_section
 from relicctl.cli import run as relicctl
 from relicctl.config.bgmask import BgmaskConfig
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.renamed import RENAMED, RENAMED_METRICS, rename_metrics, restore_old_names
 from relicctl.config.resolve import (
     SCHEMAS,
@@ -21,6 +22,7 @@ from relicctl.config.resolve import (
     resolve_from_run,
 )
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig, TransferConfig
+from relicctl.errors import UsageError
 from relicctl.evaluation.transfer import compute_digest
 
 
@@ -200,3 +202,19 @@ def test_the_table_of_tools_golden_is_the_same() -> None:
     }
     assert table["config"] == plain
     assert table["metrics"] == RENAMED_METRICS
+
+
+def test_a_key_given_under_both_names_is_refused():
+    with pytest.raises(UsageError) as refused:
+        resolve_config(sets=["views.augment.hflip_prob=0.3", "views.photometric.flip=0.1"], schema=PretrainConfig)
+    assert "two names of one key" in refused.value.what
+    assert refused.value.fix == "Keep views.augment.hflip_prob alone."
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"), [("eval.holdot", "eval.val_fraction"), ("data.max_bed", "data.max_corrupt_fraction")]
+)
+def test_a_mistyped_old_name_suggests_the_present_one(mistyped, meant):
+    with pytest.raises(UsageError) as refused:
+        resolve_config(sets=[f"{mistyped}=0.3"], schema=PretrainConfig)
+    assert meant in refused.value.fix
