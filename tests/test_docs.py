@@ -26,10 +26,11 @@ def test_every_module_is_in_the_architecture_page(module: str) -> None:
     assert any(f"`{module}`" in row.split("|")[1] for row in rows)
 
 
-def test_every_function_named_in_the_architecture_page_exists() -> None:
+def test_functions_and_classes_named_in_the_architecture_page_exist() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
-    defined = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    named = {name.removesuffix("()") for name in CODE if name.endswith("()")}
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named = {name.removesuffix("()") for name in CODE if re.fullmatch(r"\w+\(\)|([A-Z][a-z]+){2,}", name)}
     assert len(named) > 20
     assert named - defined == set()
 
