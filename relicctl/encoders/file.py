@@ -110,10 +110,8 @@ def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
         metadata = _infer_torchvision_metadata(path, tensors)
         tensors = {name: t for name, t in tensors.items() if name not in ("fc.weight", "fc.bias")}
     if metadata.get("network", network) != network:
-        raise UsageError(
-            f"{path} holds the {metadata['network']} network's encoder, not the {network} network's.",
-            "Give a file that holds it, or ask for the one that is there.",
-        )
+        what = f"{path} holds the {metadata['network']} network's encoder, not the {network} network's."
+        raise UsageError(what, "Give a file that holds it, or ask for the one that is there.")
     return build_encoder_from_tensors(tensors, metadata, path)
 
 
@@ -178,10 +176,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _raise_pickle_error(path: Path) -> NoReturn:
-    raise UsageError(
-        f"{path} is a pickle with more than tensors, and reading it could run foreign code.",
-        "Save the network's state_dict() alone, best as safetensors.",
-    )
+    what = f"{path} is a pickle with more than tensors, and reading it could run foreign code."
+    raise UsageError(what, "Save the network's state_dict() alone, best as safetensors.")
 
 
 def _infer_torchvision_metadata(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:

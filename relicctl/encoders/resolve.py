@@ -102,10 +102,8 @@ def open_trained_encoder(source: str, *, network: str = "online", warn: Callable
     if _is_checkpoint(path):
         run = path.parent.parent
         if not (run / "config.yaml").is_file():
-            raise UsageError(
-                f"{path} lies in no run's folder, whose config.yaml says what network it holds.",
-                "Give a checkpoint in RUN/checkpoints.",
-            )
+            what = f"{path} lies in no run's folder, whose config.yaml says what network it holds."
+            raise UsageError(what, "Give a checkpoint in RUN/checkpoints.")
         return ResolvedEncoder(_extract_encoder(checkpoint.load_checkpoint(path)[0], run, network, path), path, run)
     parent = path.parent if (path.parent / "config.yaml").is_file() else None
     return ResolvedEncoder(load_encoder(path, network), path, parent)
@@ -116,9 +114,8 @@ def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> R
         raise UsageError(f"{run} is no run's folder: it has no config.yaml.", "Give the folder of a run.")
     loaded = checkpoint.load_newest_valid(run / "checkpoints", warn)
     if loaded is None:
-        raise UsageError(
-            f"{run} has no checkpoint that can be read.", f"Let the run write one: relicctl pretrain --resume {run}."
-        )
+        what = f"{run} has no checkpoint that can be read."
+        raise UsageError(what, f"Let the run write one: relicctl pretrain --resume {run}.")
     path, tensors, _ = loaded
     return ResolvedEncoder(_extract_encoder(tensors, run, network, path), path, run)
 
@@ -202,10 +199,8 @@ def find_cached_weights(name: str) -> Path:
         file = folder / str(entry.url).rpartition("/")[2]
         if file.is_file():
             return file
-    raise DataError(
-        f"torchvision's weights of {name} are not in its cache {folder}.",
-        f"Fetch {entries[0].url} into it, or give the path of such a file.",
-    )
+    what = f"torchvision's weights of {name} are not in its cache {folder}."
+    raise DataError(what, f"Fetch {entries[0].url} into it, or give the path of such a file.")
 
 
 def _make_baseline(encoder: nn.Module, source: str, run: Path | None, size: int, crop_ratio: float) -> ResolvedEncoder:

@@ -77,9 +77,8 @@ def load_pickle(path: Path) -> Any:
     except OSError as reason:
         raise UsageError(f"{path} cannot be read ({reason.strerror}).", FILE_FIX) from None
     except _UnsafePickleError as reason:
-        raise UsageError(
-            f"{path} is refused: {reason}.", "Nothing in it was run; give a file that holds only arrays and containers."
-        ) from None
+        what = f"{path} is refused: {reason}."
+        raise UsageError(what, "Nothing in it was run; give a file that holds only arrays and containers.") from None
     except MemoryError:
         raise UsageError(f"{path} does not fit into memory.", "Read it on a machine with more memory.") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError):  # what malformed opcodes lead to

@@ -172,18 +172,15 @@ def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray
 def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
     bad = int((~features.isfinite().all(1)).sum())
     if bad:
-        raise DataError(
-            f"The encoder gives features that are not finite for {bad} of {len(rows)} images.",
-            "Its weights are damaged or it diverged in training: take an earlier checkpoint.",
-        )
+        what = f"The encoder gives features that are not finite for {bad} of {len(rows)} images."
+        raise DataError(what, "Its weights are damaged or it diverged in training: take an earlier checkpoint.")
     tensors = {"features": features.cpu().contiguous(), "rows": torch.from_numpy(rows)}
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as reason:
-        raise RunFailed(
-            f"Features cannot be saved in {path.parent} ({getattr(reason, 'strerror', None) or reason}).",
-            "Free some space or choose another --out; --resume keeps everything that is finished.",
-        ) from None
+        what = f"Features cannot be saved in {path.parent} ({getattr(reason, 'strerror', None) or reason})."
+        fix = "Free some space or choose another --out; --resume keeps everything that is finished."
+        raise RunFailed(what, fix) from None
 
 
 def make_bad_images(run: RunFolder, num_images: int, max_fraction: float) -> BadImages:

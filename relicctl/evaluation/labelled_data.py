@@ -13,11 +13,14 @@ import numpy as np
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
-from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError, UsageError
 
 PER_CLASS = re.compile(r"([1-9]\d*)-per-class")
+SPLIT_FOLDERS: dict[DatasetSplit, tuple[str, ...]] = {
+    "train": ("train", "trainval"), "val": ("val", "valid", "validation"),
+}  # fmt: skip
 MAX_NAMES_SHOWN = 5  # class names in a message
 MAX_HOLDOUT = 5000  # images; enough to measure half a point of accuracy
 
@@ -26,10 +29,9 @@ def check_label_subset(text: str) -> None:
     """Raises UsageError unless ``text`` is all, a fraction, N-per-class, or the path of a file."""
     if text == "all" or PER_CLASS.fullmatch(text) or _parse_fraction(text) is not None or Path(text).is_file():
         return
-    raise UsageError(
-        f"--labels {text} is neither a fraction nor a file that exists.",
-        "Give all, a fraction such as 0.01, a number such as 20-per-class, or a file with one image name per line.",
-    )
+    what = f"--labels {text} is neither a fraction nor a file that exists."
+    fix = "Give all, a fraction such as 0.01, a number such as 20-per-class, or a file with one image name per line."
+    raise UsageError(what, fix)
 
 
 def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, seed: int) -> np.ndarray:
@@ -41,19 +43,16 @@ def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, se
     if text == "all":
         return np.arange(len(labels))
     if PER_CLASS.fullmatch(text) and labels.ndim == 2:
-        raise UsageError(
-            f"--labels {text} cannot be used with {source.spec}, whose images are multi-label.",
-            "Give a fraction such as 0.1, or a file of names.",
-        )
+        what = f"--labels {text} cannot be used with {source.spec}, whose images are multi-label."
+        raise UsageError(what, "Give a fraction such as 0.1, or a file of names.")
     labels = _get_strata(labels)
     if (number := PER_CLASS.fullmatch(text)) is not None:
         wanted = np.full(labels.max() + 1, int(number[1]))
         counts = np.bincount(labels)
         if (counts < wanted).any():
             name = source.classes[int(counts.argmin())]
-            raise DataError(
-                f"{source.spec} has only {counts.min()} images of {name}, not {number[1]}.", "Ask for fewer labels."
-            )
+            what = f"{source.spec} has only {counts.min()} images of {name}, not {number[1]}."
+            raise DataError(what, "Ask for fewer labels.")
         return sample_per_class(labels, wanted, seed, Stream.SUBSET)
     if (fraction := _parse_fraction(text)) is not None:
         return sample_per_class(labels, np.maximum(1, np.rint(fraction * np.bincount(labels))), seed, Stream.SUBSET)
@@ -102,10 +101,8 @@ def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
     rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(names, range(len(names)), strict=True))
     shared = {name for name, times in Counter(bare).items() if times > 1} - set(names)
     if ambiguous := [name for name in wanted if name in shared]:
-        raise DataError(
-            f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name.",
-            f"Write names as the data have them, such as {names[bare.index(ambiguous[0])]}.",
-        )
+        what = f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name."
+        raise DataError(what, f"Write names as the data have them, such as {names[bare.index(ambiguous[0])]}.")
     unknown = [name for name in wanted if name not in rows]
     if unknown or not wanted:
         what = f"{len(unknown)} names that are not in {source.spec}, such as {unknown[0]}" if wanted else "no names"
@@ -152,23 +149,19 @@ def open_train_test(
         train, test = split_holdout(train, val_fraction, config.seed)
         console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.val_fraction).")
     else:
-        raise UsageError(
-            f"There are no images to test on besides {train.spec}.",
-            "Give --val, or hold out a fraction of the training images with --set eval.val_fraction=0.1.",
-        )
+        what = f"There are no images to test on besides {train.spec}."
+        fix = "Give --val, or hold out a fraction of the training images with --set eval.val_fraction=0.1."
+        raise UsageError(what, fix)
     if data.subset is not None:
         if data.subset > len(train):
-            raise UsageError(
-                f"data.subset is {data.subset}, but there are only {len(train)} images.", "Lower data.subset."
-            )
+            what = f"data.subset is {data.subset}, but there are only {len(train)} images."
+            raise UsageError(what, "Lower data.subset.")
         train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: data.subset])
     matched_train, matched_test = match_classes(train, train.classes), match_classes(test, train.classes)
     for part, name in ((matched_train, "train"), (matched_test, "test")):
         if part.missing_classes:
-            raise DataError(
-                f"{_format_class_names(part.missing_classes)} of {part.source.spec} has no image to {name} on.",
-                "Add images, remove the class everywhere, or use more of the data.",
-            )
+            what = f"{_format_class_names(part.missing_classes)} of {part.source.spec} has no image to {name} on."
+            raise DataError(what, "Add images, remove the class everywhere, or use more of the data.")
     return matched_train, matched_test
 
 
@@ -196,9 +189,8 @@ def match_classes(source: ImageDataset, classes: tuple[str, ...]) -> LabelledDat
 def _check_labelled(source: ImageDataset) -> None:
     if source.labels is None or len(source.classes) < 2:
         problem = "no labels" if source.labels is None else f"only the class {source.classes[0]!r}"
-        raise DataError(
-            f"{source.spec} has {problem}, but a classifier needs two classes.", "Give one folder per class."
-        )
+        what = f"{source.spec} has {problem}, but a classifier needs two classes."
+        raise DataError(what, "Give one folder per class.")
 
 
 def _format_class_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
@@ -221,15 +213,12 @@ def split_holdout(source: ImageDataset, fraction: float, seed: int) -> tuple[Ima
 def align_labels(train: ImageDataset, held_out: ImageDataset) -> np.ndarray:
     """Return ``held_out``'s labels as indices of ``train``'s classes, by name. Raises DataError for unknown classes."""
     if held_out.labels is None:
-        raise DataError(
-            f"{held_out.spec} has no labels, so there is nothing to evaluate on it.",
-            "Give --val one folder per class, or leave it out.",
-        )
+        what = f"{held_out.spec} has no labels, so there is nothing to evaluate on it."
+        raise DataError(what, "Give --val one folder per class, or leave it out.")
     number = {name: i for i, name in enumerate(train.classes)}
     missing = [name for name in held_out.classes if name not in number]
     if missing:
-        raise DataError(
-            f"{held_out.spec} has {len(missing)} classes that are not in {train.spec}, such as {missing[0]!r}.",
-            "Give --val images of the same classes, in folders of the same names; or --set data.val=null.",
-        )
+        what = f"{held_out.spec} has {len(missing)} classes that are not in {train.spec}, such as {missing[0]!r}."
+        fix = "Give --val images of the same classes, in folders of the same names; or --set data.val=null."
+        raise DataError(what, fix)
     return np.asarray(np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels])

@@ -144,10 +144,8 @@ def resolve_metric(data: TransferDataset, config: TransferConfig) -> str:
     if data.trainval.labels.ndim == 1:
         return metric or DATASET_METRICS.get(data.name, "top1")
     if metric not in (None, "map11"):
-        raise UsageError(
-            f"{metric} cannot be computed on {data.name}, whose images are multi-label.",
-            "Remove it from data.metrics: map11 is used.",
-        )
+        what = f"{metric} cannot be computed on {data.name}, whose images are multi-label."
+        raise UsageError(what, "Remove it from data.metrics: map11 is used.")
     return "map11"
 
 

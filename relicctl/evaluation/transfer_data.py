@@ -26,6 +26,7 @@ from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_wor
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError
 from relicctl.evaluation.labelled_data import (
+    SPLIT_FOLDERS,
     LabelledDataset,
     match_classes,
     sample_per_class,
@@ -33,7 +34,6 @@ from relicctl.evaluation.labelled_data import (
     split_stratified,
 )
 
-TRAIN_NAMES, VAL_NAMES = ("train", "trainval"), ("val", "valid", "validation")
 LABELS_FILE = "labels.csv"
 
 
@@ -77,10 +77,8 @@ def open_transfer_dataset(
         )
     trainval = _match_split_classes(name, "train", train, train.classes, warn)
     if not isinstance(train, MultiLabelDataset) and len(trainval.labels) < len(trainval.classes):
-        raise DataError(
-            f"{name} has {len(trainval.labels)} images to train on, fewer than its {len(trainval.classes)} classes.",
-            "Give at least one image of every class.",
-        )
+        what = f"{name} has {len(trainval.labels)} images to train on, fewer than its {len(trainval.classes)} classes."
+        raise DataError(what, "Give at least one image of every class.")
     num_train = len(trainval.labels)
     test_images = _match_split_classes(name, "test", test, trainval.classes, warn)
     if val is not None:
@@ -99,10 +97,10 @@ def _open_splits(
     if spec.partition(":")[0] == "shapes":
         return open_dataset(spec, split="train"), None, open_dataset(spec, split="val")
     spec = find_voc_folder(spec, download) or spec
-    found = _open_image_split(spec, TRAIN_NAMES, (), download)
+    found = _open_image_split(spec, SPLIT_FOLDERS["train"], (), download)
     if isinstance(found, DataError):
         raise found
-    val_names = tuple(word for word in VAL_NAMES if word != test_split)
+    val_names = tuple(word for word in SPLIT_FOLDERS["val"] if word != test_split)
     others = [_open_image_split(spec, words, found.classes, download) for words in (val_names, (test_split,))]
     val, test = (None if isinstance(other, DataError) else other for other in others)
     return found, val, test
@@ -142,10 +140,8 @@ def split_trainval(data: TransferDataset, labels: str, val_fraction: float, seed
     rows = select_labelled_rows(train, truth, labels, seed)
     train_rows, val_rows = split_stratified(truth[rows], val_fraction, seed)
     if not _is_usable_split(truth[rows], train_rows, val_rows):
-        raise DataError(
-            f"{data.name} with --labels {labels} has too few labels for a validation split.",
-            "Label at least two images of some class, and two classes.",
-        )
+        what = f"{data.name} with --labels {labels} has too few labels for a validation split."
+        raise DataError(what, "Label at least two images of some class, and two classes.")
     of = "of each class of train" if truth.ndim == 1 else "of train"
     return Split(rows[train_rows], rows[val_rows], f"{val_fraction:.0%} {of}, cut by seed {seed}")
 
@@ -174,10 +170,8 @@ def _match_split_classes(
     else:
         images = match_classes(source, classes)
     if images.unknown_classes:
-        raise DataError(
-            f"{name} has classes in {part} that are not in train, {images.unknown_classes[0]!r} among them.",
-            "Name its classes as those of train.",
-        )
+        what = f"{name} has classes in {part} that are not in train, {images.unknown_classes[0]!r} among them."
+        raise DataError(what, "Name its classes as those of train.")
     if images.missing_classes:
         warn(
             f"{name}: {len(images.missing_classes)} classes have no image in {part}, "
@@ -208,7 +202,8 @@ def _open_image_split(
             return multilabel
         try:
             return _assign_folder_class(
-                open_dataset(place, split="train" if word in TRAIN_NAMES else "val", download=download), classes
+                open_dataset(place, split="train" if word in SPLIT_FOLDERS["train"] else "val", download=download),
+                classes,
             )
         except DataError as error:
             errors.append(error)
@@ -262,9 +257,8 @@ def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) 
 def match_multilabel_classes(source: MultiLabelDataset, classes: tuple[str, ...]) -> LabelledDataset:
     """Return the images with labels of ``classes``, which are the first of the data set's. Raises DataError."""
     if len(classes) < 2:
-        raise DataError(
-            f"{source.spec} has only {len(classes)} class, but a classifier needs two.", "Give labels of two classes."
-        )
+        what = f"{source.spec} has only {len(classes)} class, but a classifier needs two."
+        raise DataError(what, "Give labels of two classes.")
     present = np.any(source.labels > 0, axis=0).tolist()
     if not any(present):
         raise DataError(f"No image that {source.spec} lists has a class.", "Check its labels.")
@@ -304,8 +298,6 @@ def _open_listed_images(
     rows = {images.get_name(row): row for row in range(len(images))}
     missing = [name for name in names if name not in rows]
     if missing:
-        raise DataError(
-            f"{place} lacks listed images: {summarize_names(missing)}, of {len(names)}.",
-            "Add them, or remove them from the list, which has no header.",
-        )
+        what = f"{place} lacks listed images: {summarize_names(missing)}, of {len(names)}."
+        raise DataError(what, "Add them, or remove them from the list, which has no header.")
     return MultiLabelDataset(images.select([rows[name] for name in names]), classes, labels)

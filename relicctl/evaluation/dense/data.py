@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from relicctl.core.counter_rng import Stream, draw_uniform
-from relicctl.core.distributed import World
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImageError, BadImages, UndecodableError, load_or_next
+from relicctl.data.decoding import BadImageError, BadImages, SkippedImages, UndecodableError, load_or_next
+from relicctl.data.loader import LoaderConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.workers import load_in_workers
-from relicctl.errors import DataError
 
 UNIFORMS_PER_IMAGE = 6  # at least as many as a transform uses; the draws depend on it
 # (image, target, uniforms [UNIFORMS_PER_IMAGE]) -> an item of the batch
@@ -26,45 +25,27 @@ Transform = Callable[[np.ndarray, Any, np.ndarray], Any]
 Collate = Callable[[list[Any]], Any]
 
 
-class DenseBatches:
-    """Batches of images and targets; ``rows``: those of this rank.
+class DenseLoader:
+    """The loop's batches of images and targets, on its device; of each batch the rows of this rank.
 
     An image's item is a function of (seed, epoch, image) alone; ``collate`` makes nested tuples and lists of tensors.
-    Images that cannot be decoded are replaced by the next one.
+    Images that cannot be decoded are replaced by the next one and reported to ``bad``.
     """
 
     def __init__(
-        self, samples: DenseDataset, sampler: Sampler, transform: Transform, collate: Collate, seed: int
-    ) -> None:
-        self.samples, self.sampler, self.rows = samples, sampler, slice(None)
-        self._transform, self._collate, self._seed = transform, collate, seed
-
-    def build_batch(self, step: int) -> tuple[Any, list[tuple[int, str]]]:
-        """Build the batch of ``step``; also return the images that were skipped."""
-        indices = self.sampler.get_batch_indices(step)[self.rows]
-        uniforms = draw_uniform(
-            self._seed, Stream.GEOMETRY, self.sampler.get_epoch(step), indices, n=UNIFORMS_PER_IMAGE
-        )
-        items, all_skipped = [], []
-        for index, uniform in zip(indices.tolist(), uniforms, strict=True):
-            image, used, skipped = load_or_next(self.samples, index)
-            all_skipped += skipped
-            items.append(self._transform(image, self.samples.load_target(used), uniform))
-        return self._collate(items), all_skipped
-
-
-class DenseLoader:
-    """The loop's batches, on ``device``: of each batch the rows of this rank."""
-
-    def __init__(self, batches: DenseBatches, device: torch.device, world: World, workers: int, bad: BadImages) -> None:
+        self, samples: DenseDataset, sampler: Sampler, transform: Transform, collate: Collate, config: LoaderConfig,
+        bad: BadImages,
+    ) -> None:  # fmt: skip
         self.data_wait_seconds = 0.0
-        batches.rows = slice(*world.get_local_rows(batches.sampler.batch_size))
-        self._batches, self._device, self._workers, self._bad = batches, device, workers, bad
+        self._rows = slice(*config.world.get_local_rows(sampler.batch_size))
+        self._samples, self._sampler, self._bad = samples, sampler, bad
+        self._transform, self._collate, self._config = transform, collate, config
 
     def iter_from_step(self, step: int, stop: int) -> Iterator[Any]:
         """The batches of steps ``step`` to ``stop - 1``."""
-        load, steps, on_gpu = self._batches.build_batch, range(step, stop), self._device.type == "cuda"
-        with load_in_workers(load, steps, self._workers, pin_memory=on_gpu) as items:
+        steps, device = range(step, stop), self._config.device
+        on_gpu = device.type == "cuda"
+        with load_in_workers(self._build_batch, steps, self._config.workers, pin_memory=on_gpu) as items:
             for _ in steps:
                 wait_start = time.perf_counter()
                 try:
@@ -74,11 +55,21 @@ class DenseLoader:
                     raise
                 self.data_wait_seconds += time.perf_counter() - wait_start
                 self._record_skipped(skipped)
-                yield to_device(batch, self._device)
+                yield to_device(batch, device)
 
-    def _record_skipped(self, skipped: list[tuple[int, str]]) -> None:
+    def _build_batch(self, step: int) -> tuple[Any, SkippedImages]:
+        indices, epoch = self._sampler.get_batch_indices(step)[self._rows], self._sampler.get_epoch(step)
+        uniforms = draw_uniform(self._config.seed, Stream.GEOMETRY, epoch, indices, n=UNIFORMS_PER_IMAGE)
+        items, all_skipped = [], []
+        for index, uniform in zip(indices.tolist(), uniforms, strict=True):
+            image, used, skipped = load_or_next(self._samples, index)
+            all_skipped += skipped
+            items.append(self._transform(image, self._samples.load_target(used), uniform))
+        return self._collate(items), all_skipped
+
+    def _record_skipped(self, skipped: SkippedImages) -> None:
         for index, reason in skipped:
-            self._bad.add(self._batches.samples.get_name(index), reason)
+            self._bad.add(self._samples.source.get_name(index), reason)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -90,13 +81,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return type(batch)(to_device(part, device) for part in batch)
 
 
-SplitName = Literal["train", "val"]
-SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train", "trainval"),
-    "val": ("val", "valid", "validation"),
-}
-
-
 class DenseDataset(ABC):
     """Images with targets; ``classes`` names the indices in them. Cheap to fork; safe to read from many threads."""
 
@@ -105,9 +89,6 @@ class DenseDataset(ABC):
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def get_name(self, index: int) -> str:
-        return self.source.get_name(index)
 
     def load(self, index: int) -> np.ndarray:
         """Load the image, uint8 ``[H, W, 3]``. Raises BadImageError."""
@@ -150,5 +131,10 @@ class CachedDenseDataset(DenseDataset):
         return self._samples.compute_fingerprint()
 
 
-def make_missing_split_error(name: str, spec: str, part: SplitName, layouts: str) -> DataError:
-    return DataError(f"{name} has no {part} split in {spec}.", f"Give {layouts}.")
+def iter_decodable(samples: DenseDataset, rows: Iterable[int], bad: dict[int, str]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the rows of images that can be decoded, and their pixels; add the others to ``bad``."""
+    for row in rows:
+        try:
+            yield row, samples.load(row)
+        except BadImageError as error:
+            bad[row] = error.reason

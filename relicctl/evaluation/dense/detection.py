@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from relicctl.config.transfer import DetectionConfig
-from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, derive_seed
 from relicctl.data.datasets.voc import Boxes
-from relicctl.data.decoding import BadImageError
 from relicctl.errors import UsageError
-from relicctl.evaluation.dense.data import Transform
+from relicctl.evaluation.dense.data import iter_decodable
 from relicctl.evaluation.dense.detection_data import DetectionDataset, open_detection_data
 from relicctl.evaluation.dense.training import DenseTask, get_normalization
 from relicctl.models.resnet import ResNet
@@ -47,42 +45,47 @@ def build_detector(encoder: ResNet, classes: int, config: DetectionConfig) -> Fa
     backbone = BackboneWithFPN(encoder, names, channels, head.channels)
     backbone.body.load_state_dict(weights, strict=True)  # strict: the backbone is exactly the encoder
     mean, std = (t.flatten().tolist() for t in get_normalization(encoder, torch.device("cpu")))
+    anchors = AnchorGenerator(tuple((side,) for side in head.anchors), (ANCHOR_RATIOS,) * len(head.anchors))
     return FasterRCNN(
-        backbone,
-        min_size=images.min_size,
-        max_size=images.max_size,
-        image_mean=mean,
-        image_std=std,
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((side,) for side in head.anchors), (ANCHOR_RATIOS,) * len(head.anchors)
-        ),
-        rpn_pre_nms_top_n_train=head.rpn_post_nms_top_n_train,
-        rpn_post_nms_top_n_train=head.rpn_post_nms_top_n_train,
-        rpn_pre_nms_top_n_test=head.rpn_post_nms_top_n_test,
-        rpn_post_nms_top_n_test=head.rpn_post_nms_top_n_test,
-        box_batch_size_per_image=head.box_batch_size_per_image,
+        backbone, min_size=images.min_size, max_size=images.max_size, image_mean=mean, image_std=std,
+        rpn_anchor_generator=anchors, box_batch_size_per_image=head.box_batch_size_per_image,
+        rpn_pre_nms_top_n_train=head.rpn_post_nms_top_n_train, rpn_post_nms_top_n_train=head.rpn_post_nms_top_n_train,
+        rpn_pre_nms_top_n_test=head.rpn_post_nms_top_n_test, rpn_post_nms_top_n_test=head.rpn_post_nms_top_n_test,
         box_head=TwoMLPHead(head.channels * 7**2, head.hidden),
         box_predictor=FastRCNNPredictor(head.hidden, classes + 1),
-    )
+    )  # fmt: skip
 
 
-def collate_detection(items: list[tuple[Tensor, dict[str, Tensor]]]) -> DetectionBatch:
-    return [image for image, _ in items], [target for _, target in items]
+@dataclass(frozen=True)
+class DetectionTransform:
+    """Random flip; ignored boxes are left out."""
+
+    config: DetectionConfig
+
+    def __call__(self, image: np.ndarray, boxes: Boxes, uniform: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = boxes[~boxes.ignored]
+        corners = targets.corners.copy()
+        if uniform[0] < self.config.images.hflip_prob:
+            image = image[:, ::-1].copy()
+            corners[:, [0, 2]] = image.shape[1] - corners[:, [2, 0]]
+        labels = targets.labels + 1  # 0 is torchvision's background
+        return _to_channels_first(image), {"boxes": torch.from_numpy(corners), "labels": torch.from_numpy(labels)}
+
+
+def _to_channels_first(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
 class DetectionTask(DenseTask):
     """The loop's task. A batch is (images uint8 [3, H, W] each, targets in torchvision's form)."""
 
     name, metric = "detection", "ap"
-    collate = staticmethod(collate_detection)
+    open_splits = staticmethod(open_detection_data)
+    build_transform = DetectionTransform
 
     @staticmethod
-    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DetectionDataset, DetectionDataset]:
-        return open_detection_data(name, spec, config.data, console.warn)
-
-    @staticmethod
-    def build_transform(config: Any) -> Transform:
-        return DetectionTransform(config.images.hflip_prob)
+    def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> DetectionBatch:
+        return [image for image, _ in items], [target for _, target in items]
 
     def build_network(self, encoder: Any) -> nn.Module:
         detector: nn.Module = build_detector(encoder, self.classes, self.config)
@@ -101,42 +104,15 @@ class DetectionTask(DenseTask):
         self.model.eval()
         detections: dict[int, Detections] = {}
         for first in range(0, len(samples), EVAL_BATCH_SIZE):
-            images, rows = [], []
-            for row in range(first, min(first + EVAL_BATCH_SIZE, len(samples))):
-                try:
-                    images.append(_to_channels_first(samples.load(row)).to(self.device) / 255)
-                    rows.append(row)
-                except BadImageError as reason:
-                    bad[row] = reason.reason
+            rows = range(first, min(first + EVAL_BATCH_SIZE, len(samples)))
+            pixels = {row: _to_channels_first(image) for row, image in iter_decodable(samples, rows, bad)}
+            images = [image.to(self.device) / 255 for image in pixels.values()]
             with self.autocast:
                 outputs = self.model(images) if images else []
-            for row, output in zip(rows, outputs, strict=True):
+            for row, output in zip(pixels, outputs, strict=True):
                 corners, scores, labels = (output[name].float().cpu().numpy() for name in ("boxes", "scores", "labels"))
                 detections[row] = Detections(corners, scores, labels.astype(np.int64) - 1)
         return compute_average_precision(samples, detections)
-
-
-@dataclass(frozen=True)
-class DetectionTransform:
-    """Random flip; ignored boxes are left out."""
-
-    probability: float
-
-    def __call__(self, image: np.ndarray, boxes: Boxes, uniform: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = boxes[~boxes.ignored]
-        corners = targets.corners.copy()
-        if uniform[0] < self.probability:
-            image = image[:, ::-1].copy()
-            corners[:, [0, 2]] = image.shape[1] - corners[:, [2, 0]]
-        # 0 is torchvision's background
-        return _to_channels_first(image), {
-            "boxes": torch.from_numpy(corners),
-            "labels": torch.from_numpy(targets.labels + 1),
-        }
-
-
-def _to_channels_first(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
@@ -150,8 +126,7 @@ def _fork_rng(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Detections:
+class Detections(NamedTuple):
     """Detections in one image: ``corners`` float ``[K, 4]``, ``scores`` float ``[K]``, ``labels`` int64 ``[K]``."""
 
     corners: np.ndarray
@@ -164,9 +139,8 @@ def check_pycocotools() -> None:
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
-        raise UsageError(
-            "--task detection needs pycocotools, which is not installed.", "pip install 'relicctl[detection]'."
-        ) from None
+        what = "--task detection needs pycocotools, which is not installed."
+        raise UsageError(what, "pip install 'relicctl[detection]'.") from None
 
 
 def compute_average_precision(samples: DetectionDataset, detections: dict[int, Detections]) -> dict[str, float]:
@@ -182,14 +156,18 @@ def compute_average_precision(samples: DetectionDataset, detections: dict[int, D
         "info": {},
         "images": [{"id": row, "height": int(h), "width": int(w)} for row, (h, w) in enumerate(samples.sizes)],
         "categories": [{"id": label, "name": name} for label, name in enumerate(samples.classes)],
-        "annotations": [a for row in detections for a in _to_coco_annotations(samples, row)],
+        "annotations": [],
     }
-    for number, annotation in enumerate(truth.dataset["annotations"], 1):
-        annotation["id"] = number  # from 1: 0 means no match to pycocotools
+    for row in detections:
+        boxes = samples.load_target(row)
+        for corners, label, area, crowd in zip(boxes.corners, boxes.labels, boxes.area, boxes.ignored, strict=True):
+            number = len(truth.dataset["annotations"]) + 1  # from 1: 0 means no match to pycocotools
+            annotation = {"id": number, "image_id": row, "category_id": int(label), "bbox": _to_xywh(corners)}
+            truth.dataset["annotations"].append(annotation | {"area": float(area), "iscrowd": int(crowd)})
     results = [
         {"image_id": row, "category_id": int(label), "bbox": _to_xywh(corners), "score": float(score)}
         for row, detected in detections.items()
-        for corners, score, label in zip(detected.corners, detected.scores, detected.labels, strict=True)
+        for corners, score, label in zip(*detected, strict=True)
     ]
     if not results:
         return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
@@ -202,20 +180,6 @@ def compute_average_precision(samples: DetectionDataset, detections: dict[int, D
         evaluation.summarize()
     ap, ap50, ap75 = (max(0.0, float(value)) for value in evaluation.stats[:3])
     return {"ap": ap, "ap50": ap50, "ap75": ap75}
-
-
-def _to_coco_annotations(samples: DetectionDataset, row: int) -> list[dict[str, Any]]:
-    boxes = samples.load_target(row)
-    return [
-        {
-            "image_id": row,
-            "category_id": int(label),
-            "bbox": _to_xywh(corners),
-            "area": float(area),
-            "iscrowd": int(crowd),
-        }
-        for corners, label, area, crowd in zip(boxes.corners, boxes.labels, boxes.area, boxes.ignored, strict=True)
-    ]
 
 
 def _to_xywh(corners: np.ndarray) -> list[float]:

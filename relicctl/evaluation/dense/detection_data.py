@@ -9,20 +9,21 @@ import posixpath
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from relicctl.config.transfer import DetectionDataConfig
+from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import SPLIT_FOLDERS, DenseDataset, SplitName, make_missing_split_error
+from relicctl.evaluation.dense.data import DenseDataset
+from relicctl.evaluation.labelled_data import SPLIT_FOLDERS
 
 MIN_BOX_SIDE = 0.01  # pixels; smaller boxes vanish when images are resized
 ANNOTATION_FILES = (
@@ -40,7 +41,7 @@ DETECTION_LAYOUTS = (
 
 
 def read_annotations(
-    name: str, spec: str, part: SplitName, config: DetectionDataConfig, classes: tuple[str, ...] | None,
+    name: str, spec: str, part: DatasetSplit, config: DetectionDataConfig, classes: tuple[str, ...] | None,
     warn: Callable[[str], None],
 ) -> DetectionDataset:  # fmt: skip
     """Read one split. ``classes``: those of train, if this is another split. Raises DataError."""
@@ -55,26 +56,22 @@ def read_annotations(
         read = ((word, place, files.read(place)) for word, place in places)
         word, place, content = next((r for r in read if r[2] is not None), ("", "", None))
         if content is None:
-            raise make_missing_split_error(name, spec, part, DETECTION_LAYOUTS)
+            raise DataError(f"{name} has no {part} split in {spec}.", f"Give {DETECTION_LAYOUTS}.")
         annotations = parse_coco(content, f"{place} in {spec}")
         source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files)
         annotations = replace(annotations, files=stripped)
     rows = {source.get_name(row): row for row in range(len(source))}
     missing = [file for file in annotations.files if file not in rows]
     if missing:
-        raise DataError(
-            f"{name} lacks images of {part}'s annotations: {summarize_names(missing)}, of {len(annotations.files)}.",
-            "Put the images where the annotations say, or in a folder of the split's name.",
-        )
+        what = f"{name} lacks images of {part}'s annotations: {summarize_names(missing)}, of {len(annotations.files)}."
+        raise DataError(what, "Put the images where the annotations say, or in a folder of the split's name.")
     source, boxes = source.select([rows[file] for file in annotations.files]), annotations.boxes
     if classes is not None and annotations.classes != classes:
         number = {known: label for label, known in enumerate(classes)}
         unknown = sorted({annotations.classes[label] for label in np.unique(boxes.labels)} - set(classes))
         if unknown:
-            raise DataError(
-                f"{name} has boxes in {part} of categories that are not in train: {summarize_names(unknown)}.",
-                "Give both the same categories.",
-            )
+            what = f"{name} has boxes in {part} of categories that are not in train: {summarize_names(unknown)}."
+            raise DataError(what, "Give both the same categories.")
         labels = np.array([number.get(known, -1) for known in annotations.classes], dtype=np.int64)[boxes.labels]
         boxes = replace(boxes, labels=labels)
     annotations = replace(annotations, boxes=boxes, classes=classes or annotations.classes)
@@ -100,14 +97,17 @@ def parse_coco(content: bytes, where: str) -> BoxAnnotations:
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
         area = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], dtype=np.float64)
         names = tuple(str(category["name"]) for category in categories)
-    except KeyError as reason:
-        raise _make_coco_error(where, f"nothing has the key or id {reason}") from None
-    except (TypeError, ValueError, IndexError, AttributeError, OverflowError) as reason:
-        raise _make_coco_error(where, str(reason)) from None
-    if len(row) < len(images) or len(label) < len(categories) or len(set(names)) < len(names):
-        raise _make_coco_error(where, "ids or names of categories occur twice")
-    if not np.isfinite(boxes).all() or not np.isfinite(area).all():
-        raise _make_coco_error(where, "a box is not finite")
+        if len(row) < len(images) or len(label) < len(categories) or len(set(names)) < len(names):
+            raise ValueError("ids or names of categories occur twice")
+        if not np.isfinite(boxes).all() or not np.isfinite(area).all():
+            raise ValueError("a box is not finite")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        problem = f"nothing has the key or id {error}" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{where} is not in COCO's format: {problem}.",
+            "Give images with id, file_name, width and height; annotations with image_id, category_id and bbox; "
+            "and categories with id and name.",
+        ) from None
     boxes[:, 2:] += boxes[:, :2]
     return BoxAnnotations(files, sizes, image_indices, Boxes(boxes, labels, crowd, area), names)
 
@@ -125,18 +125,8 @@ def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[I
             continue
         if stripped[0] in {source.get_name(row) for row in range(len(source))}:
             return source, stripped
-    raise DataError(
-        f"{spec} has no image {files[0]}, which the annotations of {word} name.",
-        f"Put the images into a folder {word} or images, or where the annotations say.",
-    )
-
-
-def _make_coco_error(where: str, reason: Any) -> DataError:
-    return DataError(
-        f"{where} is not in COCO's format: {reason}.",
-        "Give images with id, file_name, width and height; annotations with image_id, category_id and bbox; "
-        "and categories with id and name.",
-    )
+    what = f"{spec} has no image {files[0]}, which the annotations of {word} name."
+    raise DataError(what, f"Put the images into a folder {word} or images, or where the annotations say.")
 
 
 class DetectionDataset(DenseDataset):
@@ -202,14 +192,14 @@ def build_detection_dataset(
 
 
 def open_detection_data(
-    name: str, spec: str, config: DetectionDataConfig, warn: Callable[[str], None]
+    name: str, spec: str, config: DetectionDataConfig, console: Console
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """Open the images with boxes to train on, and the images to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
         train, val = (build_shapes_detection(ShapesDataset.from_spec(spec, part)) for part in ("train", "val"))
     else:
-        train = read_annotations(name, spec, "train", config, None, warn)
-        val = read_annotations(name, spec, "val", config, train.classes, warn)
+        train = read_annotations(name, spec, "train", config, None, console.warn)
+        val = read_annotations(name, spec, "val", config, train.classes, console.warn)
     train = train.select_with_boxes()
     for part, samples in (("train", train), ("val", val)):
         if not len(samples) or samples.boxes.ignored.all():

@@ -17,17 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from relicctl.config.transfer import SegmentationCropConfig
-from relicctl.console import Console
+from relicctl.config.transfer import SegmentationConfig
 from relicctl.data.constants import IMAGENET_MEAN
-from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import DenseDataset, Transform
+from relicctl.evaluation.dense.data import DenseDataset, iter_decodable, to_device
 from relicctl.evaluation.dense.segmentation_data import IGNORE_INDEX, open_segmentation_data
 from relicctl.evaluation.dense.training import DenseTask
 from relicctl.models.layers import convert_sync_batchnorm
-from relicctl.models.resnet import STEMS, ResNet
+from relicctl.models.resnet import ResNet
 
 EVAL_BATCH_SIZE = 16
 PAD_COLOR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # about 0 after normalisation
@@ -51,24 +50,48 @@ class Segmenter(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, masks = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(masks)
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """Random resize, crop or pad to a square, and flip; the same for image and mask."""
+
+    config: SegmentationConfig
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return uint8 ``[size, size, 3]`` and uint8 ``[size, size]``, 255 where it is padded."""
+        if image.shape[:2] != mask.shape:
+            what = f"An image of {image.shape[1]} x {image.shape[0]} has a mask of {mask.shape[1]} x {mask.shape[0]}."
+            raise DataError(what, "Give one class index for every pixel of the image, upright.")
+        crop = self.config.crop
+        size, (low, high) = crop.size, crop.scale
+        factor = low + (high - low) * float(uniform[0])
+        height, width = (max(1, round(factor * side)) for side in mask.shape)
+        shifts = [int(u * (abs(side - size) + 1)) for u, side in zip(uniform[1:3], (height, width), strict=True)]
+        cut = [shift if side > size else 0 for shift, side in zip(shifts, (height, width), strict=True)]
+        offset = [0 if side > size else shift for shift, side in zip(shifts, (height, width), strict=True)]
+        rows, columns = min(size, height), min(size, width)
+        planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+        resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        square = np.tile(PAD_COLOR, (size, size, 1))
+        labels = np.full((size, size), IGNORE_INDEX, np.uint8)
+        there = slice(offset[0], offset[0] + rows), slice(offset[1], offset[1] + columns)
+        square[there] = resized[cut[0] : cut[0] + rows, cut[1] : cut[1] + columns]
+        down, across = (
+            ((np.arange(first, first + count) + 0.5) * old / new).astype(np.int64)
+            for first, count, old, new in zip(cut, (rows, columns), mask.shape, (height, width), strict=True)
+        )
+        labels[there] = mask[down[:, None], across]
+        if uniform[3] < crop.hflip_prob:
+            square, labels = square[:, ::-1].copy(), labels[:, ::-1].copy()
+        return torch.from_numpy(square), torch.from_numpy(labels)
 
 
 class SegmentationTask(DenseTask):
     """The loop's task. A batch is (images uint8 [B, H, W, 3], masks uint8 [B, H, W]), this rank's rows of it."""
 
     name, metric = "segmentation", "miou"
-    collate = staticmethod(collate_segmentation)
-
-    @staticmethod
-    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DenseDataset, DenseDataset]:
-        return open_segmentation_data(name, spec, config.data, console.info)
-
-    @staticmethod
-    def build_transform(config: Any) -> Transform:
-        return SegmentationTransform(config.crop)
+    open_splits = staticmethod(open_segmentation_data)
+    build_transform = SegmentationTransform
+    collate = staticmethod(default_collate)
 
     def build_network(self, encoder: Any) -> nn.Module:
         network = Segmenter(encoder, self.classes, self.config.head.channels, self.config.head.dilation)
@@ -94,11 +117,10 @@ class SegmentationTask(DenseTask):
     def score(self, samples: DenseDataset, bad: dict[int, str]) -> dict[str, Any]:
         self.model.eval()
         confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=self.device)
-        for images, masks in _iter_same_size_batches(samples, bad):
-            predicted = self._compute_logits(self.model, torch.from_numpy(images).to(self.device)).argmax(1)
-            confusion += compute_confusion_matrix(
-                torch.from_numpy(masks).to(self.device).long(), predicted, self.classes
-            )
+        for batch in _iter_same_size_batches(samples, bad):
+            images, masks = to_device(default_collate(batch), self.device)
+            predicted = self._compute_logits(self.model, images).argmax(1)
+            confusion += compute_confusion_matrix(masks.long(), predicted, self.classes)
         iou = compute_iou(confusion)
         named = zip(samples.classes, iou.tolist(), strict=True)
         accuracy = confusion.diagonal().sum() / confusion.sum().clamp(min=1)
@@ -121,59 +143,18 @@ def compute_iou(confusion: Tensor) -> Tensor:
     return both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
-@dataclass(frozen=True)
-class SegmentationTransform:
-    """Random resize, crop or pad to a square, and flip; the same for image and mask."""
-
-    config: SegmentationCropConfig
-
-    def __call__(self, image: np.ndarray, mask: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return uint8 ``[size, size, 3]`` and uint8 ``[size, size]``, 255 where it is padded."""
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"An image of {image.shape[1]} x {image.shape[0]} has a mask of {mask.shape[1]} x {mask.shape[0]}.",
-                "Give one class index for every pixel of the image, upright.",
-            )
-        size, (low, high) = self.config.size, self.config.scale
-        factor = low + (high - low) * float(uniform[0])
-        height, width = (max(1, round(factor * side)) for side in mask.shape)
-        shifts = [int(u * (abs(side - size) + 1)) for u, side in zip(uniform[1:3], (height, width), strict=True)]
-        cut = [shift if side > size else 0 for shift, side in zip(shifts, (height, width), strict=True)]
-        offset = [0 if side > size else shift for shift, side in zip(shifts, (height, width), strict=True)]
-        rows, columns = min(size, height), min(size, width)
-        planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-        resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-        square = np.tile(PAD_COLOR, (size, size, 1))
-        labels = np.full((size, size), IGNORE_INDEX, np.uint8)
-        there = slice(offset[0], offset[0] + rows), slice(offset[1], offset[1] + columns)
-        square[there] = resized[cut[0] : cut[0] + rows, cut[1] : cut[1] + columns]
-        down, across = (
-            ((np.arange(first, first + count) + 0.5) * old / new).astype(np.int64)
-            for first, count, old, new in zip(cut, (rows, columns), mask.shape, (height, width), strict=True)
-        )
-        labels[there] = mask[down[:, None], across]
-        if uniform[3] < self.config.hflip_prob:
-            square, labels = square[:, ::-1].copy(), labels[:, ::-1].copy()
-        return torch.from_numpy(square), torch.from_numpy(labels)
-
-
-def _iter_same_size_batches(samples: DenseDataset, bad: dict[int, str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _iter_same_size_batches(
+    samples: DenseDataset, bad: dict[int, str]
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Yield batches of consecutive whole images of equal size, with their masks."""
-    images: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    for index in range(len(samples)):
-        try:
-            image = samples.load(index)
-        except BadImageError as reason:
-            bad[index] = reason.reason
-            continue
-        if images and (image.shape != images[0].shape or len(images) == EVAL_BATCH_SIZE):
-            yield np.stack(images), np.stack(masks)
-            images, masks = [], []
-        images.append(image)
-        masks.append(samples.load_target(index))
-    if images:
-        yield np.stack(images), np.stack(masks)
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    for row, image in iter_decodable(samples, range(len(samples)), bad):
+        if batch and (image.shape != batch[0][0].shape or len(batch) == EVAL_BATCH_SIZE):
+            yield batch
+            batch = []
+        batch.append((image, samples.load_target(row)))
+    if batch:
+        yield batch
 
 
 def dilate_last_stage(encoder: ResNet) -> ResNet:
@@ -192,12 +173,6 @@ def dilate_last_stage(encoder: ResNet) -> ResNet:
         if block.downsample is not None:
             cast(nn.Conv2d, cast(nn.Sequential, block.downsample)[0]).stride = (1, 1)
     return encoder
-
-
-def get_output_stride(encoder: ResNet) -> int:
-    """Return the pixels per feature of ``dilate_last_stage(encoder)``."""
-    pooled = 1 if isinstance(encoder.maxpool, nn.Identity) else 2
-    return STEMS[encoder.stem][1] * pooled * 4
 
 
 def compute_feature_map(encoder: ResNet, images: Tensor) -> Tensor:

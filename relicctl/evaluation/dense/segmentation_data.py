@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -21,14 +20,16 @@ import numpy as np
 from PIL import Image
 
 from relicctl.config.transfer import SegmentationDataConfig
+from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.datasets.voc import VOC_CLASSES
 from relicctl.data.decoding import IMAGE_FORMATS, MAX_PIXELS, BadImageError
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import SPLIT_FOLDERS, DenseDataset, SplitName, make_missing_split_error
+from relicctl.evaluation.dense.data import DenseDataset
+from relicctl.evaluation.labelled_data import SPLIT_FOLDERS
 
 IGNORE_INDEX = 255
 LOSSLESS_FORMATS = tuple(name for name in IMAGE_FORMATS if name not in ("JPEG", "WEBP"))
@@ -64,13 +65,12 @@ class SegmentationDataset(DenseDataset):
         return decode_mask(data, self.masks.get_name(index))
 
     def compute_fingerprint(self) -> str:
-        return hashlib.sha256(
-            f"{self.source.compute_fingerprint()} {self.masks.compute_fingerprint()}".encode()
-        ).hexdigest()
+        fingerprints = f"{self.source.compute_fingerprint()} {self.masks.compute_fingerprint()}"
+        return hashlib.sha256(fingerprints.encode()).hexdigest()
 
 
 def open_segmentation_data(
-    name: str, spec: str, config: SegmentationDataConfig, note: Callable[[str], None]
+    name: str, spec: str, config: SegmentationDataConfig, console: Console
 ) -> tuple[DenseDataset, DenseDataset]:
     """Open and check the images to train on and those to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
@@ -79,11 +79,11 @@ def open_segmentation_data(
     train, voc = _open_mask_split(name, spec, "train", config)
     val, _ = _open_mask_split(name, spec, "val", config)
     number = config.classes.get(name) or (len(VOC_CLASSES) + 1 if voc else None)
-    note(f"{name}: checking {len(train) + len(val)} masks")
+    console.info(f"{name}: checking {len(train) + len(val)} masks")
     largest = _check_mask_files(name, train, number)
     if number is None:
         number = largest + 1
-        note(f"{name}: {number} classes, as many as the masks of train have (data.classes)")
+        console.info(f"{name}: {number} classes, as many as the masks of train have (data.classes)")
     _check_mask_files(name, val, number)
     if number < 2:
         raise DataError(f"{name} has only one class in its masks.", "Give masks of two classes or more.")
@@ -99,22 +99,18 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
             raise ValueError(f"{image.width} x {image.height} pixels")
         values = np.asarray(image)
     except Exception as reason:  # on damaged files Pillow's plugins raise almost anything
-        raise DataError(
-            f"The mask {name} cannot be read ({reason}).".replace("<_io.BytesIO object", "<file"),
-            "Give a PNG of class indices; JPEG would blur them.",
-        ) from None
+        what = f"The mask {name} cannot be read ({reason}).".replace("<_io.BytesIO object", "<file")
+        raise DataError(what, "Give a PNG of class indices; JPEG would blur them.") from None
     if values.ndim != 2:
-        raise DataError(
-            f"The mask {name} is an image in {image.mode}, not one of class indices.",
-            "Save it as a palette or grey PNG whose values are the classes.",
-        )
+        what = f"The mask {name} is an image in {image.mode}, not one of class indices."
+        raise DataError(what, "Save it as a palette or grey PNG whose values are the classes.")
     if values.min() < 0 or values.max() > IGNORE_INDEX:
         raise DataError(f"The mask {name} has the class index {values.max()}.", "Indices go from 0 to 254.")
     return values.astype(np.uint8)
 
 
 def _open_mask_split(
-    name: str, spec: str, part: SplitName, config: SegmentationDataConfig
+    name: str, spec: str, part: DatasetSplit, config: SegmentationDataConfig
 ) -> tuple[SegmentationDataset, bool]:
     """Open one split; return also whether it is VOC-style."""
     if "{split}" not in spec:
@@ -130,7 +126,7 @@ def _open_mask_split(
         except DataError:
             continue
         return _pair_masks(name, images, open_dataset(join_spec(place, "masks")), None), False
-    raise make_missing_split_error(name, spec, part, SEGMENTATION_LAYOUTS)
+    raise DataError(f"{name} has no {part} split in {spec}.", f"Give {SEGMENTATION_LAYOUTS}.")
 
 
 def _pair_masks(name: str, images: ImageDataset, masks: ImageDataset, stems: list[str] | None) -> SegmentationDataset:
@@ -141,13 +137,11 @@ def _pair_masks(name: str, images: ImageDataset, masks: ImageDataset, stems: lis
     stems = list(image_rows) if stems is None else stems
     if not stems:
         raise DataError(f"{name} has an empty list of images.", "Write one image name per line.")
-    for what, rows in (("image", image_rows), ("mask", mask_rows)):
+    for kind, rows in (("image", image_rows), ("mask", mask_rows)):
         missing = [stem for stem in stems if stem not in rows]
         if missing:
-            raise DataError(
-                f"{name} lacks the {what} of {summarize_names(missing)}, of {len(stems)} in {images.spec}.",
-                "Give images and masks the same names but for their suffixes.",
-            )
+            what = f"{name} lacks the {kind} of {summarize_names(missing)}, of {len(stems)} in {images.spec}."
+            raise DataError(what, "Give images and masks the same names but for their suffixes.")
     return SegmentationDataset(
         images.select([image_rows[stem] for stem in stems]), masks.select([mask_rows[stem] for stem in stems]), ()
     )
@@ -158,27 +152,20 @@ def _check_mask_files(name: str, samples: SegmentationDataset, classes: int | No
 
     def get_mask_info(index: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
         mask = samples.load_target(index)
-        return (
-            int(mask.max(initial=0, where=mask != IGNORE_INDEX)),
-            mask.shape,
-            _read_image_size(samples, index) or mask.shape,
-        )
+        largest = int(mask.max(initial=0, where=mask != IGNORE_INDEX))
+        return largest, mask.shape, _read_image_size(samples, index) or mask.shape
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         infos = list(pool.map(get_mask_info, range(len(samples))))
     names = samples.masks.get_name
     odd = [f"{names(i)}: {m[1]} x {m[0]}, image {s[1]} x {s[0]}" for i, (_, m, s) in enumerate(infos) if m != s]
     if odd:
-        raise DataError(
-            f"{name} has masks of another size than their image: {summarize_names(odd)}.",
-            "Give one index for every pixel.",
-        )
+        what = f"{name} has masks of another size than their image: {summarize_names(odd)}."
+        raise DataError(what, "Give one index for every pixel.")
     beyond = [f"{names(i)} with {largest}" for i, (largest, _, _) in enumerate(infos) if classes and largest >= classes]
     if beyond:
-        raise DataError(
-            f"{name} has masks with a class index beyond its {classes} classes: {summarize_names(beyond)}.",
-            f"Set data.classes={{{name}: N}}, or use 255 for pixels to ignore.",
-        )
+        what = f"{name} has masks with a class index beyond its {classes} classes: {summarize_names(beyond)}."
+        raise DataError(what, f"Set data.classes={{{name}: N}}, or use 255 for pixels to ignore.")
     return max(largest for largest, _, _ in infos)
 
 

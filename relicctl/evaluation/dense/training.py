@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,11 @@ from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.core.distributed import World
 from relicctl.core.loop import Task
-from relicctl.evaluation.dense.data import DenseDataset, Transform
+from relicctl.evaluation.dense.data import Collate, DenseDataset, Transform
 from relicctl.models.layers import convert_sync_batchnorm
+
+# (name, spec, config.data, console) -> the images to train on and those to test on
+OpenSplits = Callable[[str, str, Any, Console], tuple[DenseDataset, DenseDataset]]
 
 
 class DenseTask(Task):
@@ -26,6 +30,9 @@ class DenseTask(Task):
 
     name: ClassVar[str]
     metric: ClassVar[str]
+    open_splits: OpenSplits
+    build_transform: Callable[[Any], Transform]  # from a config
+    collate: Collate
 
     def __init__(
         self, encoder: Any, classes: int, config: Any, device: torch.device, precision: str, world: World
@@ -41,19 +48,6 @@ class DenseTask(Task):
             weight_decay=config.optim.weight_decay, foreach=True,
         )  # fmt: skip
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    @staticmethod
-    @abstractmethod
-    def open_splits(name: str, spec: str, config: Any, console: Console) -> tuple[DenseDataset, DenseDataset]:
-        """Open the images to train on and those to test on."""
-
-    @staticmethod
-    @abstractmethod
-    def build_transform(config: Any) -> Transform: ...
-
-    @staticmethod
-    @abstractmethod
-    def collate(items: list[Any]) -> Any: ...
 
     @abstractmethod
     def build_network(self, encoder: Any) -> nn.Module: ...

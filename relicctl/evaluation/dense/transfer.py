@@ -11,7 +11,7 @@ from relicctl.config.renamed import restore_old_names
 from relicctl.config.resolve import get_command
 from relicctl.config.transfer import DetectionConfig, SegmentationConfig
 from relicctl.core.loop import LoopConfig
-from relicctl.data.loader import resolve_cache
+from relicctl.data.loader import LoaderConfig, resolve_cache
 from relicctl.data.sampler import Sampler
 from relicctl.encoders.resolve import Pixels
 from relicctl.errors import UsageError
@@ -23,7 +23,7 @@ from relicctl.evaluation.cells import (
     load_or_compute_cell,
     open_subfolder,
 )
-from relicctl.evaluation.dense.data import CachedDenseDataset, DenseBatches, DenseDataset, DenseLoader
+from relicctl.evaluation.dense.data import CachedDenseDataset, DenseDataset, DenseLoader
 from relicctl.evaluation.dense.detection import DetectionTask, check_pycocotools
 from relicctl.evaluation.dense.segmentation import SegmentationTask
 from relicctl.evaluation.dense.training import DenseTask
@@ -54,7 +54,7 @@ class DenseTransfer(TransferTask):
 
     def open_data(self, session: Session, download: bool) -> None:
         self._splits = {
-            name: self._task_class.open_splits(name, spec, self.config, session.console)
+            name: self._task_class.open_splits(name, spec, self.config.data, session.console)
             for name, spec in self.config.data.datasets.items()
         }
 
@@ -98,7 +98,7 @@ class DenseTransfer(TransferTask):
         metrics = task.score(val, bad)
         report = make_bad_images(context.run, len(val), self.config.data.max_corrupt_fraction)
         for row, reason in bad.items():
-            report.add(val.get_name(row), reason)
+            report.add(val.source.get_name(row), reason)
         return metrics, len(bad)
 
     def _train(self, task: DenseTask, train: DenseDataset, folder: Path, context: RunContext) -> list[float]:
@@ -106,12 +106,11 @@ class DenseTransfer(TransferTask):
         config, device, world = self.config, context.device, context.world
         sampler = Sampler(config.seed, len(train), min(config.optim.batch_size, len(train)))
         cache = world.broadcast_from_main(lambda: resolve_cache(config.data.cache, train.source, device))
-        batches = DenseBatches(
-            train if cache == "none" else CachedDenseDataset(train), sampler, task.build_transform(config),
-            task.collate, config.seed,
-        )  # fmt: skip
+        samples = train if cache == "none" else CachedDenseDataset(train)
+        workers = resolve_num_workers(config.runtime, device, cache)
         loader = DenseLoader(
-            batches, device, world, resolve_num_workers(config.runtime, device, cache),
+            samples, sampler, task.build_transform(config), task.collate,
+            LoaderConfig(config.seed, device, world, workers=workers),
             make_bad_images(context.run, len(train), config.data.max_corrupt_fraction),
         )  # fmt: skip
         loop_config = LoopConfig.from_sections(
@@ -141,7 +140,6 @@ class DenseTransfer(TransferTask):
         for cell in cells:
             metrics = ", ".join(f"{k} {v:.3f}" for k, v in cell["figures"].items() if isinstance(v, float))
             first, last = cell["loss"]
-            notes.append(
-                f"{cell['encoder']} on {cell['data']}: {metrics}; loss {first:.3f} at first, {last:.3f} at last"
-            )
+            losses = f"loss {first:.3f} at first, {last:.3f} at last"
+            notes.append(f"{cell['encoder']} on {cell['data']}: {metrics}; {losses}")
         return notes

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relicctl.config.transfer import DenseOptimConfig, DetectionOptimConfig, SegmentationCropConfig
+from relicctl.config.transfer import DenseOptimConfig, DetectionOptimConfig, SegmentationConfig, SegmentationCropConfig
 from relicctl.core.distributed import World
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError, BadImages
+from relicctl.data.loader import LoaderConfig
 from relicctl.data.sampler import Sampler
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import CachedDenseDataset, DenseBatches, DenseLoader
-from relicctl.evaluation.dense.segmentation import SegmentationTransform, collate_segmentation
+from relicctl.evaluation.dense.data import CachedDenseDataset, DenseLoader
+from relicctl.evaluation.dense.segmentation import SegmentationTask, SegmentationTransform
 from relicctl.evaluation.dense.segmentation_data import ShapesSegmentationDataset
 from relicctl.evaluation.dense.training import compute_multistep_lr
 
@@ -31,9 +32,10 @@ def samples(kind=ShapesSegmentationDataset):
 
 
 def batches(of, start=0, *, workers=0, world=None, bad=None):
-    transform = SegmentationTransform(SegmentationCropConfig(size=16))
-    items = DenseBatches(of, Sampler(5, len(of), 4), transform, collate_segmentation, seed=5)
-    loader = DenseLoader(items, torch.device("cpu"), world or World(), workers, bad or BadImages(12, 0.5))
+    transform = SegmentationTransform(SegmentationConfig(crop=SegmentationCropConfig(size=16)))
+    config = LoaderConfig(5, torch.device("cpu"), world or World(), workers=workers)
+    bad = bad or BadImages(12, 0.5)
+    loader = DenseLoader(of, Sampler(5, len(of), 4), transform, SegmentationTask.collate, config, bad)
     return [torch.cat([part.flatten() for part in batch]) for batch in loader.iter_from_step(start, 6)]
 
 
@@ -57,7 +59,7 @@ def test_what_cannot_be_decoded_is_replaced_and_told(workers):
     bad = BadImages(12, 0.5)
     of = samples(Damaged)
     replaced = batches(of, workers=workers, bad=bad)
-    assert bad.seen == {of.get_name(3)}
+    assert bad.seen == {of.source.get_name(3)}
     again = batches(CachedDenseDataset(of), bad=BadImages(12, 0.5))
     assert all(torch.equal(a, b) for a, b in zip(replaced, again, strict=True))
     with pytest.raises(DataError, match="damaged"):

@@ -19,7 +19,6 @@ from relicctl.evaluation.dense.detection import (
     DetectionTask,
     DetectionTransform,
     build_detector,
-    collate_detection,
     compute_average_precision,
 )
 from relicctl.evaluation.dense.detection_data import build_shapes_detection
@@ -54,9 +53,8 @@ def task(encoder, *sets: str) -> DetectionTask:
 
 
 def batch(shapes):
-    return collate_detection(
-        [DetectionTransform(0)(shapes.load(row), shapes.load_target(row), np.ones(6)) for row in range(3)]
-    )
+    transform = DetectionTransform(config("images.hflip_prob=0"))
+    return DetectionTask.collate([transform(shapes.load(row), shapes.load_target(row), np.ones(6)) for row in range(3)])
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
@@ -111,12 +109,12 @@ def test_boxes_flip_with_their_image():
     boxes = Boxes(
         np.array([[3, 2, 9, 5], [0, 0, 1, 1]], np.float32), np.array([4, 0]), np.array([False, True]), np.ones(2)
     )
-    flipped, target = DetectionTransform(0.5)(image, boxes, np.zeros(6))
+    flipped, target = DetectionTransform(config())(image, boxes, np.zeros(6))
     assert target["labels"].tolist() == [5]
     left, top, right, bottom = target["boxes"][0].int().tolist()
     assert (flipped[:, top:bottom, left:right] == 255).all()
     assert flipped.sum() == image.sum()
-    same, target = DetectionTransform(0.5)(image, boxes, np.ones(6))
+    same, target = DetectionTransform(config())(image, boxes, np.ones(6))
     assert target["boxes"].tolist() == [[3, 2, 9, 5]]
     np.testing.assert_array_equal(same.permute(1, 2, 0).numpy(), image)
 

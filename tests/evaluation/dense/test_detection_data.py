@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,13 +49,16 @@ def write(root, part, content) -> None:
 
 
 def opened(spec, warn=lambda text: None, **config):
-    return open_detection_data("x", str(spec), DetectionDataConfig(**config), warn)
+    return open_detection_data("x", str(spec), DetectionDataConfig(**config), SimpleNamespace(warn=warn))
 
 
 def test_boxes_go_with_their_images_and_are_clipped(coco):
     train, val = opened(coco)
     assert train.classes == ("dog", "cat")
-    assert [train.get_name(i) for i in range(len(train))] == ["train-0.png", "train-2.png"]  # no box, nothing to learn
+    assert [train.source.get_name(i) for i in range(len(train))] == [
+        "train-0.png",
+        "train-2.png",
+    ]  # no box, nothing to learn
     assert len(val) == 3
     assert train.load_target(0).corners.tolist() == [[20, 10, 30, 20]]
     found = train.load_target(1)
@@ -85,7 +89,9 @@ def test_archives_and_other_layouts_are_the_same(coco, tmp_path):
     whole = opened(coco)
     for spec in (f"{tmp_path}/coco.zip#coco", flat, rooted):
         for ours, theirs in zip(whole, opened(spec), strict=True):
-            assert [ours.get_name(i) for i in range(len(ours))] == [theirs.get_name(i) for i in range(len(theirs))]
+            assert [ours.source.get_name(i) for i in range(len(ours))] == [
+                theirs.source.get_name(i) for i in range(len(theirs))
+            ]
             np.testing.assert_array_equal(ours.boxes.corners, theirs.boxes.corners)
             np.testing.assert_array_equal(ours.load(1), theirs.load(1))
 

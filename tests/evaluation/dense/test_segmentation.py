@@ -17,7 +17,6 @@ from relicctl.evaluation.dense.segmentation import (
     PAD_COLOR,
     SegmentationTask,
     SegmentationTransform,
-    collate_segmentation,
     compute_confusion_matrix,
     compute_iou,
 )
@@ -93,9 +92,8 @@ def test_what_is_frozen_stays_as_it_is(encoder, sets, weights_move, statistics_m
 
 
 def crop(image, mask, uniform, **told) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(
-        t.numpy() for t in SegmentationTransform(SegmentationCropConfig(**told))(image, mask, np.array(uniform))
-    )
+    transform = SegmentationTransform(SegmentationConfig(crop=SegmentationCropConfig(**told)))
+    return tuple(t.numpy() for t in transform(image, mask, np.array(uniform)))
 
 
 def test_image_and_mask_are_cropped_alike():
@@ -127,4 +125,4 @@ def test_a_smaller_image_lies_whole_in_the_square():
     assert (labels != 255).sum() == 20 * 24
     assert (labels[6:26, 8:] == 1).all()
     assert (square[6:26, 8:] == 7).all()
-    assert collate_segmentation([(torch.ones(2), torch.ones(1))])[0].shape == (1, 2)
+    assert SegmentationTask.collate([(torch.ones(2), torch.ones(1))])[0].shape == (1, 2)

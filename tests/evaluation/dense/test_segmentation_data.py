@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from relicctl.config.transfer import SegmentationDataConfig
+from relicctl.console import Console
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.errors import DataError
 from relicctl.evaluation.dense.segmentation_data import open_segmentation_data
@@ -54,7 +55,7 @@ def voc(tmp_path):
 
 
 def opened(spec, **config):
-    return open_segmentation_data("x", str(spec), SegmentationDataConfig(**config), lambda text: None)
+    return open_segmentation_data("x", str(spec), SegmentationDataConfig(**config), Console(quiet=True))
 
 
 def test_folders_with_palette_and_grey_masks(folders):
@@ -77,7 +78,7 @@ def test_vocs_layout_with_its_lists_in_an_archive(voc, tmp_path):
         train, val = opened(spec)
         assert train.classes[:2] == ("background", "aeroplane")
         assert len(train.classes) == 21
-        assert [train.get_name(i) for i in range(len(train))] == ["03.jpg", "00.jpg", "01.jpg"]
+        assert [train.source.get_name(i) for i in range(len(train))] == ["03.jpg", "00.jpg", "01.jpg"]
         np.testing.assert_array_equal(train.load_target(0), mask(3))
         np.testing.assert_array_equal(val.load_target(0), mask(5))
 
