@@ -28,7 +28,7 @@ from relicctl.data.loader import resolve_cache
 from relicctl.encoders.resolve import BASELINES, BaselineSpec, ResolvedEncoder, open_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.evaluation import cluster_analysis, reports
-from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
+from relicctl.evaluation.features import FeatureExtractor, LabelledFeatures
 from relicctl.evaluation.knn import TEMPERATURE, compute_knn_accuracy
 from relicctl.evaluation.labelled_data import LabelledDataset, match_classes, open_train_test
 from relicctl.evaluation.linear import LinearClassifier, LinearTrainer, SweepResult
@@ -242,7 +242,7 @@ def measure_seconds(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-def evaluate_test_set(images: LabelledDataset, features: ExtractedFeatures, linear: LinearClassifier) -> dict[str, Any]:
+def evaluate_test_set(images: LabelledDataset, features: LabelledFeatures, linear: LinearClassifier) -> dict[str, Any]:
     """Evaluate the same classifier on other images of its classes."""
     scores = ClassificationMetrics.from_logits(linear(features.features), features.labels)
     return {
@@ -258,18 +258,18 @@ def evaluate_test_set(images: LabelledDataset, features: ExtractedFeatures, line
 def make_protocol_record(
     config: LinearEvalConfig, trainer: LinearTrainer, rate: float, num_test_images: int
 ) -> dict[str, Any]:
-    fast, num_val = config.protocol == "fast", trainer.num_val_images
+    fast, num_val, num_train = config.protocol == "fast", trainer.num_val_images, len(trainer.train_features.labels)
     return {
         "form": config.protocol,
         "features": "centre crops, standardised" if fast else "random crops and flips, as they are",
         "optimiser": f"SGD, Nesterov momentum {config.optim.momentum:g}, cosine to 0, no weight decay",
         "rate_per_256": rate,
         "rate_chosen_on": f"{num_val} held-out training images" if num_val else "not chosen",
-        "batch_size": trainer.batch_size,
+        "batch_size": trainer.choose_batch_size(num_train),
         "epochs": config.optim.epochs,
         "max_steps": config.optim.max_steps,
         "train": config.data.train,
-        "train_images": len(trainer.train_features.labels),
+        "train_images": num_train,
         "test": config.data.val or f"held-out share {config.eval.val_fraction:g} of {config.data.train}",
         "test_images": num_test_images,
         "size": trainer.extractor.size,

@@ -63,14 +63,8 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if errors:
         listed = ascii(", ".join(errors))[1:-1]  # names from a file may hold anything
         raise UsageError(f"The tensors of {path} do not fit {arch} of width {width:g}: {listed}.", FIX)
-    return tensors, {
-        "arch": arch,
-        "width": str(width),
-        "stem": "imagenet",
-        "padding": "same",
-        **describe_transform(),
-        "network": "online",
-    }
+    network = {"arch": arch, "width": str(width), "stem": "imagenet", "padding": "same"}
+    return tensors, {**network, **describe_transform(), "network": "online"}
 
 
 def _extract_online(path: Path, content: Any) -> tuple[HaikuTree, HaikuTree]:

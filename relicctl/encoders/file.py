@@ -120,12 +120,8 @@ def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, s
     try:
         with torch.device("meta"):
             encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])
-        transform = EvalTransform(
-            int(metadata["size"]),
-            float(metadata["crop_ratio"]),
-            tuple(json.loads(metadata["mean"])),
-            tuple(json.loads(metadata["std"])),
-        )
+        mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
+        transform = EvalTransform(int(metadata["size"]), float(metadata["crop_ratio"]), mean, std)
         channels = {len(transform.mean), len(transform.std)}
         if transform.size < 1 or not 0 < transform.crop_ratio <= 1 or channels != {3}:
             raise ValueError("it does not say how to prepare an image")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,44 +146,6 @@ def compute_encoder_hash(encoder: nn.Module, size: int, crop_ratio: float) -> st
     return digest.hexdigest()
 
 
-def load_or_extract(
-    path: Path, device: torch.device, extract: Callable[[], tuple[Tensor, np.ndarray]], world: World
-) -> tuple[Tensor, np.ndarray] | None:
-    """Return features ``[N, F]`` and their rows int64 ``[N]``: from ``path`` if it is whole, else by ``extract``.
-
-    All ranks extract; the main one alone reads, writes and returns features, the others return None.
-    Raises DataError for features that are not finite, RunFailed when they cannot be written.
-    """
-    cached = _load_features(path, device) if world.is_main else None
-    if world.broadcast_from_main(lambda: cached is not None):
-        return cached
-    extracted = extract()
-    world.broadcast_from_main(lambda: _save_features(path, *extracted))
-    return extracted if world.is_main else None
-
-
-def _load_features(path: Path, device: torch.device) -> tuple[Tensor, np.ndarray] | None:
-    try:
-        tensors = load_file(path, device=str(device))
-        return tensors["features"], tensors["rows"].cpu().numpy()
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None  # missing or damaged
-
-
-def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
-    bad = int((~features.isfinite().all(1)).sum())
-    if bad:
-        what = f"The encoder gives features that are not finite for {bad} of {len(rows)} images."
-        raise DataError(what, "Its weights are damaged or it diverged in training: take an earlier checkpoint.")
-    tensors = {"features": features.cpu().contiguous(), "rows": torch.from_numpy(rows)}
-    try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
-    except (OSError, SafetensorError) as reason:
-        what = f"Features cannot be saved in {path.parent} ({getattr(reason, 'strerror', None) or reason})."
-        fix = "Free some space or choose another --out; --resume keeps everything that is finished."
-        raise RunFailed(what, fix) from None
-
-
 def make_bad_images(run: RunFolder, num_images: int, max_fraction: float) -> BadImages:
     """Count the undecodable images of a data set; each is listed in the run's folder once."""
     recorded = run.read_bad_images()
@@ -201,12 +164,25 @@ def get_eval_crop(encoder: Any, config: LinearEvalConfig | TransferConfig) -> tu
     return config.eval.size or int(metadata["size"]), config.eval.crop_pct or float(metadata["crop_ratio"])
 
 
-class ExtractedFeatures(NamedTuple):
-    """Of the images that could be decoded: ``features`` ``[N, F]``, ``rows`` in the data set, ``labels`` ``[N]``."""
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Of images that could be decoded: ``features`` ``[N, F]``, ``rows`` in the data set.
+
+    ``labels``: int64 ``[N]``, or int8 ``[N, C]`` of multi-label images.
+    """
 
     features: Tensor
-    rows: np.ndarray
     labels: Tensor
+    rows: np.ndarray
+
+    @classmethod
+    def from_rows(cls, features: Tensor, images: LabelledDataset, rows: np.ndarray) -> LabelledFeatures:
+        """Add the labels to the features of ``rows``."""
+        return cls(features, torch.from_numpy(images.labels[rows]).to(features.device), rows)
+
+    def select(self, indices: np.ndarray) -> LabelledFeatures:
+        picked = torch.from_numpy(indices).to(self.labels.device)
+        return LabelledFeatures(self.features[picked], self.labels[picked], self.rows[indices])
 
 
 class FeatureExtractor:
@@ -235,7 +211,7 @@ class FeatureExtractor:
     def _make_bad_images(self, source: ImageDataset) -> BadImages:
         return make_bad_images(self.context.run, len(source), self._config.data.max_corrupt_fraction)
 
-    def __call__(self, images: LabelledDataset) -> ExtractedFeatures:
+    def __call__(self, images: LabelledDataset) -> LabelledFeatures:
         device, world, console = self.context.device, self.context.world, self.context.console
         crops = EvalImages(images.source, self.size, self.crop_ratio)
         first, last = crops.get_rank_ranges(world)[world.rank]
@@ -244,5 +220,41 @@ class FeatureExtractor:
         with console.progress(-(-(last - first) // IMAGES_PER_CHUNK)) as bar:
             features = extract_features(self.encoder, crops, device, world, bar)
         rows = crops.get_decodable_rows(self._make_bad_images(images.source))
-        picked = torch.from_numpy(rows).to(device)
-        return ExtractedFeatures(features[picked], rows, torch.from_numpy(images.labels[rows]).to(device))
+        return LabelledFeatures.from_rows(features[torch.from_numpy(rows).to(device)], images, rows)
+
+
+def load_or_extract(path: Path, images: LabelledDataset, extractor: FeatureExtractor) -> LabelledFeatures | None:
+    """Return the features of ``images``: from ``path`` if it is whole, else by ``extractor``.
+
+    All ranks extract; the main one alone reads, writes and returns features, the others return None.
+    Raises DataError for features that are not finite, RunFailed when they cannot be written.
+    """
+    world = extractor.context.world
+    cached = _load_features(path, images, extractor.context.device) if world.is_main else None
+    if world.broadcast_from_main(lambda: cached is not None):
+        return cached
+    extracted = extractor(images)
+    world.broadcast_from_main(lambda: _save_features(path, extracted.features, extracted.rows))
+    return extracted if world.is_main else None
+
+
+def _load_features(path: Path, images: LabelledDataset, device: torch.device) -> LabelledFeatures | None:
+    try:
+        tensors = load_file(path, device=str(device))
+        return LabelledFeatures.from_rows(tensors["features"], images, tensors["rows"].cpu().numpy())
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None  # missing or damaged
+
+
+def _save_features(path: Path, features: Tensor, rows: np.ndarray) -> None:
+    bad = int((~features.isfinite().all(1)).sum())
+    if bad:
+        what = f"The encoder gives features that are not finite for {bad} of {len(rows)} images."
+        raise DataError(what, "Its weights are damaged or it diverged in training: take an earlier checkpoint.")
+    tensors = {"features": features.cpu().contiguous(), "rows": torch.from_numpy(rows)}
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as reason:
+        what = f"Features cannot be saved in {path.parent} ({getattr(reason, 'strerror', None) or reason})."
+        fix = "Free some space or choose another --out; --resume keeps everything that is finished."
+        raise RunFailed(what, fix) from None

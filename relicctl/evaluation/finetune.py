@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,7 @@ from relicctl.evaluation.transfer_data import Split, TransferDataset
 from relicctl.models.layers import convert_sync_batchnorm
 from relicctl.runs.training import resume_and_train
 
-
-@dataclass(frozen=True)
-class HyperParams:
-    """One point of the grid. Without ``epochs`` the training takes finetune.steps."""
-
-    rate: float
-    decay: float
-    epochs: int | None
-
-    @property
-    def params(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.params.items())
+HyperParams = dict[str, float]  # rate, decay and perhaps epochs; without these a training takes finetune.steps
 
 
 @dataclass(frozen=True)
@@ -63,27 +49,27 @@ class GridSearch:
 
     def __call__(self, split: Split) -> ProtocolResult:
         finetune, console = self.config.finetune, self.extractor.context.console
-        points = itertools.product(finetune.lrs, finetune.weight_decays, finetune.epochs or (None,))
-        grid = [HyperParams(*point) for point in points]
+        axes = [("rate", finetune.lrs), ("decay", finetune.weight_decays), ("epochs", finetune.epochs)]
+        names, values = zip(*((name, values) for name, values in axes if values), strict=True)
+        grid: list[HyperParams] = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
         candidates, warnings = [], []
         for number, hyper in enumerate(grid, 1):
-            console.info(f"fine-tuning {number} of {len(grid)}: {hyper}")
-            name = "-".join(f"{value:g}" for value in hyper.params.values())
-            value = self._evaluate_candidate(name, hyper, split.train, split.val)
+            console.info(f"fine-tuning {number} of {len(grid)}: {_format_params(hyper)}")
+            folder_name = "-".join(f"{value:g}" for value in hyper.values())
+            value = self._evaluate_candidate(folder_name, hyper, split.train, split.val)
             if value is None:
-                warnings.append(f"{hyper} diverged and was left out")
+                warnings.append(f"{_format_params(hyper)} diverged and was left out")
             else:
-                candidates.append(hyper.params | {"value": value})
+                candidates.append(hyper | {"value": value})
         if not candidates:
             raise Diverged("Every fine-tuning diverged.", "Resume with lower rates: --set finetune.lrs=[...].")
-        best_candidate = find_best_candidate(candidates)
-        best = next(hyper for hyper in grid if hyper.params | {"value": best_candidate["value"]} == best_candidate)
-        console.info(f"fine-tuning with the best, {best}, on training and validation images")
+        best = {name: value for name, value in find_best_candidate(candidates).items() if name != "value"}
+        console.info(f"fine-tuning with the best, {_format_params(best)}, on training and validation images")
         value = self._evaluate_candidate("final", best, np.concatenate([split.train, split.val]), None)
         assert value is not None, "the final training raises Diverged"
-        if len(finetune.lrs) > 2 and best.rate in (min(finetune.lrs), max(finetune.lrs)):
-            warnings.append(f"the best rate, {best.rate:g}, is at the end of those tried: add to finetune.lrs")
-        return ProtocolResult(value, best.params, candidates, warnings)
+        if len(finetune.lrs) > 2 and best["rate"] in (min(finetune.lrs), max(finetune.lrs)):
+            warnings.append(f"the best rate, {best['rate']:g}, is at the end of those tried: add to finetune.lrs")
+        return ProtocolResult(value, best, candidates, warnings)
 
     def _evaluate_candidate(
         self, name: str, hyper: HyperParams, train_rows: np.ndarray, val_rows: np.ndarray | None
@@ -127,9 +113,9 @@ class GridSearch:
         device, world = context.device, context.world
         source = self.data.trainval.source.select(rows)
         sampler = Sampler(config.seed, len(rows), min(finetune.batch_size, len(rows)))
-        steps = finetune.steps if hyper.epochs is None else hyper.epochs * sampler.steps_per_epoch
+        steps = int(hyper["epochs"]) * sampler.steps_per_epoch if "epochs" in hyper else finetune.steps
         params = FinetuneParams(
-            hyper.rate, hyper.decay, finetune.momentum, steps, sampler.steps_per_epoch, self.metric == "map11",
+            hyper["rate"], hyper["decay"], finetune.momentum, steps, sampler.steps_per_epoch, self.metric == "map11",
             config.seed, context.precision,
         )  # fmt: skip
         task = FinetuneTask(self.extractor.encoder, len(self.data.trainval.classes), params, device, world)
@@ -143,6 +129,10 @@ class GridSearch:
         with open_subfolder(context, folder, config.checkpoint.keep) as subfolder:
             resume_and_train(task, loader, loop_config, subfolder)
         return task.model.eval()
+
+
+def _format_params(hyper: HyperParams) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in hyper.items())
 
 
 @dataclass(frozen=True)

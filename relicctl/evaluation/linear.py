@@ -20,12 +20,13 @@ from relicctl.core.optim import compute_learning_rate
 from relicctl.data.loader import ViewLoader
 from relicctl.data.sampler import Sampler
 from relicctl.evaluation.cells import open_subfolder
-from relicctl.evaluation.features import ExtractedFeatures, FeatureExtractor
+from relicctl.evaluation.features import FeatureExtractor, LabelledFeatures
 from relicctl.evaluation.labelled_data import LabelledDataset
 from relicctl.runs.distributed import RunContext
 from relicctl.runs.training import restore_or_start, train_with_progress
 
 
+@dataclass
 class LinearTrainer:
     """Trains classifiers on rows of the training images, by either protocol, through the training loop.
 
@@ -34,45 +35,42 @@ class LinearTrainer:
     ``cache``: of the images of protocol imagenet.
     """
 
-    def __init__(
-        self,
-        config: LinearEvalConfig,
-        images: LabelledDataset,
-        train_features: ExtractedFeatures,
-        extractor: FeatureExtractor,
-        cache: str | None,
-    ) -> None:
-        self._config, self._images, self.train_features = config, images, train_features
-        self.extractor, self._cache, self._context = extractor, cache, extractor.context
-        self.batch_size, self.num_val_images = config.optim.batch_size, 0
-        if config.protocol == "fast":
-            self.batch_size = min(self.batch_size, len(train_features.labels))
+    config: LinearEvalConfig
+    images: LabelledDataset
+    train_features: LabelledFeatures
+    extractor: FeatureExtractor
+    cache: str | None
+    num_val_images: int = 0
+
+    def choose_batch_size(self, num_images: int) -> int:
+        """Return the configured batch size; in protocol fast at most ``num_images``."""
+        batch_size = self.config.optim.batch_size
+        return min(batch_size, num_images) if self.config.protocol == "fast" else batch_size
 
     def sweep_rates(self) -> SweepResult:
         """Train all learning rates without a held-out part of the training images, and compare them on that part."""
-        config, context, features = self._config, self._context, self.train_features
-        train_rows, val_rows = split_holdout_rows(len(features.labels), config.sweep.val_fraction, config.seed)
+        config, context = self.config, self.extractor.context
+        train_rows, val_rows = split_holdout_rows(
+            len(self.train_features.labels), config.sweep.val_fraction, config.seed
+        )
         context.console.info(f"{len(config.sweep.lrs)} learning rates, compared on {len(val_rows)} images")
         with open_subfolder(context, context.run.path / "sweep", config.checkpoint.keep) as folder:
             folder.run.write_text(folder.run.config_path, context.run.config_path.read_text("utf-8"))
             classifiers, scaler = self.fit(folder, train_rows, config.sweep.lrs)
-        held_out = torch.from_numpy(val_rows).to(context.device)
-        self.num_val_images = len(val_rows)
-        val_features = features.features[held_out]
-        val_features = scaler(val_features) if scaler else val_features
-        result = evaluate_rates(classifiers, val_features, features.labels[held_out])
+        self.num_val_images, val = len(val_rows), self.train_features.select(val_rows)
+        result = evaluate_rates(classifiers, scaler(val.features) if scaler else val.features, val.labels)
         return SweepResult(*map(tuple, context.world.broadcast_from_main(lambda: (result.rates, result.accuracy))))
 
     def fit(
         self, context: RunContext, rows: np.ndarray, rates: tuple[float, ...]
     ) -> tuple[LinearClassifierGrid, StandardScaler | None]:
         """Return the classifiers, and what standardises the features that they take."""
-        config, world = self._config, context.world
-        batch_size = min(self.batch_size, len(rows)) if config.protocol == "fast" else self.batch_size
+        config, world = self.config, context.world
+        batch_size = self.choose_batch_size(len(rows))
         sampler = Sampler(config.seed, len(rows), batch_size)
         batches, scaler = self._build_batches(rows, sampler)
         schedule_steps = sampler.steps_per_epoch * config.optim.epochs
-        classifiers = LinearClassifierGrid(self.train_features.features.shape[1], len(self._images.classes), rates)
+        classifiers = LinearClassifierGrid(self.train_features.features.shape[1], len(self.images.classes), rates)
         task = LinearTask(
             classifiers.to(context.device), batch_size=batch_size, momentum=config.optim.momentum,
             total_steps=schedule_steps, split=config.protocol == "imagenet" and world.size > 1,
@@ -80,7 +78,7 @@ class LinearTrainer:
         loop_config = LoopConfig.from_sections(
             config.checkpoint, config.runtime, total=min(schedule_steps, config.optim.max_steps or schedule_steps),
             steps_per_epoch=sampler.steps_per_epoch, batch_size=batch_size,
-            resume_command=f"relicctl linear-eval {self._context.run.resume_option}",
+            resume_command=f"relicctl linear-eval {self.extractor.context.run.resume_option}",
         )  # fmt: skip
         state = restore_or_start(task, context, lambda tensors: tensors["state.rates"].tolist() == list(rates))
         if world.is_main and not state.step:  # checkpoints that are there have other learning rates
@@ -90,16 +88,14 @@ class LinearTrainer:
         return classifiers, scaler
 
     def _build_batches(self, rows: np.ndarray, sampler: Sampler) -> tuple[Batches, StandardScaler | None]:
-        config, extractor, context = self._config, self.extractor, self._context
-        if config.protocol == "fast":
-            indices = torch.from_numpy(rows).to(context.device)
-            features = self.train_features.features[indices]
-            scaler = StandardScaler.from_features(features)
-            return FeatureLoader(scaler(features), self.train_features.labels[indices], sampler), scaler
-        assert self._cache is not None
-        source = self._images.source.select(self.train_features.rows[rows])
-        loader = extractor.build_crop_loader(source, sampler, config.crop, self._cache)
-        return EncodedFeatureLoader(loader, extractor.encoder, context.autocast()), None
+        if self.config.protocol == "fast":
+            train = self.train_features.select(rows)
+            scaler = StandardScaler.from_features(train.features)
+            return FeatureLoader(scaler(train.features), train.labels, sampler), scaler
+        assert self.cache is not None
+        source = self.images.source.select(self.train_features.rows[rows])
+        loader = self.extractor.build_crop_loader(source, sampler, self.config.crop, self.cache)
+        return EncodedFeatureLoader(loader, self.extractor.encoder, self.extractor.context.autocast()), None
 
 
 class LinearClassifierGrid(nn.Module):

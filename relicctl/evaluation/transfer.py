@@ -16,7 +16,13 @@ from relicctl.config.transfer import TransferConfig
 from relicctl.core.distributed import World
 from relicctl.errors import UsageError
 from relicctl.evaluation.cells import Cell, LoadedEncoder, TransferTask, compute_digest, load_or_compute_cell
-from relicctl.evaluation.features import FeatureExtractor, compute_encoder_hash, get_eval_crop, load_or_extract
+from relicctl.evaluation.features import (
+    FeatureExtractor,
+    LabelledFeatures,
+    compute_encoder_hash,
+    get_eval_crop,
+    load_or_extract,
+)
 from relicctl.evaluation.finetune import GridSearch
 from relicctl.evaluation.knn import iter_knn_votes
 from relicctl.evaluation.labelled_data import LabelledDataset
@@ -150,18 +156,6 @@ def resolve_metric(data: TransferDataset, config: TransferConfig) -> str:
 
 
 @dataclass(frozen=True)
-class LabelledFeatures:
-    """``features`` ``[N, F]``; ``labels`` int64 ``[N]``, or int8 ``[N, C]`` of multi-label images."""
-
-    features: Tensor
-    labels: Tensor
-
-    def select_rows(self, rows: np.ndarray) -> LabelledFeatures:
-        picked = torch.from_numpy(rows).to(self.labels.device)
-        return LabelledFeatures(self.features[picked], self.labels[picked])
-
-
-@dataclass(frozen=True)
 class FeatureSplits:
     """The features of a data set of ``classes`` classes, split as it is; ``trainval`` is train and val."""
 
@@ -180,25 +174,17 @@ def load_feature_splits(
     encoder_hash: str, extractor: FeatureExtractor, data: TransferDataset, split: Split
 ) -> FeatureSplits | None:
     """Return the features of all images that can be decoded, cached in the run's folder; on the main rank only."""
-    device, world = extractor.context.device, extractor.context.world
 
-    def load(images: LabelledDataset, part: str) -> tuple[LabelledFeatures, np.ndarray] | None:
+    def load(images: LabelledDataset, part: str) -> LabelledFeatures | None:
         name = compute_digest(encoder_hash, part, images.source.spec, images.source.compute_fingerprint())
-        path = extractor.context.run.path / "features" / f"{name}.safetensors"
-        loaded = load_or_extract(path, device, lambda: extractor(images)[:2], world)
-        if loaded is None:
-            return None
-        features, rows = loaded
-        return LabelledFeatures(features, torch.from_numpy(images.labels[rows]).to(device)), rows
+        return load_or_extract(extractor.context.run.path / "features" / f"{name}.safetensors", images, extractor)
 
     trainval, test = load(data.trainval, "known"), load(data.test, "test")  # "known" is part of the files' names
     if trainval is None or test is None:
         return None
-    examples, rows = trainval
-    train, val = (np.flatnonzero(np.isin(rows, part)) for part in (split.train, split.val))
-    both = np.sort(np.concatenate([train, val]))
-    selected = [examples.select_rows(picked) for picked in (train, val, both)]
-    return FeatureSplits(selected[0], selected[1], selected[2], test[0], len(data.trainval.classes))
+    parts = (split.train, split.val, np.concatenate([split.train, split.val]))
+    train, val, both = (trainval.select(np.flatnonzero(np.isin(trainval.rows, part))) for part in parts)
+    return FeatureSplits(train, val, both, test, len(data.trainval.classes))
 
 
 def evaluate_frozen(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from relicctl.evaluation.features import LabelledFeatures
 from relicctl.evaluation.metrics import find_best_candidate
-from relicctl.evaluation.transfer import FeatureSplits, LabelledFeatures, evaluate_knn, evaluate_logistic
+from relicctl.evaluation.transfer import FeatureSplits, evaluate_knn, evaluate_logistic
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +18,13 @@ def examples() -> LabelledFeatures:
     """Two thirds of class 0, one third of class 1, well apart."""
     labels = (torch.arange(90) % 3 == 0).long()
     noise = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
-    return LabelledFeatures(noise + 4 * labels[:, None], labels)
+    return LabelledFeatures(noise + 4 * labels[:, None], labels, np.arange(90))
 
 
 def split(examples: LabelledFeatures) -> FeatureSplits:
     train, val, test = np.split(np.arange(90), 3)
     rows = (train, val, np.concatenate([train, val]), test)
-    return FeatureSplits(*map(examples.select_rows, rows), classes=2)
+    return FeatureSplits(*map(examples.select, rows), classes=2)
 
 
 @pytest.mark.parametrize("metric", ["top1", "mean_per_class"])
@@ -44,7 +45,7 @@ def test_map11_fits_one_class_against_the_rest(examples):
 
 
 def test_the_final_fit_knows_validations_images(examples):
-    both = LabelledFeatures(examples.features[:60], 1 - examples.labels[:60])  # all labels swapped
+    both = replace(examples, labels=1 - examples.labels).select(np.arange(60))  # all labels swapped
     splits = replace(split(examples), trainval=both)
     found = evaluate_logistic(splits, metric="top1", l2=(1.0,))
     assert found.value < 0.05
@@ -54,7 +55,7 @@ def test_the_final_fit_knows_validations_images(examples):
 def test_the_number_of_neighbours_is_chosen(examples):
     noisy = examples.labels.clone()
     noisy[:30:7] = 1 - noisy[:30:7]  # a single neighbour is misled now and then
-    found = evaluate_knn(split(LabelledFeatures(examples.features, noisy)), metric="mean_per_class", k=(1, 5, 30))
+    found = evaluate_knn(split(replace(examples, labels=noisy)), metric="mean_per_class", k=(1, 5, 30))
     values = {candidate["k"]: candidate["value"] for candidate in found.candidates}
     assert values[found.best_params["k"]] == max(values.values())
     assert found.value > 0.8

@@ -110,20 +110,26 @@ def test_an_export_on_a_full_disk_leaves_nothing(whole, small_disk, capsys):
 
 def test_features_that_did_not_fit_on_disk_are_extracted_again(small_disk):
     """The feature cache of transfer and linear-eval: either whole or absent."""
+    from types import SimpleNamespace
+    from unittest.mock import Mock
+
     import numpy as np
     import torch
 
     from relicctl.core.distributed import World
     from relicctl.errors import RunFailed
-    from relicctl.evaluation.features import load_or_extract
+    from relicctl.evaluation.features import LabelledFeatures, load_or_extract
 
-    path, device = small_disk.path / "features" / "a.safetensors", torch.device("cpu")
-    made = torch.randn(20_000, 32), np.arange(20_000)
+    path = small_disk.path / "features" / "a.safetensors"
+    images = SimpleNamespace(labels=np.arange(20_000) % 10)
+    made = LabelledFeatures.from_rows(torch.randn(20_000, 32), images, np.arange(20_000))
+    extract = Mock(return_value=made, context=SimpleNamespace(device=torch.device("cpu"), world=World()))
     fill(small_disk.path, 500_000)
     with pytest.raises(RunFailed, match="No space left") as failed:
-        load_or_extract(path, device, lambda: made, World())
+        load_or_extract(path, images, extract)
     assert failed.value.code == 1
     assert list(path.parent.iterdir()) == []
     small_disk.free()
-    assert torch.equal(load_or_extract(path, device, lambda: made, World())[0], made[0])
-    assert torch.equal(load_or_extract(path, device, lambda: pytest.fail("it was kept"), World())[0], made[0])
+    for _ in range(2):
+        assert torch.equal(load_or_extract(path, images, extract).features, made.features)
+    assert extract.call_count == 2  # once on the full disk, then once: the file was kept
