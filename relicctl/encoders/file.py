@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 FORMAT = "relicctl-encoder"
 FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
-
-
 NETWORK_KEYS = ("arch", "width", "stem", "padding")  # metadata that say how to build the network
 
 
@@ -152,13 +150,13 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # by its content: given a path, torch would go by the name's ending
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:  # torch stores without compressing
                     is_compressed = sum(member.file_size for member in archive.infolist()) > size
                 if is_compressed:
                     raise UsageError(f"{path} is a compressed torch file.", "Save it anew by torch.save.")
-        with open(path, "rb") as file:  # by its content: given a path, torch would go by the name's ending
+            file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         _raise_pickle_error(path)

@@ -127,14 +127,9 @@ def _extract_encoder(tensors: dict[str, Tensor], run: Path, network: str, path: 
     encoder_tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if not encoder_tensors:
         raise UsageError(f"{path} has no {network} encoder (objective {config.objective}).", "Give --network online.")
-    metadata = {
-        **describe_network(config.model),
-        "version": str(record.get("version", "")),
-        "preset": str(record.get("preset") or ""),
-        "objective": config.objective,
-        "network": network,
-        **describe_transform(config.eval.size or config.views.large.size, config.eval.crop_pct),
-    }
+    origin = {"version": str(record.get("version", "")), "preset": str(record.get("preset") or "")}
+    metadata = {**describe_network(config.model), **origin, "objective": config.objective, "network": network}
+    metadata |= describe_transform(config.eval.size or config.views.large.size, config.eval.crop_pct)
     return build_encoder_from_tensors(encoder_tensors, metadata, path)
 
 
@@ -231,5 +226,4 @@ def _match_encoder(baseline: BaselineSpec, encoder: ResNet) -> BaselineSpec:
     metadata, model = vars(encoder)["metadata"], baseline.model
     if isinstance(encoder, ResNet):
         model = model.model_copy(update={name: getattr(encoder, name) for name in NETWORK_KEYS})
-    size = baseline.size or int(metadata["size"])
-    return BaselineSpec(model, baseline.seed, size, float(metadata["crop_ratio"]))
+    return BaselineSpec(model, baseline.seed, baseline.size or int(metadata["size"]), float(metadata["crop_ratio"]))

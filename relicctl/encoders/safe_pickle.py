@@ -140,11 +140,9 @@ class _StackMachine:
             case "ADDITEMS":
                 items = self.pop_to_mark()
                 _check_type(stack[-1], set).update(map(_check_key, items))
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.update([key, value])
-            case "SETITEMS":
-                self.update(self.pop_to_mark())
+            case "SETITEM" | "SETITEMS":
+                items = [stack.pop(), stack.pop()][::-1] if opcode == "SETITEM" else self.pop_to_mark()
+                self.update(items)
             case "POP":
                 stack.pop()
             case "POP_MARK":
@@ -174,7 +172,11 @@ class _StackMachine:
                 arguments, name = stack.pop(), stack.pop()
                 stack.append(OpaqueInstance(_check_foreign(name), _check_type(arguments, tuple)))
             case "BUILD":
-                self.build(stack.pop())
+                state, target = stack.pop(), stack[-1]
+                if isinstance(target, _PendingObject):
+                    stack[-1] = target.value = target.finish(state)
+                else:
+                    _check_type(target, OpaqueInstance).state = state
             case _:
                 raise _UnsafePickleError(f"it uses the opcode {opcode}, which arrays and containers do not need")
 
@@ -190,13 +192,6 @@ class _StackMachine:
         target = _check_type(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_check_key(key)] = value
-
-    def build(self, state: Any) -> None:
-        target = self.stack[-1]
-        if isinstance(target, _PendingObject):
-            self.stack[-1] = target.value = target.finish(state)
-        else:
-            _check_type(target, OpaqueInstance).state = state
 
     def resolve_call(self, name: GlobalName, arguments: tuple[Any, ...]) -> Any:
         """Return what the call would, for the few that are known; other classes become an ``OpaqueInstance``."""
@@ -312,9 +307,7 @@ def _build_view(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """Return the array whose elements are ``data``, not copied. ValueError or TypeError if they do not match."""
     if not isinstance(dtype, np.dtype) or type(data) not in (bytes, bytearray):
         raise TypeError
-    if len(_check_type(shape, tuple)) > MAX_DIMS or any(
-        not 0 <= _check_type(size, int) <= sys.maxsize for size in shape
-    ):
+    if len(_check_type(shape, tuple)) > MAX_DIMS or not all(0 <= _check_type(n, int) <= sys.maxsize for n in shape):
         raise ValueError
     if order not in ("C", "F") or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError

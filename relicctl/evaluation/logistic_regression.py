@@ -50,13 +50,13 @@ class LogisticModels:
 
 
 def fit_logistic_regression(
-    features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: LogisticModels | None = None
+    features: Tensor, targets: Tensor, lambdas: Sequence[float], classes: int, start: Sequence[Tensor] | None = None
 ) -> LogisticModels:
     """Fit ``features`` ``[N, F]``: ``targets`` int64 ``[N]`` for a softmax, or ``[N, C]`` for C sigmoids.
 
     For sigmoids they are bool, or int8 of 1 and -1, and 0 where an image is ignored for a class. A class that all or
     none of the images have has its optimum at infinity: it is left out, and its logits are 0.
-    ``start``: solutions of a similar problem, one for each lambda, to start from.
+    ``start``: weight and bias of a similar problem's solutions, one for each lambda, to start from.
     """
     x = features.double()
     mean = x.mean(0)
@@ -67,8 +67,8 @@ def fit_logistic_regression(
     if start is None:
         coefficients = x.new_zeros(classes, len(order), axes.shape[1] + 1)
     else:
-        bias = start.bias + start.weight @ mean
-        coefficients = torch.cat([start.weight @ axes, bias[..., None]], 2)[order].transpose(0, 1).contiguous()
+        weight, bias = start[0] @ axes, start[1] + start[0] @ mean
+        coefficients = torch.cat([weight, bias[..., None]], 2)[order].transpose(0, 1).contiguous()
     values, converged = x.new_zeros(len(order)), torch.zeros(len(order), dtype=torch.bool, device=x.device)
     for first in range(0, len(order), WAVE_SIZE):
         wave = slice(first, first + WAVE_SIZE)

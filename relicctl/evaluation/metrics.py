@@ -79,11 +79,8 @@ class ClassificationMetrics:
         predicted = logits.topk(min(5, classes), dim=1).indices
         correct = predicted == labels[:, None]
         pairs = torch.bincount(labels * classes + predicted[:, 0], minlength=classes**2)
-        return cls(
-            correct[:, 0].double().mean().item(),
-            correct.any(1).double().mean().item(),
-            pairs.view(classes, classes).cpu().numpy(),
-        )
+        top1, top5 = (hits.double().mean().item() for hits in (correct[:, 0], correct.any(1)))
+        return cls(top1, top5, pairs.view(classes, classes).cpu().numpy())
 
     @property
     def class_counts(self) -> np.ndarray:

@@ -120,37 +120,29 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
     """Print the tables on stderr, from the content of results.json."""
     named = (("top-1", "top1"), ("top-5", "top5"), ("mean per class", "mean_per_class"))
     rows = [[name, results[key]] for name, key in (*named, ("kNN(20)", "knn20"), ("kNN(200)", "knn200"))]
-    console.print_table([f"accuracy on {results['protocol']['test_images']} images", ""], rows)
-    sweep = results["sweep"]
-    if sweep is not None:
-        console.info("")
+    tables = [([f"accuracy on {results['protocol']['test_images']} images", ""], rows)]
+    if sweep := results["sweep"]:
         rates = zip(sweep["rates"], sweep["held_out_top1"], strict=True)
-        console.print_table(
-            ["learning rate per 256", "held-out top-1", ""],
-            [[rate, value, "chosen" if rate == sweep["rate"] else ""] for rate, value in rates],
-        )
+        rows = [[rate, value, "chosen" if rate == sweep["rate"] else ""] for rate, value in rates]
+        tables.append((["learning rate per 256", "held-out top-1", ""], rows))
     present = [(name, row) for name, row in results["per_class"].items() if row["images"]]
     title = "class"
     if len(present) > MAX_NAMED_CLASSES:
         present = sorted(present, key=lambda item: item[1]["top1"])[:NUM_WORST_CLASSES]
         title = f"{NUM_WORST_CLASSES} worst classes"
-    console.info("")
-    console.print_table([title, "images", "top-1"], [[name, row["images"], row["top1"]] for name, row in present])
+    tables.append(([title, "images", "top-1"], [[name, row["images"], row["top1"]] for name, row in present]))
     if len(results["per_class"]) <= MAX_CONFUSION_CLASSES:
-        console.info("")
-        console.print_table(
-            ["true \\ predicted", *(_truncate_name(name) for name in results["per_class"])],
-            [[name, *row] for name, row in zip(results["per_class"], results["confusion"], strict=True)],
-        )
+        rows = [[name, *row] for name, row in zip(results["per_class"], results["confusion"], strict=True)]
+        tables.append((["true \\ predicted", *map(_truncate_name, results["per_class"])], rows))
     if results["tests"]:
-        console.info("")
-        console.print_table(
-            ["further test set", "images", "top-1", "top-5", "mean per class", "missing classes"],
-            [
-                [name, t["images"], t["top1"], t["top5"], t["mean_per_class"], len(t["missing_classes"])]
-                for name, t in results["tests"].items()
-            ],
-        )
+        header = ["further test set", "images", *(name for name, _ in named), "missing classes"]
+        keys = ("images", *(key for _, key in named))
+        rows = [[n, *(t[k] for k in keys), len(t["missing_classes"])] for n, t in results["tests"].items()]
+        tables.append((header, rows))
+    for number, (header, rows) in enumerate(tables):
+        if number:
+            console.info("")
+        console.print_table(header, rows)
 
 
 def plot_linear_results(

@@ -26,7 +26,7 @@ from relicctl.evaluation.features import (
 from relicctl.evaluation.finetune import GridSearch
 from relicctl.evaluation.knn import iter_knn_votes
 from relicctl.evaluation.labelled_data import LabelledDataset
-from relicctl.evaluation.logistic_regression import LogisticModels, fit_logistic_regression
+from relicctl.evaluation.logistic_regression import fit_logistic_regression
 from relicctl.evaluation.metrics import DATASET_METRICS, ProtocolResult, compute_metric, find_best_candidate
 from relicctl.evaluation.transfer_data import Split, TransferDataset, open_transfer_dataset, split_trainval
 from relicctl.runs.distributed import RunContext, Session
@@ -165,10 +165,6 @@ class FeatureSplits:
     test: LabelledFeatures
     classes: int
 
-    def count_images(self) -> dict[str, int]:
-        parts = {"fit": self.train, "validation": self.val, "test": self.test}
-        return {name: len(part.labels) for name, part in parts.items()}
-
 
 def load_feature_splits(
     encoder_hash: str, extractor: FeatureExtractor, data: TransferDataset, split: Split
@@ -194,7 +190,9 @@ def evaluate_frozen(
 
     def evaluate() -> tuple[dict[str, Any], dict[str, int]]:
         assert splits is not None
-        return asdict(FROZEN_PROTOCOLS[protocol](splits, metric=metric, **settings)), splits.count_images()
+        parts = {"fit": splits.train, "validation": splits.val, "test": splits.test}
+        images = {name: len(part.labels) for name, part in parts.items()}
+        return asdict(FROZEN_PROTOCOLS[protocol](splits, metric=metric, **settings)), images
 
     result, images = world.broadcast_from_main(evaluate)
     return ProtocolResult(**result), images
@@ -214,10 +212,7 @@ def evaluate_logistic(splits: FeatureSplits, *, metric: str, l2: tuple[float, ..
     candidates = [{"lambda": strength, "value": value} for strength, value in zip(models.lambdas, scores, strict=True)]
     strength = find_best_candidate(candidates)["lambda"]
     row = models.lambdas.index(strength)
-    start = LogisticModels(
-        (strength,), models.weight[row, None], models.bias[row, None], models.objective[row, None],
-        models.converged[row, None],
-    )  # fmt: skip
+    start = models.weight[row, None], models.bias[row, None]
     final = fit_logistic_regression(trainval.features, get_targets(trainval.labels), (strength,), splits.classes, start)
     warnings = []
     if len(l2) > 2 and strength in (min(l2), max(l2)):

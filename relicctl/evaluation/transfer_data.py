@@ -21,7 +21,7 @@ import numpy as np
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.counter_rng import Stream
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ConcatDataset, ImageDataset, Subset
+from relicctl.data.datasets.base import ConcatDataset, DatasetSplit, ImageDataset, Subset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError
@@ -173,10 +173,8 @@ def _match_split_classes(
         what = f"{name} has classes in {part} that are not in train, {images.unknown_classes[0]!r} among them."
         raise DataError(what, "Name its classes as those of train.")
     if images.missing_classes:
-        warn(
-            f"{name}: {len(images.missing_classes)} classes have no image in {part}, "
-            f"{images.missing_classes[0]!r} among them"
-        )
+        number, first = len(images.missing_classes), images.missing_classes[0]
+        warn(f"{name}: {number} classes have no image in {part}, {first!r} among them")
     return images
 
 
@@ -201,10 +199,8 @@ def _open_image_split(
         if multilabel is not None:
             return multilabel
         try:
-            return _assign_folder_class(
-                open_dataset(place, split="train" if word in SPLIT_FOLDERS["train"] else "val", download=download),
-                classes,
-            )
+            split: DatasetSplit = "train" if word in SPLIT_FOLDERS["train"] else "val"
+            return _assign_folder_class(open_dataset(place, split=split, download=download), classes)
         except DataError as error:
             errors.append(error)
     return errors[0]

@@ -34,9 +34,8 @@ IMAGE_FOLDERS = (
     "{part}2017", "{part}2014", "{part}", "images/{part}2017", "images/{part}2014", "images/{part}", "images", "",
 )  # fmt: skip
 DETECTION_LAYOUTS = (
-    f"a folder or archive with {ANNOTATION_FILES[0].format(part='train')} or "
-    f"{ANNOTATION_FILES[4].format(part='train')}, the same of val, "
-    "and the images; or VOC-style data"
+    "a folder or archive with annotations/instances_train2017.json or train.json, the same of val, and the images; "
+    "or VOC-style data"
 )
 
 
@@ -157,10 +156,9 @@ class DetectionDataset(DenseDataset):
         """Return the images that have a box to train on."""
         image_indices = np.repeat(np.arange(len(self)), np.diff(self.starts))
         rows = np.unique(image_indices[~self.boxes.ignored])
-        parts = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
-        starts = np.cumsum([0, *map(len, parts)])
-        boxes = self.boxes[np.concatenate(parts) if parts else np.empty(0, np.int64)]
-        return DetectionDataset(self.source.select(rows), self.classes, boxes, starts, self.sizes[rows])
+        kept = np.isin(image_indices, rows)
+        starts = np.append(np.searchsorted(image_indices[kept], rows), kept.sum())
+        return DetectionDataset(self.source.select(rows), self.classes, self.boxes[kept], starts, self.sizes[rows])
 
 
 def build_detection_dataset(

@@ -21,16 +21,13 @@ from relicctl.core.loop import Task
 from relicctl.evaluation.dense.data import Collate, DenseDataset, Transform
 from relicctl.models.layers import convert_sync_batchnorm
 
-# (name, spec, config.data, console) -> the images to train on and those to test on
-OpenSplits = Callable[[str, str, Any, Console], tuple[DenseDataset, DenseDataset]]
-
 
 class DenseTask(Task):
     """Base class of the loop's dense tasks; this rank's rows of a batch are ``collate`` of transformed samples."""
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    open_splits: OpenSplits
+    open_splits: Callable[[str, str, Any, Console], tuple[DenseDataset, DenseDataset]]  # name, spec, config.data
     build_transform: Callable[[Any], Transform]  # from a config
     collate: Collate
 
