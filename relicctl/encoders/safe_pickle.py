@@ -249,16 +249,14 @@ _ARRAY_WRAPPERS = {
 }
 _KNOWN_GLOBALS = {
     *_ARRAY_WRAPPERS,
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+    *(("numpy", name) for name in ("dtype", "ndarray")),
+    *(("numpy.core.multiarray", name) for name in ("_reconstruct", "scalar")),
     ("numpy.core.numeric", "_frombuffer"),
     *(("haiku._src.data_structures", name) for name in ("FlatMapping", "FlatMap", "frozendict")),
     *(("collections", name) for name in ("OrderedDict", "defaultdict")),
     *(("builtins", name) for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "set", "str")),
     *(("dill._dill", name) for name in ("_load_type", "_create_namedtuple")),
-    ("_codecs", "encode"),
 }
 
 # Packages whose classes get no stand-in. It would be harmless, but a file that names them is not what it should be.

@@ -205,13 +205,10 @@ def _extrapolate_start(problem: _LogisticObjective, lambdas: Tensor, coefficient
 
 def _compute_principal_axes(centred: Tensor) -> Tensor:
     """Return an orthonormal basis ``[F, r]`` of what ``centred`` ``[N, F]`` spans."""
-    if len(centred) < centred.shape[1]:  # through the smaller Gram matrix
-        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
-        basis: Tensor = torch.linalg.qr(centred.T @ vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]])[0]
-        return basis
-    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
+    is_wide = len(centred) < centred.shape[1]  # then through the smaller Gram matrix
+    eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T if is_wide else centred.T @ centred)
     axes: Tensor = vectors[:, eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]]
-    return axes
+    return torch.linalg.qr(centred.T @ axes).Q if is_wide else axes
 
 
 def _to_class_first(matrix: Tensor) -> Tensor:

@@ -98,9 +98,9 @@ class DenseDataset(ABC):
     def load_target(self, index: int) -> Any:
         """Load the target of the image: a mask, or boxes. Raises DataError."""
 
-    @abstractmethod
     def compute_fingerprint(self) -> str:
         """Return the SHA-256 (hex) over the names and sizes of images and targets."""
+        return self.source.compute_fingerprint()
 
 
 class CachedDenseDataset(DenseDataset):

@@ -48,9 +48,6 @@ class ShapesSegmentationDataset(DenseDataset):
     def load_target(self, index: int) -> np.ndarray:
         return self.source.load_mask(index) * np.uint8(self.source.labels[index] + 1)
 
-    def compute_fingerprint(self) -> str:
-        return self.source.compute_fingerprint()
-
 
 class SegmentationDataset(DenseDataset):
     """``masks``: one per image, in the images' order."""
