@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FORMAT = "relicctl-encoder"
 FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
-NETWORK_KEYS = ("arch", "width", "stem", "padding")  # metadata that say how to build the network
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def save_encoder(path: Path, encoder: ResNet, metadata: dict[str, str]) -> None:
 
 def describe_network(network: ResNet | EncoderConfig) -> dict[str, str]:
     """Return the metadata that say how to build a network."""
-    return {name: str(getattr(network, name)) for name in NETWORK_KEYS}
+    return {name: str(getattr(network, name)) for name in EncoderConfig.model_fields}
 
 
 def describe_transform(size: int = 224, crop_ratio: float = 0.875) -> dict[str, str]:

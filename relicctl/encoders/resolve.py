@@ -20,13 +20,7 @@ from relicctl.config.resolve import load_run_config
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
 from relicctl.encoders.deepmind import read_deepmind
-from relicctl.encoders.file import (
-    NETWORK_KEYS,
-    build_encoder_from_tensors,
-    describe_network,
-    describe_transform,
-    load_encoder,
-)
+from relicctl.encoders.file import build_encoder_from_tensors, describe_network, describe_transform, load_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.models.resnet import ResNet, build_encoder
 
@@ -225,5 +219,5 @@ def _match_encoder(baseline: BaselineSpec, encoder: ResNet) -> BaselineSpec:
     """Return ``baseline`` with the size of the encoder's images, and with its architecture unless it is ``pixels``."""
     metadata, model = vars(encoder)["metadata"], baseline.model
     if isinstance(encoder, ResNet):
-        model = model.model_copy(update={name: getattr(encoder, name) for name in NETWORK_KEYS})
+        model = model.model_copy(update={name: getattr(encoder, name) for name in EncoderConfig.model_fields})
     return BaselineSpec(model, baseline.seed, baseline.size or int(metadata["size"]), float(metadata["crop_ratio"]))

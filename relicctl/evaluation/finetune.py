@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
-from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.loop import LoopConfig, Task
 from relicctl.core.optim import compute_learning_rate
 from relicctl.data.loader import resolve_cache
@@ -32,6 +31,7 @@ from relicctl.evaluation.features import EvalImages, FeatureExtractor, extract_f
 from relicctl.evaluation.metrics import ProtocolResult, compute_metric, find_best_candidate
 from relicctl.evaluation.transfer_data import Split, TransferDataset
 from relicctl.models.layers import convert_sync_batchnorm
+from relicctl.runs.distributed import RunContext
 from relicctl.runs.training import resume_and_train
 
 HyperParams = dict[str, float]  # rate, decay and perhaps epochs; without these a training takes finetune.steps
@@ -110,16 +110,15 @@ class GridSearch:
 
     def _train(self, folder: Path, hyper: HyperParams, rows: np.ndarray) -> nn.Module:
         config, finetune, context = self.config, self.config.finetune, self.extractor.context
-        device, world = context.device, context.world
         source = self.data.trainval.source.select(rows)
         sampler = Sampler(config.seed, len(rows), min(finetune.batch_size, len(rows)))
         steps = int(hyper["epochs"]) * sampler.steps_per_epoch if "epochs" in hyper else finetune.steps
         params = FinetuneParams(
             hyper["rate"], hyper["decay"], finetune.momentum, steps, sampler.steps_per_epoch, self.metric == "map11",
-            config.seed, context.precision,
+            config.seed,
         )  # fmt: skip
-        task = FinetuneTask(self.extractor.encoder, len(self.data.trainval.classes), params, device, world)
-        cache = world.broadcast_from_main(lambda: resolve_cache(config.data.cache, source, device))
+        task = FinetuneTask(self.extractor.encoder, len(self.data.trainval.classes), params, context)
+        cache = context.world.broadcast_from_main(lambda: resolve_cache(config.data.cache, source, context.device))
         loader = self.extractor.build_crop_loader(source, sampler, finetune, cache)
         loop_config = LoopConfig.from_sections(
             config.checkpoint, config.runtime, total=steps, steps_per_epoch=sampler.steps_per_epoch,
@@ -149,7 +148,6 @@ class FinetuneParams:
     steps_per_epoch: int
     one_vs_rest: bool
     seed: int
-    precision: str
 
 
 class FinetuneTask(Task):
@@ -158,10 +156,8 @@ class FinetuneTask(Task):
     Each rank has its rows of the global batch; BatchNorm and gradients are taken over all of them.
     """
 
-    def __init__(
-        self, encoder: Any, classes: int, params: FinetuneParams, device: torch.device, world: World = SINGLE_PROCESS
-    ) -> None:
-        split = world.size > 1
+    def __init__(self, encoder: Any, classes: int, params: FinetuneParams, context: RunContext) -> None:
+        device, split = context.device, context.world.size > 1
         self._params, self._classes = params, classes
         with fork_seeded_rng(derive_seed(params.seed, Stream.INIT)):
             head = nn.Linear(encoder.feature_dim, classes)
@@ -177,7 +173,7 @@ class FinetuneTask(Task):
             foreach=True,
         )  # fmt: skip
         self._network: nn.Module = DistributedDataParallel(self.model) if split else self.model
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bf16")
+        self._autocast = context.autocast()
 
     def compute_loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return the cross-entropy of a softmax, or of one sigmoid for each class (``one_vs_rest``).

@@ -17,7 +17,7 @@ from relicctl.core.distributed import World, destroy_distributed, init_distribut
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.evaluation.dense.segmentation import SegmentationTask
 from tests.helpers.ports import free_ports
-from tests.helpers.runs import lively_encoder
+from tests.helpers.runs import cpu_context, lively_encoder
 
 TINY = ["head.channels=8", "head.dilation=1", "optim.base_lr=0.1"]
 
@@ -31,7 +31,7 @@ def train(world: World) -> dict[str, np.ndarray]:
     encoder.metadata = {"mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
     config = resolve_config(sets=TINY, schema=SegmentationConfig).config
     torch.set_default_dtype(torch.float64)
-    task = SegmentationTask(encoder, 3, config, torch.device("cpu"), "fp32", world)
+    task = SegmentationTask(encoder, 3, config, cpu_context(world))
     first, last = world.get_local_rows(4)
     for step in range(3):
         generator = np.random.default_rng(step)

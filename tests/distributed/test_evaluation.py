@@ -26,7 +26,7 @@ from relicctl.encoders.file import save_encoder
 from relicctl.evaluation.finetune import FinetuneParams, FinetuneTask
 from relicctl.evaluation.linear import LinearTask
 from tests.helpers.ports import free_ports
-from tests.helpers.runs import lively_encoder
+from tests.helpers.runs import cpu_context, lively_encoder
 
 SIZE = 2
 TRAIN, VAL = 200, 140  # two chunks each: one for each process
@@ -74,10 +74,8 @@ def prepare(folder: Path) -> None:
 def tuned(world: World) -> dict[str, Tensor]:
     """All that the network holds after four steps on batches of which each process has its rows."""
     torch.set_default_dtype(torch.float64)
-    task = FinetuneTask(
-        lively_encoder("resnet18", 0.125, "stride2"), 3, FinetuneParams(0.1, 0.01, 0.9, 4, 400, False, 0, "fp32"),
-        torch.device("cpu"), world,
-    )  # fmt: skip
+    params = FinetuneParams(0.1, 0.01, 0.9, 4, 400, False, 0)
+    task = FinetuneTask(lively_encoder("resnet18", 0.125, "stride2"), 3, params, cpu_context(world))
     torch.set_default_dtype(torch.float32)
     first, last = world.get_local_rows(8)
     for step in range(4):

@@ -7,7 +7,7 @@ import torch
 
 from relicctl.data.views import Batch
 from relicctl.evaluation.finetune import FinetuneParams, FinetuneTask, compute_bn_momentum
-from tests.helpers.runs import lively_encoder
+from tests.helpers.runs import cpu_context, lively_encoder
 
 
 @pytest.mark.parametrize(("steps", "decay"), [(5, 0.9), (100, 0.9), (101, 1 - 10 / 101), (1000, 0.99)])
@@ -17,7 +17,7 @@ def test_norms_forget_slower_in_longer_epochs(steps, decay):
 
 def test_what_does_not_count_adds_nothing_to_the_loss():
     encoder = lively_encoder("resnet18", 0.125, "cifar")
-    task = FinetuneTask(encoder, 3, FinetuneParams(0.1, 0, 0.9, 4, 400, True, 0, "fp32"), torch.device("cpu"))
+    task = FinetuneTask(encoder, 3, FinetuneParams(0.1, 0, 0.9, 4, 400, True, 0), cpu_context())
     images = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, -1, 0], [0, 0, 0], [-1, -1, 1], [1, 1, -1]], dtype=torch.int8)
     share = task.compute_loss(Batch([images], labels), 0)["loss"]
@@ -30,8 +30,8 @@ def test_what_does_not_count_adds_nothing_to_the_loss():
 def test_a_step_is_nesterovs_on_all_parameters_and_the_encoder_itself_stays(one_vs_rest):
     encoder = lively_encoder("resnet18", 0.125, "cifar")
     before = {name: t.clone() for name, t in encoder.state_dict().items()}
-    tuning = FinetuneParams(0.1, 0.01, 0.9, 4, 400, one_vs_rest, 0, "fp32")
-    task = FinetuneTask(encoder, 3, tuning, torch.device("cpu"))
+    tuning = FinetuneParams(0.1, 0.01, 0.9, 4, 400, one_vs_rest, 0)
+    task = FinetuneTask(encoder, 3, tuning, cpu_context())
     norms = [m for m in task.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {compute_bn_momentum(400)}
     batch = Batch([torch.randn(1, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))], torch.arange(8) % 3)

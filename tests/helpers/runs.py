@@ -12,12 +12,20 @@ import yaml
 from safetensors.torch import save_file
 
 from relicctl.config.resolve import dump_yaml, resolve_config
+from relicctl.console import Console
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import fork_seeded_rng
+from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.encoders.file import save_encoder
 from relicctl.models.resnet import ResNet, build_encoder
+from relicctl.runs.distributed import RunContext
 
 SIZE = 56
+
+
+def cpu_context(world: World = SINGLE_PROCESS) -> RunContext:
+    """A quiet context on the CPU, for tasks that need no run's folder."""
+    return RunContext(torch.device("cpu"), world, Console(quiet=True), None)
 
 
 def lively_encoder(

@@ -20,6 +20,7 @@ from relicctl.core.distributed import World
 from relicctl.core.loop import Task
 from relicctl.evaluation.dense.data import Collate, DenseDataset, Transform
 from relicctl.models.layers import convert_sync_batchnorm
+from relicctl.runs.distributed import RunContext
 
 
 class DenseTask(Task):
@@ -31,9 +32,8 @@ class DenseTask(Task):
     build_transform: Callable[[Any], Transform]  # from a config
     collate: Collate
 
-    def __init__(
-        self, encoder: Any, classes: int, config: Any, device: torch.device, precision: str, world: World
-    ) -> None:
+    def __init__(self, encoder: Any, classes: int, config: Any, context: RunContext) -> None:
+        device, world = context.device, context.world
         self.config, self.device, self.world, self.classes = config, device, world, classes
         self.mean, self.std = get_normalization(encoder, device)
         body = prepare_encoder(encoder, config.model, device, world)
@@ -44,7 +44,7 @@ class DenseTask(Task):
             [p for p in self.model.parameters() if p.requires_grad], config.optim.base_lr, config.optim.momentum,
             weight_decay=config.optim.weight_decay, foreach=True,
         )  # fmt: skip
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = context.autocast()
 
     @abstractmethod
     def build_network(self, encoder: Any) -> nn.Module: ...

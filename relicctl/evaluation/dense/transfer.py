@@ -76,9 +76,7 @@ class DenseTransfer(TransferTask):
 
         def compute() -> Cell:
             context.console.info(f"{title}: {len(train)} images to train on, {len(val)} to test on")
-            task = self._task_class(
-                encoder.encoder, len(val.classes), self.config, context.device, context.precision, context.world
-            )
+            task = self._task_class(encoder.encoder, len(val.classes), self.config, context)
             losses = self._train(task, train, folder, context)
             metrics, num_bad = context.world.broadcast_from_main(lambda: self._score(task, val, context))
             return {

@@ -10,7 +10,6 @@ import torch
 
 from relicctl.config.resolve import resolve_config
 from relicctl.config.transfer import DetectionConfig
-from relicctl.core.distributed import World
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.datasets.voc import Boxes
@@ -22,7 +21,7 @@ from relicctl.evaluation.dense.detection import (
     compute_average_precision,
 )
 from relicctl.evaluation.dense.detection_data import build_shapes_detection
-from tests.helpers.runs import lively_encoder
+from tests.helpers.runs import cpu_context, lively_encoder
 
 QUICK = ["head.channels=8", "head.hidden=16", "images.min_size=[32, 40]", "images.max_size=48",
          "head.box_batch_size_per_image=8", "head.rpn_post_nms_top_n_train=20", "head.rpn_post_nms_top_n_test=20",
@@ -49,7 +48,7 @@ def encoder():
 
 
 def task(encoder, *sets: str) -> DetectionTask:
-    return DetectionTask(encoder, 10, config(*sets), torch.device("cpu"), "fp32", World())
+    return DetectionTask(encoder, 10, config(*sets), cpu_context())
 
 
 def batch(shapes):

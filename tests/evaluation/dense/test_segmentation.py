@@ -11,7 +11,6 @@ from sklearn.metrics import jaccard_score
 
 from relicctl.config.resolve import resolve_config
 from relicctl.config.transfer import SegmentationConfig, SegmentationCropConfig
-from relicctl.core.distributed import World
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.evaluation.dense.segmentation import (
     PAD_COLOR,
@@ -20,7 +19,7 @@ from relicctl.evaluation.dense.segmentation import (
     compute_confusion_matrix,
     compute_iou,
 )
-from tests.helpers.runs import lively_encoder
+from tests.helpers.runs import cpu_context, lively_encoder
 
 QUICK = ["head.channels=8", "head.dilation=2", "crop.size=32", "runtime.device=cpu"]
 
@@ -34,7 +33,7 @@ def encoder():
 
 def task(encoder, *sets: str) -> SegmentationTask:
     config = resolve_config(sets=[*QUICK, *sets], schema=SegmentationConfig).config
-    return SegmentationTask(encoder, 4, config, torch.device("cpu"), "fp32", World())
+    return SegmentationTask(encoder, 4, config, cpu_context())
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
