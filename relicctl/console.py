@@ -121,11 +121,6 @@ def _open_bar(total: int, start: int) -> Iterator[Progress]:
         yield Bar()
 
 
-def write_result(result: str) -> None:
-    """Write the result to stdout. Raises BrokenPipeError when the reading process has ended."""
-    print(result, flush=True)
-
-
 def report_error(error: BaseException, *, debug: bool = False) -> int:
     """Print on stderr what went wrong and what to do about it; return the exit code."""
     if isinstance(error, BrokenPipeError):

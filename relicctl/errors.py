@@ -6,10 +6,16 @@
 from __future__ import annotations
 
 import errno
+import signal
 import traceback
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+OUT_OF_MEMORY_FIX = (
+    "Lower optim.batch_size, lower the count or size of views.large and views.small, or "
+    "set runtime.activation_checkpointing=true or runtime.precision=bf16."
+)
 LOST_PEER_MESSAGES = (
     "Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error", "remote process",
 )  # fmt: skip
@@ -25,12 +31,12 @@ class RelicError(Exception):
     code = 1
 
     def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what} {fix}")
+        super().__init__(what, fix)  # both, so that the error can be pickled in a worker process
         self.what = what
         self.fix = fix
 
-    def __reduce__(self) -> tuple[Any, ...]:  # keeps both sentences when a worker process raises
-        return type(self), (self.what, self.fix)
+    def __str__(self) -> str:
+        return f"{self.what} {self.fix}"
 
 
 class RunFailed(RelicError):
@@ -63,15 +69,22 @@ class Interrupted(RelicError):
         self.signum = signum
         self.code = 128 + signum
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.what, self.fix, self.signum)
-
 
 class Terminated(SystemExit):
     """SIGTERM outside a training loop, as KeyboardInterrupt is SIGINT; no ``except Exception`` catches it."""
 
     def __init__(self) -> None:
         super().__init__(143)
+
+
+@contextmanager
+def raise_interrupted(what: str, fix: str) -> Iterator[None]:
+    """Raise Interrupted with these sentences for a signal that ends the block."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise Interrupted(what, fix, signum) from None
 
 
 def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, str, int]:
@@ -82,18 +95,27 @@ def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, s
         return "Interrupted.", "Start it again.", 130
     if isinstance(error, Terminated):
         return "Terminated.", "Start it again.", 143
+    return *_describe_failure(error, debug), 1
+
+
+def _describe_failure(error: BaseException, debug: bool) -> tuple[str, str]:
+    """Return what went wrong and what to do for a failure of the machine, of another process or of the program."""
+    text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     if _is_out_of_memory(error):
-        fix = (
-            "Lower optim.batch_size, lower the count or size of views.large and views.small, or "
-            "set runtime.activation_checkpointing=true or runtime.precision=bf16."
-        )
-        return f"Out of memory: {_get_first_line(error)}.", fix, 1
+        return f"Out of memory: {text}.", OUT_OF_MEMORY_FIX
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"The networks cannot be compiled here: {_get_first_line(error)}.", "Set runtime.compile=false.", 1
-    if outside := _describe_outside_error(error):
-        return *outside, 1
+        return f"The networks cannot be compiled here: {text}.", "Set runtime.compile=false."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"The disk is full{where}.", "Make room; --resume continues a run from its last checkpoint."
+    if _is_dead_worker(error):
+        fix = "If memory ran out, lower --workers; --resume continues a run from its last checkpoint."
+        return f"A data worker died ({text}).", fix
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_MESSAGES):
+        fix = "See its own message first; --resume continues the run from its last checkpoint."
+        return f"Another process of this run has ended or cannot be reached ({text}).", fix
     fix = "The traceback is above." if debug else "--debug shows the traceback."
-    return f"Unexpected {type(error).__name__}: {_get_first_line(error)}.", fix, 1
+    return f"Unexpected {type(error).__name__}: {text}.", fix
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -111,23 +133,3 @@ def _is_dead_worker(error: BaseException) -> bool:
         frames = traceback.walk_tb(error.__traceback__)
         return any("multiprocessing" in frame.f_code.co_filename for frame, _ in frames)
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
-def _describe_outside_error(error: BaseException) -> tuple[str, str] | None:
-    """Return what went wrong and what to do for a failure of the machine or of another process, else None."""
-    text = _get_first_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"The disk is full{where}.", "Make room; --resume continues a run from its last checkpoint."
-    if _is_dead_worker(error):
-        fix = "If memory ran out, lower --workers; --resume continues a run from its last checkpoint."
-        return f"A data worker died ({text}).", fix
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_MESSAGES):
-        fix = "See its own message first; --resume continues the run from its last checkpoint."
-        return f"Another process of this run has ended or cannot be reached ({text}).", fix
-    return None
-
-
-def _get_first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0].rstrip(".")

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from relicctl import console as module
-from relicctl.console import Console, report_error, write_result
+from relicctl.cli.options import print_result
+from relicctl.console import Console, report_error
 from relicctl.errors import DataError, Diverged, Interrupted, RelicError, RunFailed, UsageError
 
 
@@ -25,7 +26,7 @@ def test_stdout_holds_the_result_and_nothing_else(capsys: pytest.CaptureFixture[
     with console.progress(10) as progress:
         progress.update(1, {"loss": 2.0})
     report_error(UsageError("Wrong.", "Right it."))
-    write_result("runs/demo")
+    print_result("runs/demo")
     assert capsys.readouterr().out == "runs/demo\n"
 
 

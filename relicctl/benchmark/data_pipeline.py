@@ -83,9 +83,6 @@ class GeneratedPhotos(ImageDataset):
     def read(self, index: int) -> bytes:
         return self._files[index % len(self._files)]
 
-    def size(self, index: int) -> int:
-        return len(self.read(index))
-
 
 def _generate_jpeg(number: int, width: int, height: int) -> bytes:
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)

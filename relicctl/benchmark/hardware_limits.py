@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from relicctl.benchmark.train_step import train_one_step
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.core.hardware import get_free_memory
 from relicctl.data.views import Batch
@@ -78,10 +79,7 @@ def try_train_step(config: PretrainConfig, classes: int, precision: str, device:
         views = _draw_views(config, batch, device)
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         for step in range(2):  # momentum is allocated by the first
-            task.compute_loss(Batch(views, labels), step)["loss"].backward()
-            task.optimizer.step()
-            task.optimizer.zero_grad(set_to_none=True)
-            task.after_step(step)
+            train_one_step(task, Batch(views, labels), step)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         return False

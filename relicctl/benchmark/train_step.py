@@ -6,16 +6,68 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from relicctl.config.pretrain import PretrainConfig
 from relicctl.core.loop import LoopConfig, TrainState, record_nonfinite, train
-from relicctl.data.loader import ViewLoader
-from relicctl.pretraining.task import PretrainTask
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import LoaderConfig, ViewLoader
+from relicctl.data.sampler import Sampler
+from relicctl.data.views import Batch
+from relicctl.pretraining.data import build_view_plan
+from relicctl.pretraining.task import PretrainTask, Schedule
 
 NETWORKS = ("networks forward", "networks backward")
 Spread = dict[str, float]  # median, min, max and the number of values, ``runs``
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A config, the images it trains on and the device; measured with another batch (``with_batch_size``)."""
+
+    config: PretrainConfig
+    source: ImageDataset
+    schedule: Schedule
+    device: torch.device
+    precision: str
+    cache: str = "none"
+    workers: int = 0
+
+    def with_batch_size(self, size: int) -> Workload:
+        """Return this with another batch, and fewer negatives where that batch has too few for the config's."""
+        optim, loss = self.config.optim, self.config.loss
+        microbatch = optim.microbatch if optim.microbatch and size % optim.microbatch == 0 else None
+        negatives = loss.negatives if loss.negatives == "all" else min(loss.negatives, size - 1)
+        sections = {
+            "optim": optim.model_copy(update={"batch_size": size, "microbatch": microbatch}),
+            "loss": loss.model_copy(update={"negatives": negatives}),
+        }
+        config = self.config.model_copy(update=sections)
+        return replace(self, config=config, schedule=Schedule(config, self.schedule.steps_per_epoch))
+
+    def build(self, workers: int) -> tuple[PretrainTask, ViewLoader]:
+        """Return the training task, and the loader of its batches."""
+        config, source, device = self.config, self.source, self.device
+        classes = len(source.classes)
+        task = PretrainTask(config, self.schedule, classes=classes, device=device, precision=self.precision)
+        sampler = Sampler(config.seed, len(source), config.optim.batch_size)
+        loading = LoaderConfig(config.seed, device, cache=self.cache, workers=workers)
+        bad_images = BadImages(len(source), config.data.max_corrupt_fraction)
+        return task, ViewLoader(source, sampler, build_view_plan(config), loading, bad_images)
+
+
+def train_one_step(task: PretrainTask, batch: Batch, step: int) -> torch.Tensor:
+    """Train on a batch, at the optimiser's learning rate; return the loss before."""
+    loss = task.compute_loss(batch, step)["loss"]
+    loss.backward()
+    task.optimizer.step()
+    task.optimizer.zero_grad(set_to_none=True)
+    task.after_step(step)
+    return loss
 
 
 def measure_step_parts(

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, train_bgmask, transfer
-from relicctl.errors import Terminated
+from relicctl.console import report_error
+from relicctl.errors import Terminated, UsageError
 from relicctl.version import __version__
 
 # click's base of all wrong usage, wherever this typer keeps click
@@ -90,14 +91,13 @@ def run(arguments: list[str]) -> int:
     try:
         code: Any = app(_normalize_arguments(arguments), prog_name="relicctl", standalone_mode=False)
         if code == 130:  # what typer makes of ^C outside the training loop
-            return _report_error(KeyboardInterrupt(), arguments)
+            raise KeyboardInterrupt
         return code or 0
     except _ClickUsageError as error:
         return _report_usage(error)
-    except typer.Abort:  # what click makes of ^C
-        return _report_error(KeyboardInterrupt(), arguments)
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        return _report_error(error, arguments)
+        is_abort = isinstance(error, typer.Abort)  # what click makes of ^C
+        return report_error(KeyboardInterrupt() if is_abort else error, debug="--debug" in arguments)
 
 
 def _normalize_arguments(arguments: list[str]) -> list[str]:
@@ -108,17 +108,8 @@ def _normalize_arguments(arguments: list[str]) -> list[str]:
     ]
 
 
-def _report_error(error: BaseException, arguments: list[str]) -> int:
-    from relicctl.console import report_error
-
-    return report_error(error, debug="--debug" in arguments)
-
-
 def _report_usage(error: Any) -> int:
     """A wrong option or argument; or none at all where one is needed, which is answered with the help."""
-    from relicctl.console import report_error
-    from relicctl.errors import UsageError
-
     command = error.ctx.command_path if error.ctx else "relicctl"
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

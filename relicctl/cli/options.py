@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relicctl.errors import Interrupted, Terminated
+from relicctl.console import Console
+from relicctl.errors import raise_interrupted
 
 if TYPE_CHECKING:
     from relicctl.config.base import CommandConfig
@@ -59,7 +58,6 @@ def resolve_options(
 ) -> ResolvedConfig:
     """``resolve_config``, with one warning that lists the keys given under their old names."""
     from relicctl.config.resolve import resolve_config
-    from relicctl.console import Console
 
     resolved = resolve_config(preset, config_file, sets or (), options, schema=schema)
     if resolved.renamed and os.environ.get("RANK", "0") == "0":
@@ -68,21 +66,14 @@ def resolve_options(
     return resolved
 
 
-@contextmanager
-def handle_early_interrupt() -> Iterator[None]:
+def handle_early_interrupt() -> AbstractContextManager[None]:
     """Report a signal that arrives before training; once a run's folder exists, the run reports it itself."""
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated) as stop:
-        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise Interrupted("Stopped before the first step; nothing was lost.", "Start it again.", signum) from None
+    return raise_interrupted("Stopped before the first step; nothing was lost.", "Start it again.")
 
 
 def print_result(result: str) -> None:
-    """Print a command's result: the one thing that goes to stdout."""
-    from relicctl.console import write_result
-
-    write_result(result)
+    """Print a command's result: the one thing that goes to stdout. BrokenPipeError if nothing reads it any more."""
+    print(result, flush=True)
 
 
 def print_run(result: dict[str, Any], as_json: bool) -> None:

@@ -61,15 +61,8 @@ def train_bgmask(
         from relicctl.config.bgmask import BgmaskConfig
         from relicctl.runs.resume import TrainingOptions
 
-    options = {
-        "data": tuple(data) if data else None,
-        "eval-data": eval_data,
-        "masks-for": masks_for,
-        "init-from": init_from,
-        "device": device,
-        "workers": workers,
-        "seed": seed,
-    }
+    images = {"data": tuple(data) if data else None, "eval-data": eval_data, "masks-for": masks_for}
+    options = {**images, "init-from": init_from, "device": device, "workers": workers, "seed": seed}
     resolved = resolve_options(preset, config, sets, options, BgmaskConfig)
     bgmask_options = TrainingOptions(
         out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet

@@ -5,33 +5,24 @@ from __future__ import annotations
 import math
 import os
 import resource
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from relicctl.benchmark import hardware_limits
 from relicctl.benchmark.data_pipeline import GeneratedPhotos, measure_data_loading
-from relicctl.benchmark.hardware_limits import (
-    count_flop_per_image,
-    estimate_largest_batch,
-    find_largest_fit,
-    measure_matmul_peak,
-    try_train_step,
-)
-from relicctl.benchmark.train_step import Spread, measure_step_parts, measure_train_loop, summarize_step
+from relicctl.benchmark.train_step import Spread, Workload, measure_step_parts, measure_train_loop, summarize_step
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
 from relicctl.core.distributed import SINGLE_PROCESS
 from relicctl.core.hardware import format_bytes
-from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImages
-from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
-from relicctl.data.sampler import Sampler
+from relicctl.data.loader import resolve_cache
 from relicctl.errors import UsageError
 from relicctl.pretraining.data import build_view_plan, open_pretrain_data
 from relicctl.pretraining.estimate import check_step_memory, check_view_memory
-from relicctl.pretraining.task import PretrainTask, Schedule, resolve_compile, resolve_precision
+from relicctl.pretraining.task import Schedule, resolve_compile, resolve_precision
 from relicctl.runs.distributed import resolve_device, resolve_num_workers
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # training images that generated data stand for
@@ -39,49 +30,6 @@ MAX_STEP_SECONDS = 6.0  # what a step on a CPU may take, so that the whole bench
 CPU_EFFICIENCY = 0.25  # fraction of the matrix peak assumed when choosing that step's batch
 MEMORY_FRACTION = 0.8  # fraction of the largest batch that is measured at most
 DATA_WAIT_THRESHOLD = 0.05
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A config, the images it trains on and the device; measured with another batch (``with_batch_size``)."""
-
-    config: PretrainConfig
-    source: ImageDataset
-    schedule: Schedule
-    device: torch.device
-    precision: str
-    cache: str
-    workers: int
-
-    @property
-    def generated(self) -> bool:
-        return isinstance(self.source, GeneratedPhotos)
-
-    def with_batch_size(self, size: int) -> Workload:
-        """Return this with another batch, and fewer negatives where that batch has too few for the config's."""
-        optim, loss = self.config.optim, self.config.loss
-        microbatch = optim.microbatch if optim.microbatch and size % optim.microbatch == 0 else None
-        negatives = loss.negatives if loss.negatives == "all" else min(loss.negatives, size - 1)
-        sections = {
-            "optim": optim.model_copy(update={"batch_size": size, "microbatch": microbatch}),
-            "loss": loss.model_copy(update={"negatives": negatives}),
-        }
-        config = self.config.model_copy(update=sections)
-        return replace(self, config=config, schedule=Schedule(config, self.schedule.steps_per_epoch))
-
-    def build(self, workers: int) -> tuple[PretrainTask, ViewLoader]:
-        """Return the training task, and the loader of its batches."""
-        config, source, device = self.config, self.source, self.device
-        classes = len(source.classes)
-        task = PretrainTask(config, self.schedule, classes=classes, device=device, precision=self.precision)
-        loader = ViewLoader(
-            source,
-            Sampler(config.seed, len(source), config.optim.batch_size),
-            build_view_plan(config),
-            LoaderConfig(config.seed, device, cache=self.cache, workers=workers),
-            BadImages(len(source), config.data.max_corrupt_fraction),
-        )
-        return task, loader
 
 
 @dataclass(frozen=True)
@@ -136,15 +84,16 @@ def measure_limits(workload: Workload, console: Console) -> Limits:
     config, device, precision = workload.config, workload.device, workload.precision
     classes = len(workload.source.classes)
     console.info("networks: operations and the matrix peak ...")
-    flop, peak = count_flop_per_image(config, classes), measure_matmul_peak(device, precision)
-    largest = estimate_largest_batch(config, classes, precision, device)
+    flop = hardware_limits.count_flop_per_image(config, classes)
+    peak = hardware_limits.measure_matmul_peak(device, precision)
+    largest = hardware_limits.estimate_largest_batch(config, classes, precision, device)
     if device.type == "cuda":
         console.info("memory: the largest batch that fits ...")
-        largest = find_largest_fit(
-            lambda size: try_train_step(workload.with_batch_size(size).config, classes, precision, device),
-            largest,
-            step=math.lcm(8, config.optim.microbatch or 1),
-        )
+
+        def fits(size: int) -> bool:
+            return hardware_limits.try_train_step(workload.with_batch_size(size).config, classes, precision, device)
+
+        largest = hardware_limits.find_largest_fit(fits, largest, step=math.lcm(8, config.optim.microbatch or 1))
         torch.cuda.reset_peak_memory_stats(device)
     return Limits(flop, peak, largest)
 
@@ -262,7 +211,8 @@ def _find_bottleneck(wait: float, outside: dict[str, float]) -> str:
 
 def _list_assumptions(workload: Workload, size: int) -> list[str]:
     config, optim, on_cpu = workload.config, workload.config.optim, workload.device.type == "cpu"
-    imagenet = " (ImageNet)" if workload.generated else ""
+    generated = isinstance(workload.source, GeneratedPhotos)
+    imagenet = " (ImageNet)" if generated else ""
     possible: dict[str, object] = {  # each with the condition under which it holds
         f"hours: {len(workload.source):,} images{imagenet}, {optim.epochs} epochs, this device alone": True,
         f"measured at batch {size}, not {optim.batch_size}, assuming the same speed per image": size
@@ -272,7 +222,7 @@ def _list_assumptions(workload: Workload, size: int) -> list[str]:
         and size % optim.microbatch,
         "views keep their backgrounds: bgmask is not measured": config.bgmask.probability
         and config.objective != "supervised",
-        "images are generated JPEGs of 500 x 375 pixels, read from memory": workload.generated,
+        "images are generated JPEGs of 500 x 375 pixels, read from memory": generated,
         "peak memory is the process's largest resident set, the bench itself included": on_cpu,
         "largest batch is an estimate": on_cpu,
         "checkpoints and evaluation are not in the hours": True,

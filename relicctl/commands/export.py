@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relicctl.console import Console
 from relicctl.encoders.resolve import ResolvedEncoder, open_deepmind_encoder, open_trained_encoder
 from relicctl.errors import RunFailed, UsageError
-from relicctl.export import native, onnx, timm, torchvision, transformers
+from relicctl.export import native, onnx, timm, torchvision, transformers, write
 from relicctl.export.bundle import WEIGHTS_FILE, ExportBundle, load_head, to_symmetric_padding
-from relicctl.export.write import (
-    TOLERANCE,
-    Verification,
-    check_output_free,
-    compute_max_difference,
-    format_model_card,
-    format_padding_change,
-    hash_file,
-    open_atomic_output,
-    sample_images,
-)
 
-FORMATS: dict[str, ModuleType] = {
-    "relicctl": native,
-    "torchvision": torchvision,
-    "timm": timm,
-    "transformers": transformers,
-    "onnx": onnx,
+
+@dataclass(frozen=True)
+class Format:
+    """A target library: the module that writes its form and computes with it, and the packages that this takes."""
+
+    module: ModuleType
+    read_packages: tuple[str, ...]
+    write_packages: tuple[str, ...] = ()
+    is_folder: bool = False
+    keeps_same_padding: bool = False  # TensorFlow's
+
+
+FORMATS = {
+    "relicctl": Format(native, ("relicctl",), keeps_same_padding=True),
+    "torchvision": Format(torchvision, ("torchvision",)),
+    "timm": Format(timm, ("timm",), is_folder=True),
+    "transformers": Format(transformers, ("transformers",), is_folder=True),
+    "onnx": Format(onnx, ("onnxruntime",), ("onnx", "onnxscript"), keeps_same_padding=True),
 }
 ORIGINS = ("relicctl", "deepmind")
 
@@ -69,44 +72,48 @@ def export(source: str, options: ExportOptions) -> dict[str, Any]:
     if format not in FORMATS:
         raise UsageError(f"There is no export format {format!r}.", f"Give --format {' or '.join(FORMATS)}.")
     target = FORMATS[format]
-    check_output_free(out, folder=target.IS_FOLDER, overwrite=options.overwrite)
+    write.check_output_free(out, folder=target.is_folder, overwrite=options.overwrite)
     if options.origin == "deepmind":
         reference = open_deepmind_encoder(source)
     else:
         reference = open_trained_encoder(source, network=options.network, warn=console.warn)
     bundle = make_bundle(reference, options)
-    if missing := find_missing_packages(target.WRITE_PACKAGES):
+    if missing := find_missing_packages(target.write_packages):
         raise UsageError(
             f"Writing {format} takes {' and '.join(missing)}, which is not installed.",
             f"Run pip install {' '.join(missing)}.",
         )
-    images, images_source = sample_images(reference)
+    images, images_source = write.sample_images(reference)
     padding = None
     if bundle.encoder is not reference.encoder:
-        padding = format_padding_change(reference.encoder, bundle, images)
+        padding = write.format_padding_change(reference.encoder, bundle, images)
         console.warn(
             f"{format} pads symmetrically, this encoder was trained with padding `same`: {padding}, on "
             f"{images_source}; --format onnx or relicctl keeps it exact"
         )
-    card = out / "README.md" if target.IS_FOLDER else out.with_name(f"{out.stem}.card.md")
-    with open_atomic_output(out) as temporary, redirect_stdout(sys.stderr):  # libraries print to stdout
-        if target.IS_FOLDER:
+    card = out / "README.md" if target.is_folder else out.with_name(f"{out.stem}.card.md")
+    with write.open_atomic_output(out) as temporary, redirect_stdout(sys.stderr):  # libraries print to stdout
+        if target.is_folder:
             temporary.mkdir()
-        target.write(bundle, temporary)
+        target.module.write(bundle, temporary)
         max_difference, library, statement = verify_export(target, temporary, bundle, images)
         if library is not None:
             statement = f"{statement} on {images_source}."
-        sha256 = hash_file(temporary / WEIGHTS_FILE if target.IS_FOLDER else temporary)
-        usage = target.format_usage(Path(out.name), bundle)  # a card is shared, without the folders of this machine
-        text = format_model_card(out.stem, format, bundle, usage, Verification(sha256, statement, padding))
-        if target.IS_FOLDER:
+        weights = temporary / WEIGHTS_FILE if target.is_folder else temporary
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        agreement = [statement]
+        if padding is not None:
+            agreement.append(f"The padding was changed from TensorFlow's to the symmetric one: {padding}.")
+        usage = target.module.format_usage(Path(out.name), bundle)  # a card is shared, without this machine's folders
+        text = write.format_model_card(out.stem, format, bundle, usage, sha256, agreement)
+        if target.is_folder:
             (temporary / card.name).write_text(text, "utf-8")
-    if not target.IS_FOLDER:
+    if not target.is_folder:
         card.write_text(text, "utf-8")
     if library is None:
-        packages = " ".join(find_missing_packages(target.READ_PACKAGES))
+        packages = " ".join(find_missing_packages(target.read_packages))
         console.warn(f"the export is unverified: pip install {packages} lets it be checked")
-    usage = target.format_usage(out, bundle)
+    usage = target.module.format_usage(out, bundle)
     console.info(f"{statement}\nsha256 {sha256}\nTo load it:\n" + "\n".join(f"    {line}" for line in usage))
     return {
         "path": str(out),
@@ -143,33 +150,31 @@ def make_bundle(reference: ResolvedEncoder, options: ExportOptions) -> ExportBun
         "license": options.license,
     }
     bundle = ExportBundle(encoder, head, metadata)
-    reason = target.get_unsupported_reason(bundle)
-    if reason is not None:
+    if reason := target.module.get_unsupported_reason(bundle):
         raise UsageError(
             f"This encoder cannot be exported as {options.format}: {reason}.",
             "Use --format onnx, or load it with relicctl.load_encoder.",
         )
-    if encoder.padding == "same" and not target.KEEPS_SAME_PADDING:
-        bundle = replace(
-            bundle,
-            encoder=to_symmetric_padding(encoder),
-            metadata={**metadata, "padding": "symmetric", "trained_padding": "same"},
-        )
+    if encoder.padding == "same" and not target.keeps_same_padding:
+        metadata |= {"padding": "symmetric", "trained_padding": "same"}
+        return ExportBundle(to_symmetric_padding(encoder), head, metadata)
     return bundle
 
 
 def verify_export(
-    target: ModuleType, path: Path, bundle: ExportBundle, images: Tensor
+    target: Format, path: Path, bundle: ExportBundle, images: Tensor
 ) -> tuple[float | None, str | None, str]:
     """Return the largest difference of what ``path`` gives in its library, the library, and a sentence about both.
 
     The first two are None if the library is not installed. Raises RunFailed if the difference is too large.
     """
-    if missing := find_missing_packages(target.READ_PACKAGES):
+    if missing := find_missing_packages(target.read_packages):
         return None, None, f"Not verified: {', '.join(missing)} was not installed."
-    name = target.READ_PACKAGES[0]
-    max_difference = compute_max_difference(bundle(images), target.read(path, bundle)(images))
-    if max_difference > TOLERANCE:
+    name = target.read_packages[0]
+    with torch.inference_mode():
+        outputs = target.module.compute_outputs(path, bundle, images)
+    max_difference = write.compute_max_difference(bundle(images), outputs)
+    if max_difference > write.TOLERANCE:
         raise RunFailed(
             f"The export gives other features in {name} than the encoder: they differ by {max_difference:.1e}.",
             f"Nothing was written; another version of {name} may help.",

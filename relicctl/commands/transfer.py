@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
 from relicctl.encoders.resolve import BaselineSpec, open_encoders
-from relicctl.errors import Interrupted, Terminated, UsageError
+from relicctl.errors import UsageError, raise_interrupted
 from relicctl.evaluation import reports
 from relicctl.evaluation.cells import Cell, TransferTask, check_unique_encoders
 from relicctl.evaluation.dense.transfer import DENSE_TASKS, DenseTransfer
@@ -82,7 +80,8 @@ def _run_transfer(task: TransferTask, options: TransferOptions, session: Session
     run = open_or_create_run_folder(
         world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
     )
-    with close_with_resume_hint(run, task.resume_option):
+    resume_command = f"relicctl transfer {task.resume_option}--resume {shlex.quote(str(run.path))}"
+    with closing(run), raise_interrupted("Stopped; finished cells are saved.", f"Resume with: {resume_command}"):
         save_config(run, config, {"version": __version__, "job": asdict(job)})
         check_unique_encoders(encoders)
         context = session.with_run(run, pick_precision(config.runtime.precision, session.device))
@@ -133,19 +132,6 @@ def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:
         if isinstance(values, dict) and resolved.origin[f"data.{key}"] == "--set":
             for unknown in sorted(values.keys() - data.datasets.keys()):
                 console.warn(f"data.{key}: unknown data set {unknown} (there are {', '.join(data.datasets)})")
-
-
-@contextmanager
-def close_with_resume_hint(run: RunFolder, resume_option: str) -> Iterator[None]:
-    """Close the folder after the block; when a signal ended it, say how to resume."""
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated) as stop:
-        signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        command = f"relicctl transfer {resume_option}--resume {shlex.quote(str(run.path))}"
-        raise Interrupted("Stopped; finished cells are saved.", f"Resume with: {command}", signum) from None
-    finally:
-        run.close()
 
 
 def report_transfer(task: TransferTask, cells: list[Cell], job: TransferJob, run: RunFolder, console: Console) -> None:

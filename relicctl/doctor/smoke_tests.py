@@ -19,17 +19,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from relicctl.benchmark.data_pipeline import IMAGES_PER_REPEAT, measure_data_loading
+from relicctl.benchmark.train_step import Workload, train_one_step
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
 from relicctl.core.distributed import destroy_distributed, init_distributed
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImages, decode_rgb, is_decodable
-from relicctl.data.loader import LoaderConfig, ViewLoader
-from relicctl.data.sampler import Sampler
+from relicctl.data.decoding import decode_rgb, is_decodable
 from relicctl.doctor.environment import CheckResult, fail, ok, warn
 from relicctl.pretraining.data import build_view_plan
-from relicctl.pretraining.task import PretrainTask, Schedule, resolve_precision
+from relicctl.pretraining.task import Schedule, resolve_precision
 from relicctl.runs.folder import RunFolder
 
 TESTED_FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
@@ -110,21 +109,13 @@ def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT
     """Train the real task on one batch of views; return the loss of every step."""
     config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
     schedule, precision = Schedule(config, steps, 10 * steps), resolve_precision(config, device)
-    task = PretrainTask(config, schedule, classes=1, device=device, precision=precision)
-    sampler = Sampler(config.seed, len(source), OVERFIT_BATCH_SIZE)
-    bad_images = BadImages(len(source), config.data.max_corrupt_fraction)
-    loader = ViewLoader(source, sampler, build_view_plan(config), LoaderConfig(config.seed, device), bad_images)
+    task, loader = Workload(config, source, schedule, device, precision).build(workers=0)
     batch = next(iter(loader.iter_from_step(0, 1)))
     losses = []
     for step in range(steps):
         for group in task.optimizer.param_groups:
             group["lr"] = task.get_learning_rate(step)
-        loss = task.compute_loss(batch, step)["loss"]
-        loss.backward()
-        task.optimizer.step()
-        task.optimizer.zero_grad(set_to_none=True)
-        task.after_step(step)
-        losses.append(loss.item())
+        losses.append(train_one_step(task, batch, step).item())
     return losses
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from relicctl.encoders.file import load_encoder, save_encoder
 from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
-
-KEEPS_SAME_PADDING = True
-IS_FOLDER = False
-WRITE_PACKAGES: tuple[str, ...] = ()
-READ_PACKAGES = ("relicctl",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -25,9 +19,9 @@ def write(bundle: ExportBundle, path: Path) -> None:
     save_encoder(path, bundle.encoder, bundle.metadata)
 
 
-def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:
     encoder: nn.Module = load_encoder(path, bundle.metadata["network"])
-    return lambda images: EncoderOutputs(encoder(images).detach(), None)
+    return EncoderOutputs(encoder(images), None)
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:

@@ -6,18 +6,12 @@ The batch is free, the size is fixed. It takes the encoder as it is, whatever it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
-
-KEEPS_SAME_PADDING = True  # TensorFlow's
-IS_FOLDER = False
-WRITE_PACKAGES = ("onnx", "onnxscript")
-READ_PACKAGES = ("onnxruntime",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -47,20 +41,16 @@ def write(bundle: ExportBundle, path: Path) -> None:
     onnx.checker.check_model(path)
 
 
-def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> EncoderOutputs:
-        # the first image alone, the others together: two sizes of a batch
-        parts = [session.run(None, {"images": part.numpy()}) for part in images.split([1, len(images) - 1])]
-        features, *logits = (torch.cat([torch.from_numpy(x) for x in part]) for part in zip(*parts, strict=True))
-        return EncoderOutputs(features, logits[0] if logits else None)
-
-    return run
+    # the first image alone, the others together: two sizes of a batch
+    parts = [session.run(None, {"images": part.numpy()}) for part in images.split([1, len(images) - 1])]
+    features, *logits = (torch.cat([torch.from_numpy(x) for x in part]) for part in zip(*parts, strict=True))
+    return EncoderOutputs(features, logits[0] if logits else None)
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,6 @@ from torch import Tensor
 
 from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
 
-KEEPS_SAME_PADDING = False  # TensorFlow's
-IS_FOLDER = True
-WRITE_PACKAGES: tuple[str, ...] = ()
-READ_PACKAGES = ("timm",)
 _BYOB_STEMS = {"imagenet": ("7x7", "maxpool", "stem.conv1"), "stride2": ("3x3", "", "stem")}
 _BYOB_CONVOLUTIONS = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}
 
@@ -47,7 +42,7 @@ def write(bundle: ExportBundle, path: Path) -> None:
     (path / "config.json").write_text(json.dumps(_build_timm_config(bundle), indent=2) + "\n", "utf-8")
 
 
-def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:
     import timm
 
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
@@ -55,14 +50,9 @@ def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]
     # create_model may adapt or leave out tensors in silence
     if stored.keys() != loaded.keys() or not all(torch.equal(stored[name], loaded[name]) for name in stored):
         raise RuntimeError("timm built a model that does not hold the tensors of the file")
-
-    @torch.inference_mode()
-    def run(images: Tensor) -> EncoderOutputs:
-        stages = model.forward_features(images)
-        features = model.forward_head(stages, pre_logits=True)
-        return EncoderOutputs(features, model.forward_head(stages) if bundle.head else None)
-
-    return run
+    stages = model.forward_features(images)
+    features = model.forward_head(stages, pre_logits=True)
+    return EncoderOutputs(features, model.forward_head(stages) if bundle.head else None)
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:

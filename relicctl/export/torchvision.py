@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
-
-KEEPS_SAME_PADDING = False  # TensorFlow's
-IS_FOLDER = False
-WRITE_PACKAGES: tuple[str, ...] = ()
-READ_PACKAGES = ("torchvision",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -31,20 +24,15 @@ def write(bundle: ExportBundle, path: Path) -> None:
     save_file(bundle.state_dict(), path, metadata={**bundle.metadata, "format": "pt"})
 
 
-def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:
     model = _build_torchvision_model(bundle)
     if bundle.head is None:
         model.fc = nn.Identity()
     model.load_state_dict(load_file(path), strict=True)
     model.eval()
     classifier, model.fc = model.fc, nn.Identity()
-
-    @torch.inference_mode()
-    def run(images: Tensor) -> EncoderOutputs:
-        features = model(images)
-        return EncoderOutputs(features, classifier(features) if bundle.head else None)
-
-    return run
+    features = model(images)
+    return EncoderOutputs(features, classifier(features) if bundle.head else None)
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:

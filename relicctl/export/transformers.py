@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
-
-KEEPS_SAME_PADDING = False  # TensorFlow's
-IS_FOLDER = True
-WRITE_PACKAGES: tuple[str, ...] = ()
-READ_PACKAGES = ("transformers",)
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -39,7 +33,7 @@ def write(bundle: ExportBundle, path: Path) -> None:
         (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]:
+def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
     from transformers.utils import logging
 
@@ -55,13 +49,8 @@ def read(path: Path, bundle: ExportBundle) -> Callable[[Tensor], EncoderOutputs]
         raise RuntimeError("transformers prepares images of another size")
     model.eval()
     body = model.resnet if bundle.head else model
-
-    @torch.inference_mode()
-    def run(images: Tensor) -> EncoderOutputs:
-        features = body(images).pooler_output[:, :, 0, 0]
-        return EncoderOutputs(features, model(images).logits if bundle.head else None)
-
-    return run
+    features = body(images).pooler_output[:, :, 0, 0]
+    return EncoderOutputs(features, model(images).logits if bundle.head else None)
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:

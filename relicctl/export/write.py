@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +109,10 @@ def open_atomic_output(out: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How an exported form agrees with the encoder it came from."""
-
-    sha256: str  # of the file with the weights
-    statement: str  # one sentence
-    padding: str | None = None  # what a changed padding costs
-
-
 def format_model_card(
-    name: str, library: str, bundle: ExportBundle, usage: list[str], verification: Verification
+    name: str, library: str, bundle: ExportBundle, usage: list[str], sha256: str, agreement: list[str]
 ) -> str:
-    """Return Markdown, with the front matter that the Hugging Face hub reads."""
+    """Return Markdown, with the front matter that the Hugging Face hub reads; ``agreement``: one or more paragraphs."""
     metadata = bundle.metadata
     task = "image-classification" if bundle.head else "image-feature-extraction"
     origin = f"objective {metadata['objective']}" + (f", preset {metadata['preset']}" if metadata["preset"] else "")
@@ -145,7 +128,7 @@ def format_model_card(
         "trained with": f"relicctl {metadata['version']}, {origin}",
         "data fingerprint": metadata["data_fingerprint"] or "unknown",
         "licence of the weights": metadata["license"],
-        "sha256 of the weights": verification.sha256,
+        "sha256 of the weights": sha256,
     }
     if bundle.head:
         names = [*bundle.classes[:20], *(["..."] if len(bundle.classes) > 20 else [])]
@@ -155,9 +138,7 @@ def format_model_card(
     for title, figures in json.loads(metadata["figures"]).items():
         if figures:
             sections += [f"## Figures: {title}", "", *_format_markdown_table("figure", "value", figures), ""]
-    sections += ["## Agreement with the original encoder", "", verification.statement]
-    if verification.padding:
-        sections += ["", f"The padding was changed from TensorFlow's to the symmetric one: {verification.padding}."]
+    sections += ["## Agreement with the original encoder", "", "\n\n".join(agreement)]
     return "\n".join(sections) + "\n"
 
 

@@ -27,6 +27,7 @@ from relicctl.doctor import environment, smoke_tests
 from relicctl.doctor.environment import CheckResult, fail, ok, run_check, warn
 from relicctl.errors import UsageError
 from relicctl.pretraining.estimate import compute_checkpoint_bytes, outline_networks
+from relicctl.pretraining.task import PretrainTask
 
 CPU = torch.device("cpu")
 SMALL = ("model.arch=resnet18", "model.width=0.125", "views.large.size=32", "views.small.size=16")
@@ -288,14 +289,14 @@ def test_one_batch_is_overfitted() -> None:
 
 @pytest.mark.parametrize("fault", ["no gradient", "NaN"])
 def test_a_machine_that_learns_nothing_fails(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    loss = smoke_tests.PretrainTask.compute_loss
+    loss = PretrainTask.compute_loss
     factor = 0.0 if fault == "no gradient" else math.nan
 
     def spoilt(self: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
         true = loss(self, batch, step)["loss"]
         return {"loss": true.detach() + factor * true}
 
-    monkeypatch.setattr(smoke_tests.PretrainTask, "compute_loss", spoilt)
+    monkeypatch.setattr(PretrainTask, "compute_loss", spoilt)
     monkeypatch.setattr(smoke_tests, "OVERFIT_STEPS", 10)
     assert smoke_tests.check_overfit(open_dataset("shapes:train=64"), CPU).state == "fail"
 

@@ -92,7 +92,7 @@ def test_metadata_and_card_say_where_the_weights_are_from(run, make_classifier, 
 def test_an_export_that_differs_leaves_nothing(run, tmp_path, monkeypatch):
     out = tmp_path / "new" / "r18.safetensors"
     monkeypatch.setattr(
-        torchvision, "read", lambda path, bundle: lambda x: EncoderOutputs(bundle(x).features + 1e-3, None)
+        torchvision, "compute_outputs", lambda path, bundle, x: EncoderOutputs(bundle(x).features + 1e-3, None)
     )
     with pytest.raises(RunFailed, match="other features"):
         exported(run, out)
@@ -105,7 +105,9 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_by_a_good_export(run
     with pytest.raises(UsageError, match="exists already"):
         exported(run, out)
     with monkeypatch.context() as broken:
-        broken.setattr(torchvision, "read", lambda path, bundle: lambda x: EncoderOutputs(bundle(x).features * 2, None))
+        broken.setattr(
+            torchvision, "compute_outputs", lambda path, bundle, x: EncoderOutputs(bundle(x).features * 2, None)
+        )
         with pytest.raises(RunFailed):
             exported(run, out, overwrite=True)
     assert out.read_text() == "precious"
