@@ -40,14 +40,12 @@ class Console:
         if self.quiet:
             return
         cells = [list(header), *([_format_value(cell) for cell in row] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+        formats = []
+        for i, column in enumerate(zip(*cells, strict=True)):
+            is_numeric = all(isinstance(row[i], (int, float)) for row in rows)
+            formats.append(f"{'>' if is_numeric else '<'}{max(map(len, column))}")
         for line in cells:
-            padded = [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, numeric, strict=True)
-            ]
-            _print_stderr("  ".join(padded).rstrip())
+            _print_stderr("  ".join(map(format, line, formats)).rstrip())
 
     @contextmanager
     def progress(self, total: int, start: int = 0) -> Iterator[Progress]:

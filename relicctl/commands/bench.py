@@ -175,15 +175,14 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         "training loop, images/s": "images_per_s",
         "fraction of time waiting for data": "data_wait",
     }
+    origin = "measured" if result["largest_batch_measured"] else "estimated"
     derived = {
         "step time outside the networks": f"{result['outside_networks']:.2%}",
         **{f"  {part}": f"{fraction:.2%}" for part, fraction in result["outside_parts"].items()},
         "peak memory": format_bytes(result["peak_memory_bytes"]),
         "GFLOP per image": f"{result['flops_per_image'] / 1e9:.4g}",
         "fraction of peak FLOP/s (MFU)": f"{result['mfu']:.1%}",
-        f"largest batch, {'measured' if result['largest_batch_measured'] else 'estimated'}": (
-            f"{result['largest_batch']:,}"
-        ),
+        f"largest batch, {origin}": f"{result['largest_batch']:,}",
         "hours for the whole training": f"{result['hours']:,}",
         "bottleneck": result["bottleneck"],
     }

@@ -1,4 +1,4 @@
-"""What linear-eval and transfer share: which encoders, NAME=DATA, and the folder of the results."""
+"""What several commands share: which encoders, NAME=DATA, the folder of the results and its config.yaml."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ EvaluationOptions = LinearOptions | TransferOptions
 
 def resolve_job(job_class: Any, options: EvaluationOptions, world: World) -> tuple[Any, Path | None]:
     """Return the job, of the folder to resume or of the command line, and the folder of the results if it is named."""
-    out = get_results_folder(options)
+    resumed = find_folder_to_resume(options)
     # one rank reads stdin
     sources = tuple(world.broadcast_from_main(lambda: [read_path_from_stdin(source) for source in options.sources]))
-    if options.resume is not None and out is not None:
-        return job_class.resume(yaml_io.load_mapping(out / "config.yaml")["run"]["job"], sources, options), out
+    if resumed is not None:
+        return job_class.resume(yaml_io.load_mapping(resumed / "config.yaml")["run"]["job"], sources, options), resumed
     job = job_class.start(sources, options)
-    if out is not None:
-        check_overwrite(out, overwrite=options.overwrite)
-    return job, out
+    if options.out is not None:
+        check_overwrite(options.out, overwrite=options.overwrite)
+    return job, options.out
 
 
-def get_results_folder(options: EvaluationOptions) -> Path | None:
-    """Return the folder to resume or to start, None if it is not named. Raises UsageError if it cannot be resumed."""
+def find_folder_to_resume(options: EvaluationOptions) -> Path | None:
+    """Return the folder of the results that are resumed, None if a new one is started. Raises UsageError."""
     if options.resume is None:
-        return options.out
+        return None
     out = Path(options.resume) if options.resume else options.out
     if out is None or not (out / "config.yaml").is_file():
         raise UsageError(f"--resume names no folder of results{f': {out}' if out else ''}.", "Write --resume DIR.")

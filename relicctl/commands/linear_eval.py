@@ -38,6 +38,8 @@ from relicctl.runs.folder import RunFolder
 from relicctl.runs.resume import LinearOptions, resume_config
 from relicctl.version import __version__
 
+# images to train on, to test on, and further test sets by name
+LinearData = tuple[LabelledDataset, LabelledDataset, dict[str, LabelledDataset]]
 MUTABLE_KEYS = ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data.")  # may change on --resume
 
 
@@ -69,15 +71,6 @@ class LinearJob:
         return cls(before, saved["network"], tests, options.analysis or saved["analysis"])
 
 
-@dataclass(frozen=True)
-class LinearData:
-    """Images to train on, to test on, and further test sets by name."""
-
-    train: LabelledDataset
-    test: LabelledDataset
-    extra_tests: dict[str, LabelledDataset]
-
-
 def linear_eval(resolved: ResolvedConfig, options: LinearOptions) -> dict[str, Any]:
     """Run or resume a linear evaluation; returns ``run`` (the folder of results) and the content of results.json."""
     resolved = resolve_linear_config(resolved, options)
@@ -102,20 +95,20 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
     out = common.choose_results_folder(out, *get_default_folder(references[0], job), world)
     if config.protocol == "imagenet":
         world.get_local_rows(config.optim.batch_size)  # raises UsageError before anything is computed
-    data = open_linear_data(config, job, options.download, session)
+    train, test, extra_tests = open_linear_data(config, job, options.download, session)
 
     run = open_or_create_run_folder(
         world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
     )
-    record = world.broadcast_from_main(lambda: save_linear_record(run, config, job, data.train, session))
+    record = world.broadcast_from_main(lambda: save_linear_record(run, config, job, train, session))
     context = session.with_run(run, record["precision"])
     extractor = FeatureExtractor(references[0].encoder, config, context)
     seconds: dict[str, float] = {}
     with measure_seconds(seconds, "features"):
-        train_features, test_features = extractor(data.train), extractor(data.test)
-    trainer = LinearTrainer(config, data.train, train_features, extractor, record["cache"])
+        train_features, test_features = extractor(train), extractor(test)
+    trainer = LinearTrainer(config, train, train_features, extractor, record["cache"])
     linear, rate, sweep = train_classifier(trainer, config.sweep.lrs, context, seconds)
-    extra_features = {name: extractor(images) for name, images in data.extra_tests.items()}
+    extra_features = {name: extractor(images) for name, images in extra_tests.items()}
     results: dict[str, Any] = {}
     if world.is_main:
         scores = ClassificationMetrics.from_logits(linear(test_features.features), test_features.labels)
@@ -126,28 +119,32 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
             **scores.to_dict(),
             **{f"knn{k}": accuracy for k, accuracy in knn.items()},
             "sweep": sweep.to_dict() if sweep else None,
-            "per_class": scores.get_class_metrics(data.train.classes),
-            "tests": {name: evaluate_test_set(data.extra_tests[name], f, linear) for name, f in extra_features.items()},
+            "per_class": scores.get_class_metrics(train.classes),
+            "tests": {name: evaluate_test_set(extra_tests[name], f, linear) for name, f in extra_features.items()},
             "protocol": make_protocol_record(config, trainer, rate, len(test_features.labels)),
             "encoder": {"source": job.sources[0], "network": job.network, **dict(sorted(metadata.items()))},
             "confusion": scores.confusion.tolist(),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "version": __version__,
         }
-        save_classifier(run.path / "classifier.safetensors", linear, data.train.classes)
+        save_classifier(run.path / "classifier.safetensors", linear, train.classes)
         title = f"{job.sources[0]}: top-1 {scores.top1:.3f} on {len(test_features.labels)} images"
-        report_linear_eval(results, scores, sweep, title, context)
+        run.write_json(run.results_path, results)
+        reports.plot_linear_results(run.path / "linear.png", scores, list(results["per_class"]), sweep, title)
+        reports.print_linear_results(results, session.console)
+        if sweep and (warning := sweep.get_warning()):
+            session.console.warn(warning)
     if job.analysis:
         encoders = {source: r.encoder for source, r in zip(job.sources, references, strict=True)}
-        run_cluster_analysis(encoders, data.test, config, context)
+        run_cluster_analysis(encoders, test, config, context)
     run.close()
     return {"run": str(run.path), **results}
 
 
 def resolve_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
     """Return the config, that of the folder to resume if there is one."""
-    out = common.get_results_folder(options)
-    return resolved if options.resume is None or out is None else resume_config(resolved, out, MUTABLE_KEYS)
+    resumed = common.find_folder_to_resume(options)
+    return resolved if resumed is None else resume_config(resolved, resumed, MUTABLE_KEYS)
 
 
 def open_linear_encoders(job: LinearJob, config: LinearEvalConfig, console: Console) -> list[ResolvedEncoder]:
@@ -187,7 +184,7 @@ def open_linear_data(config: LinearEvalConfig, job: LinearJob, download: bool, s
             name: match_classes(open_dataset(spec, split="val", download=download), train.classes)
             for name, spec in job.tests.items()
         }
-        return LinearData(train, test, extra_tests)
+        return train, test, extra_tests
 
     if download and session.world.size > 1:
         session.world.broadcast_from_main(lambda: bool(open_datasets()))  # one rank downloads
@@ -282,18 +279,6 @@ def save_classifier(path: Path, linear: LinearClassifier, classes: tuple[str, ..
     tensors = {"weight": linear.weight.cpu().contiguous(), "bias": linear.bias.cpu().contiguous()}
     metadata = {"format": "relicctl-classifier", "version": __version__, "classes": json.dumps(classes)}
     atomic_io.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def report_linear_eval(
-    results: dict[str, Any], scores: ClassificationMetrics, sweep: SweepResult | None, title: str, context: RunContext
-) -> None:
-    """Write results.json and linear.png, and print the tables on stderr."""
-    run, console = context.run, context.console
-    run.write_json(run.results_path, results)
-    reports.plot_linear_results(run.path / "linear.png", scores, list(results["per_class"]), sweep, title)
-    reports.print_linear_results(results, console)
-    if sweep and (text := sweep.get_warning()):
-        console.warn(text)
 
 
 def run_cluster_analysis(

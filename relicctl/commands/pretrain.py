@@ -155,14 +155,10 @@ def build_training(prepared: Prepared, task: PretrainTask, context: RunContext) 
     """Build the loader of views, the settings of the loop and the evaluation that runs every few epochs."""
     config, schedule, run, world = prepared.config, prepared.schedule, context.run, context.world
     loop = LoopConfig.from_sections(
-        config.checkpoint,
-        config.runtime,
-        total=schedule.last_step,
-        steps_per_epoch=schedule.steps_per_epoch,
-        batch_size=config.optim.batch_size,
-        evaluate_every=config.eval.every_epochs * schedule.steps_per_epoch,
+        config.checkpoint, config.runtime, total=schedule.last_step, steps_per_epoch=schedule.steps_per_epoch,
+        batch_size=config.optim.batch_size, evaluate_every=config.eval.every_epochs * schedule.steps_per_epoch,
         resume_command=f"relicctl pretrain --resume {shlex.quote(str(run.path))}",
-    )
+    )  # fmt: skip
     run.status.set_total(total=loop.total, steps_per_epoch=loop.steps_per_epoch, resume=loop.resume_command)
     bad_images = SharedBadImages(prepared.bad_images, run, world)
     bad_images.load_recorded(prepared.data.train)

@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from relicctl.bgmask.data import make_bgmask_record, open_bgmask_data, resolve_bgmask_run, resume_bgmask_record
 from relicctl.bgmask.dry_run import check_training_memory
 from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
 from relicctl.bgmask.self_training import count_total_steps
-from relicctl.config.resolve import ResolvedConfig, dump_yaml
+from relicctl.commands.common import save_config
+from relicctl.config.resolve import ResolvedConfig
 from relicctl.data.mask_bank import MaskBank
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
@@ -52,7 +51,7 @@ def _run_bgmask(
     )
     resume_command = f"relicctl train-bgmask --resume {shlex.quote(str(run.path))}"
     with run.track_status() as status:
-        run.write_text(run.config_path, dump_yaml(config) + yaml.safe_dump({"run": record}, sort_keys=False))
+        save_config(run, config, record)
         status.set_total(total=total, steps_per_epoch=0, resume=resume_command)
         pipeline = MaskPipeline(config, data, session.with_run(run, record["precision"]))
         images, priors = pipeline.load_images(), pipeline.compute_priors()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relicctl.commands.common import choose_results_folder, get_results_folder, resolve_job, save_config
+from relicctl.commands.common import choose_results_folder, find_folder_to_resume, resolve_job, save_config
 from relicctl.config.resolve import ResolvedConfig, dump_yaml, resolve_from_run
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
@@ -106,8 +106,8 @@ def build_task(config: Any) -> TransferTask:
 
 def resolve_transfer_config(resolved: ResolvedConfig, options: TransferOptions) -> ResolvedConfig:
     """Return the config, on top of that of the folder to resume."""
-    out = get_results_folder(options)
-    return resolve_from_run(resolved, out / "config.yaml") if options.resume is not None and out else resolved
+    resumed = find_folder_to_resume(options)
+    return resolved if resumed is None else resolve_from_run(resolved, resumed / "config.yaml")
 
 
 def resolve_transfer_job(config: Any, options: TransferOptions, world: World) -> tuple[TransferJob, Path]:

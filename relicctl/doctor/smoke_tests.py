@@ -105,14 +105,14 @@ def check_overfit(source: ImageDataset, device: torch.device) -> CheckResult:
     return ok(found)
 
 
-def run_overfit(source: ImageDataset, device: torch.device, steps: int = OVERFIT_STEPS) -> list[float]:
+def run_overfit(source: ImageDataset, device: torch.device) -> list[float]:
     """Train the real task on one batch of views; return the loss of every step."""
     config = resolve_config(sets=OVERFIT_SETTINGS, schema=PretrainConfig).config
-    schedule, precision = Schedule(config, steps, 10 * steps), resolve_precision(config, device)
+    schedule, precision = Schedule(config, OVERFIT_STEPS, 10 * OVERFIT_STEPS), resolve_precision(config, device)
     task, loader = Workload(config, source, schedule, device, precision).build(workers=0)
     batch = next(iter(loader.iter_from_step(0, 1)))
     losses = []
-    for step in range(steps):
+    for step in range(OVERFIT_STEPS):
         for group in task.optimizer.param_groups:
             group["lr"] = task.get_learning_rate(step)
         losses.append(train_one_step(task, batch, step).item())
