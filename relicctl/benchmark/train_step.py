@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -127,27 +128,12 @@ def measure_train_loop(
     task: PretrainTask, feed: ViewLoader, batch: int, repeats: int, window: int, device: torch.device
 ) -> tuple[Spread, Spread]:
     """Run the training loop; return images per second and the fraction of data wait (spreads over windows of steps)."""
-    logger = _RecordingLogger()
+    records: list[dict[str, Any]] = []  # the log lines; no checkpoint is saved
+    logger: Any = SimpleNamespace(write_metrics=records.append, save=lambda *_: None, get_last_checkpoint=lambda: None)
     config = LoopConfig((repeats + 1) * window, steps_per_epoch=sys.maxsize, batch_size=batch, log_every=window)
     train(task, feed, config, logger, state=TrainState(), device=device)
-    speed, wait = ([record[name] for record in logger.records[1:]] for name in ("images_per_s", "data_wait"))
+    speed, wait = ([record[name] for record in records[1:]] for name in ("images_per_s", "data_wait"))
     return summarize_timings(speed), summarize_timings(wait)
-
-
-class _RecordingLogger:
-    """A run logger that collects the log lines and saves nothing."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def write_metrics(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def save(self, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-        pass
-
-    def get_last_checkpoint(self) -> str | None:
-        return None
 
 
 class LapTimer:

@@ -96,9 +96,7 @@ def export(source: str, options: ExportOptions) -> dict[str, Any]:
         if target.is_folder:
             temporary.mkdir()
         target.module.write(bundle, temporary)
-        max_difference, library, statement = verify_export(target, temporary, bundle, images)
-        if library is not None:
-            statement = f"{statement} on {images_source}."
+        max_difference, library, statement = verify_export(target, temporary, bundle, images, images_source)
         weights = temporary / WEIGHTS_FILE if target.is_folder else temporary
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         agreement = [statement]
@@ -162,7 +160,7 @@ def make_bundle(reference: ResolvedEncoder, options: ExportOptions) -> ExportBun
 
 
 def verify_export(
-    target: Format, path: Path, bundle: ExportBundle, images: Tensor
+    target: Format, path: Path, bundle: ExportBundle, images: Tensor, images_source: str
 ) -> tuple[float | None, str | None, str]:
     """Return the largest difference of what ``path`` gives in its library, the library, and a sentence about both.
 
@@ -180,7 +178,8 @@ def verify_export(
             f"Nothing was written; another version of {name} may help.",
         )
     library = f"{name} {version(name)}"
-    return max_difference, library, f"Loaded with {library}: largest difference {max_difference:.1e}"
+    statement = f"Loaded with {library}: largest difference {max_difference:.1e} on {images_source}."
+    return max_difference, library, statement
 
 
 def find_missing_packages(names: tuple[str, ...]) -> list[str]:

@@ -11,11 +11,11 @@ from relicctl.bgmask.dry_run import check_training_memory
 from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
 from relicctl.bgmask.self_training import count_total_steps
-from relicctl.commands.common import save_config
+from relicctl.commands.common import choose_results_folder, save_config
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.data.mask_bank import MaskBank
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
-from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
+from relicctl.runs.folder import check_outside_data, check_overwrite
 from relicctl.runs.resume import TrainingOptions
 from relicctl.version import __version__
 
@@ -34,8 +34,7 @@ def _run_bgmask(
 ) -> dict[str, Any]:
     config, world = resolved.config, session.world
     data = open_bgmask_data(config, options.download, world)
-    name = resolved.preset or "train-bgmask"
-    out = resumed or options.out or Path(world.broadcast_from_main(lambda: str(find_free_name(Path("runs"), name))))
+    out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
     for spec in (*config.data.train, config.data.mask_data):
         check_outside_data(out, spec)
     facts = resolved, data, session.device

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,14 @@ def check_run_folder(parent: Path) -> CheckResult:
     if not os.access(parent, os.W_OK):
         return fail(f"{parent} cannot be written.", "Choose another --out.")
     tensors = {"numbers": torch.arange(CHECKPOINT_ELEMENTS, dtype=torch.float32)}
-    with tempfile.TemporaryDirectory(prefix=".relicctl-doctor-", dir=parent) as folder:
-        run = RunFolder.create(Path(folder) / "run", overwrite=False, keep=1)
-        try:
-            start = time.perf_counter()
-            run.save(1, tensors, {})
-            seconds = time.perf_counter() - start
-            read, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(run.checkpoints_dir)[-1])
-        finally:
-            run.close()
+    with (
+        tempfile.TemporaryDirectory(prefix=".relicctl-doctor-", dir=parent) as folder,
+        closing(RunFolder.create(Path(folder) / "run", overwrite=False, keep=1)) as run,
+    ):
+        start = time.perf_counter()
+        run.save(1, tensors, {})
+        seconds = time.perf_counter() - start
+        read, _ = checkpoint.load_checkpoint(checkpoint.list_checkpoints(run.checkpoints_dir)[-1])
     if not torch.equal(read["numbers"], tensors["numbers"]):
         return fail(f"a checkpoint in {parent} does not read back as it was written.", "Choose --out on another disk.")
     speed = tensors["numbers"].nbytes / 1e6 / seconds
