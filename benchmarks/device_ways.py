@@ -40,7 +40,7 @@ def photometry(batch: int, count: int, size: int) -> dict[str, Callable[[], obje
     crops = torch.randint(0, 256, (count, batch, size, size, 3), dtype=torch.uint8, device=DEVICE).movedim(-1, 2)
     draw = draw_augment_params(AugmentConfig(), 0, 0, np.arange(batch), count)
     ways = {"plain": lambda: augment._apply_torch(crops, draw, IMAGENET_MEAN, IMAGENET_STD)}
-    kernels = augment._get_kernels(crops)
+    kernels = augment.load_triton_kernels(crops.device)
     return ways | ({"kernels": lambda: kernels.apply(crops, draw, IMAGENET_MEAN, IMAGENET_STD)} if kernels else {})
 
 

@@ -28,7 +28,7 @@ def count_flop_per_image(config: PretrainConfig, classes: int) -> int:
     networks = outline_networks(config.model_copy(update={"optim": optim, "runtime": runtime}), classes)
     views = _draw_views(config, 2, torch.device("meta"))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _, outputs = networks.forward_online(views)
+        _, outputs = networks(views)
         if networks.target is not None:
             networks.forward_target(views[0])
         outputs.sum().backward()

@@ -31,7 +31,7 @@ from relicctl.console import Console
 from relicctl.core.hardware import count_process_cores
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages
-from relicctl.data.mask_bank import FILE_NAME, OTHER_DATA_FILE_NAME, MaskBank
+from relicctl.data.mask_bank import FILE_NAME, OTHER_DATA_FILE_NAME, MaskBank, MaskBankWriter
 from relicctl.errors import DataError
 from relicctl.runs.distributed import RunContext
 
@@ -81,7 +81,7 @@ class MaskPipeline:
         path, source, context = self._context.run.path / FILE_NAME, self._data.masks_for, self._context
         if context.world.broadcast_from_main(lambda: self._is_bank_finished(source, self._format_provenance(net))):
             return
-        opened = context.world.run_on_main(lambda: MaskBank.create(path, source, made_by=self._format_provenance(net)))
+        opened = context.world.run_on_main(lambda: MaskBankWriter(path, source, made_by=self._format_provenance(net)))
         cached_priors = priors if self._data.masks_for_is_prefix else None
         mask_source = MaskSource(source, self._workers, self._config.labels.size, cached_priors)
         predictor, bad = SaliencyPredictor.from_config(net, self._config, context), self._track_bad_images(source)

@@ -19,7 +19,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_get_umask())  # safetensors creates files that only their owner can read
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors creates files that only their owner can read
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -28,7 +30,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, SafetensorError):
             raise to_os_error(error) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names of a folder's files to the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -39,9 +46,3 @@ def to_os_error(error: SafetensorError) -> OSError:
     """Convert safetensors' error (``I/O error: No space left on device (os error 28)``) to an OSError."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
-
-
-def _get_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -84,6 +84,9 @@ def fork_seeded_rng(seed: int) -> Iterator[None]:
         yield
 
 
-def permutation(count: int, seed: int, stream: Stream) -> np.ndarray:
-    """Return int64 ``[count]``, a permutation that depends on (seed, stream) alone."""
-    return np.argsort(draw_uniform(seed, stream, np.arange(count), n=1)[:, 0], kind="stable")
+def permutation(count: int, seed: int, stream: Stream, *coords: int) -> np.ndarray:
+    """Return int64 ``[count]``, a permutation that depends on (seed, stream, coords) alone.
+
+    Sorting counter-based keys permutes alike on every numpy version and platform.
+    """
+    return np.argsort(draw_uniform(seed, stream, *coords, np.arange(count), n=1)[:, 0], kind="stable")

@@ -156,7 +156,9 @@ def train(
             late = config.checkpoint_minutes and time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
             if config.is_due(state.step, config.checkpoint_every) or late or stopping:
                 _check_weights(task, state, bad_step, logger, config)
-                _save_checkpoint(task, state, logger, world)
+                _reduce_sums(state, world)
+                if world.is_main:
+                    logger.save(state.step, *snapshot_state(task, state))
                 saved_at = time.monotonic()
             if stopping and state.step < config.total:
                 consensus.close()  # a launcher kills all as soon as one process has ended: not before all is saved
@@ -309,12 +311,6 @@ def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopCo
         start = f"The last good checkpoint is {last}: resume from it with --resume and"
     fix = f"{start} a lower learning rate (--set {config.lr_key}=...) or --set runtime.precision=fp32."
     raise Diverged(f"The loss, a gradient or a weight was not finite at step {step}.", fix)
-
-
-def _save_checkpoint(task: Task, state: TrainState, logger: RunLogger, world: World) -> None:
-    _reduce_sums(state, world)
-    if world.is_main:
-        logger.save(state.step, *snapshot_state(task, state))
 
 
 def _reduce_sums(state: TrainState, world: World) -> None:

@@ -37,6 +37,8 @@ PAIRWISE_DEVICES = ("cpu",)  # where fetched vectors must fit the caches; elsewh
 # Floyd's algorithm makes n^2 comparisons per row, a random order sorts M keys: the former is used up to n^2 = 64 M.
 FLOYD_MAX_RATIO = 64
 
+Negatives = int | Literal["all"] | Tensor
+
 
 def relicv2_loss(
     online: Tensor,
@@ -46,7 +48,7 @@ def relicv2_loss(
     temperature: float,
     alpha: float,
     beta: float,
-    negatives: int | Literal["all"] | Tensor,
+    negatives: Negatives,
     generator: torch.Generator | None = None,
     invariance: Literal["transposed", "swapped"] = "transposed",
     gather: DistributedGather | None = None,
@@ -76,26 +78,22 @@ def relicv2_loss(
     Raises:
         ValueError: for shapes, a temperature or negatives that make no sense.
     """
-    views, rows = online.shape[:2]
-    _check_arguments(online, target, large, temperature, invariance)
-    with torch.autocast(online.device.type, enabled=False):
-        z_VND = l2_normalize(online) / temperature  # one online factor in each logit
-        t_LND = l2_normalize(target.detach())
-        z_VMD, t_LMD = (gather.gather_online(z_VND), gather.gather_target(t_LND)) if gather else (z_VND, t_LND)
-        first, total = gather.get_offset_and_total(rows) if gather else (0, rows)
-        candidates = _build_candidates(negatives, (views, large, rows), first, total, generator, online.device)
-        terms = _PairTerms(z_VND, t_LND, z_VMD, t_LMD, first, candidates, invariance == "swapped")
-        nll, kl, entropy = (terms.compute_sum() / (views * large * rows)).unbind()
-    return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
-
-
-def _check_arguments(online: Tensor, target: Tensor, large: int, temperature: float, invariance: str) -> None:
     if online.ndim != 3 or not 1 <= large <= len(online) or target.shape != (large, *online.shape[1:]):
         raise ValueError(f"online {tuple(online.shape)} and target {tuple(target.shape)} do not fit large={large}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if invariance not in ("transposed", "swapped"):
         raise ValueError(f"unknown invariance {invariance!r}: transposed or swapped")
+    views, rows = online.shape[:2]
+    with torch.autocast(online.device.type, enabled=False):
+        z_VND = l2_normalize(online) / temperature  # one online factor in each logit
+        t_LND = l2_normalize(target.detach())
+        z_VMD, t_LMD = (gather.gather_online(z_VND), gather.gather_target(t_LND)) if gather else (z_VND, t_LND)
+        first, total = gather.get_offset_and_total(rows) if gather else (0, rows)
+        candidates = _build_candidates(negatives, online, large, first, total, generator)
+        terms = _PairTerms(z_VND, t_LND, z_VMD, t_LMD, first, candidates, invariance == "swapped")
+        nll, kl, entropy = (terms.compute_sum() / (views * large * rows)).unbind()
+    return {"loss": alpha * nll + beta * kl, "nll": nll, "kl": kl, "entropy": entropy.detach()}
 
 
 @dataclass(frozen=True)
@@ -189,24 +187,16 @@ def _sample_floyd(u: Tensor, population: int) -> Tensor:
 
 
 def _build_candidates(
-    negatives: int | Literal["all"] | Tensor,
-    shape: tuple[int, int, int],
-    first: int,
-    total: int,
-    generator: torch.Generator | None,
-    device: torch.device,
+    negatives: Negatives, online: Tensor, large: int, first: int, total: int, generator: torch.Generator | None
 ) -> Tensor | None:
-    """Return [V, L, N, K] rows of the global batch, the image itself first; None stands for all of them.
-
-    ``shape`` is (V, L, N), ``first`` our first row of the ``total`` ones.
-    """
-    views, large, rows = shape
+    """Return [V, L, N, K] rows of the global batch, the image itself first; None stands for all ``total`` of them."""
+    (views, rows, _), device = online.shape, online.device
     if isinstance(negatives, str):
         if negatives != "all":
             raise ValueError(f"negatives must be a number, rows or 'all', got {negatives!r}")
         return None
     if isinstance(negatives, Tensor):
-        if negatives.shape[:-1] != shape:
+        if negatives.shape[:-1] != (views, large, rows):
             raise ValueError(f"negatives {tuple(negatives.shape)}: expected ({views}, {large}, {rows}, n)")
         chosen = negatives
         self_rows = torch.arange(first, first + rows, device=chosen.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from relicctl.core.loop import StopSignals
 from relicctl.errors import RelicError, RunFailed, Terminated
 
 T = TypeVar("T")
+FAILURES = (Exception, KeyboardInterrupt, Terminated)  # of an item, told to the other ranks
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,21 @@ def gather_in_order(
             for first in range(0, count, world.size):
                 result = WorkResult()
                 if failure is None and first + world.rank < count:
-                    result, failure = _catch_failure(partial(next, iterator), result)
+                    try:
+                        result = next(iterator)
+                    except FAILURES as error:
+                        failure = error
                 shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in result.tensors]
                 gathered = world.all_gather_object([_get_exit_code(failure, signals), result.meta, shapes])
                 codes = [code for code, _, _ in gathered]
                 if any(codes):
                     break
                 received = _gather_results(world, result, [header[1:] for header in gathered[: count - first]])
-                _, failure = _catch_failure(partial(_consume_all, consume, received), None)  # sent with the next item
+                try:
+                    for result in received:
+                        consume(result)
+                except FAILURES as error:
+                    failure = error  # sent with the next item
             else:
                 codes = world.all_gather_object(_get_exit_code(failure, signals))
         if failure is not None:
@@ -84,18 +91,6 @@ def _gather_results(world: World, local: WorkResult, headers: list[Any]) -> list
             dist.recv(tensor, rank, world.cpu_group)
         results.append(WorkResult(tensors, meta))
     return results
-
-
-def _consume_all(consume: Callable[[WorkResult], None], results: list[WorkResult]) -> None:
-    for result in results:
-        consume(result)
-
-
-def _catch_failure(function: Callable[[], Any], default: Any) -> tuple[Any, BaseException | None]:
-    try:
-        return function(), None
-    except (Exception, KeyboardInterrupt, Terminated) as failure:
-        return default, failure
 
 
 def _get_exit_code(failure: BaseException | None, signals: StopSignals) -> int:

@@ -41,14 +41,9 @@ def apply_augmentations(
     if images.shape[2] != 3:
         images = images.movedim(-1, 2)
     with torch.autocast(images.device.type, enabled=False):
-        kernels = _get_kernels(images)
-        return (kernels.apply if kernels else _apply_torch)(images, params, mean, std)
-
-
-def _get_kernels(images: Tensor) -> ModuleType | None:
-    """Return the Triton kernels where they work on the images' device and can read them, else None."""
-    kernels = load_triton_kernels(images.device)
-    return kernels if kernels is not None and kernels.is_supported(images) else None
+        kernels = load_triton_kernels(images.device)
+        apply = kernels.apply if kernels is not None and kernels.is_supported(images) else _apply_torch
+        return apply(images, params, mean, std)
 
 
 @cache

@@ -10,11 +10,12 @@ Masks of any shape are scaled to their image by the nearest pixel: the same bits
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from relicctl.core.counter_rng import Stream, derive_seed, draw_uniform
 from relicctl.data.constants import IMAGENET_MEAN
 from relicctl.data.crops import crop_on_device
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import ImageSource, decode_rgba
+from relicctl.data.decoding import decode_rgb
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.sampler import DrawKey
 
@@ -46,7 +47,7 @@ class MaskSource(ABC):
         ``image``: the sample as loaded from ``get_image_source``.
         """
 
-    def get_image_source(self, source: ImageDataset) -> ImageSource:
+    def get_image_source(self, source: ImageDataset) -> ImageDataset:
         """Return what the images are loaded from, with all that ``read`` needs of them."""
         return source
 
@@ -79,8 +80,10 @@ class AlphaMasks(MaskSource):
     def __init__(self, limits: tuple[float, float]) -> None:
         self.limits = limits
 
-    def get_image_source(self, source: ImageDataset) -> ImageSource:
-        return _AlphaImages(source)
+    def get_image_source(self, source: ImageDataset) -> ImageDataset:
+        source = copy.copy(source)
+        source.decode = partial(decode_rgb, keep_alpha=True)
+        return source
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:
         if image.shape[2] < 4:
@@ -101,20 +104,6 @@ class _PackedMasks(MaskSource):
             return None
         shape, bits = packed
         return np.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
-
-
-class _AlphaImages:
-    """A data set's images: uint8 ``[H, W, 4]`` where there is an alpha channel, else ``[H, W, 3]``."""
-
-    def __init__(self, source: ImageDataset) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def load(self, index: int) -> np.ndarray:
-        data = self._source.read(index)
-        return decode_rgba(data) if isinstance(data, bytes) else data
 
 
 def _is_within(ratio: Any, limits: tuple[float, float]) -> Any:
@@ -142,14 +131,13 @@ class BackgroundRemoval:
         ``used``, int ``[B]``: the samples that were loaded as ``images`` in the places of the key's samples.
         """
         fills: list[list[BackgroundFill | None]] = [[None] * views for _ in images]
-        rows, chosen = np.nonzero(self.draw_masked_views(key, views))
-        masks = {row: self.masks.read(int(used[row]), images[row]) for row in set(rows.tolist())}
-        for row, view in zip(rows.tolist(), chosen.tolist(), strict=True):
-            mask = masks[row]
+        for row, drawn in enumerate(self.draw_masked_views(key, views)):
+            mask = self.masks.read(int(used[row]), images[row]) if drawn.any() else None
             if mask is not None:
                 height, width = images[row].shape[:2]
-                fill = self.make_fill_values(key[row], view, height, width)
-                fills[row][view] = BackgroundFill(mask, height, width, fill)
+                for view in np.flatnonzero(drawn).tolist():
+                    fill = self.make_fill_values(key[row], view, height, width)
+                    fills[row][view] = BackgroundFill(mask, height, width, fill)
         return fills
 
     def make_fill_values(self, key: DrawKey, view: int, height: int, width: int) -> np.ndarray:
@@ -232,16 +220,9 @@ class DeviceMasks:
         ]
         indices = torch.from_numpy(np.stack([rows, samples[rows], chosen * batch + rows]))
         row, sample, place = indices.to(images.device, non_blocking=True)
-        filled = self._remove_background(images[row], sample, fills[0] if fills[0].ndim == 1 else np.stack(fills))
+        bits = (self._packed[sample][..., None] >> self._shifts) & 1
+        keep = bits.flatten(1)[:, : self._height * self._width].reshape(-1, 1, self._height, self._width).bool()
+        fill = torch.from_numpy(np.stack(fills)).to(images.device, non_blocking=True)  # [K, 3] or [K, H, W, 3]
+        filled = torch.where(keep, images[row], fill.movedim(-1, 1) if fill.ndim == 4 else fill[..., None, None])
         crops = crop_on_device(filled, boxes[rows, chosen][:, None], views.shape[-1])
         views.view(-1, *views.shape[2:]).index_copy_(0, place, crops[0])
-
-    def _remove_background(self, images: Tensor, samples: Tensor, fill: np.ndarray) -> Tensor:
-        """Fill the backgrounds of ``images``, uint8 ``[K, 3, H, W]``, of ``samples``, int64 ``[K]``.
-
-        ``fill``: uint8 ``[3]``, or ``[K, H, W, 3]``.
-        """
-        bits = (self._packed[samples][..., None] >> self._shifts) & 1
-        keep = bits.flatten(1)[:, : self._height * self._width].reshape(-1, 1, self._height, self._width).bool()
-        colour = torch.from_numpy(fill).to(images.device, non_blocking=True)
-        return torch.where(keep, images, colour[:, None, None] if fill.ndim == 1 else colour.movedim(-1, 1))

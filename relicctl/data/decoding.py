@@ -40,30 +40,24 @@ class BadImageError(Exception):
         self.reason = reason
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes, *, keep_alpha: bool = False) -> np.ndarray:
     """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable.
 
-    The EXIF orientation is applied. Transparent pixels are composited on white. Grey
-    values of 16 bits and more are scaled to 8, palettes resolved, CMYK converted without its colour profile.
+    With ``keep_alpha`` an image with transparency becomes ``[H, W, 4]``, its alpha last. The EXIF orientation is
+    applied. Transparent pixels are composited on white. Grey values of 16 bits and more are scaled to 8, palettes
+    resolved, CMYK converted without its colour profile.
     Raises BadImageError for anything but a complete image of IMAGE_FORMATS with at most MAX_PIXELS.
     """
-    return _decode(data, _to_rgb)
-
-
-def decode_rgba(data: bytes) -> np.ndarray:
-    """Decode like ``decode_rgb``; an image with transparency becomes uint8 ``[H, W, 4]``, its alpha last."""
-    return _decode(data, _to_rgba)
-
-
-def _decode(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
         image: Image.Image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise BadImageError(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
         image.load()
         turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
-        image = convert(image)
-        return np.array(image if turn is None else image.transpose(turn))
+        rgb = _to_rgb(image)
+        if keep_alpha and image.has_transparency_data:
+            rgb.putalpha(image.convert("RGBA").getchannel("A"))
+        return np.array(rgb if turn is None else rgb.transpose(turn))
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -91,14 +85,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = _to_uint8(np.asarray(image), white=65535 if sixteen_bits else None)
         image = Image.fromarray(grey)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_rgba(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return _to_rgb(image)
-    rgb = _to_rgb(image)
-    rgb.putalpha(image.convert("RGBA").getchannel("A"))
-    return rgb
 
 
 def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:

@@ -12,8 +12,9 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,8 +73,8 @@ class ViewLoader:
         self._get_name, self._labels, self._bad = source.get_name, source.labels, bad
         self._sampler, self._views, self._masking = sampler, views, masking
         self._seed, self._device, self._workers = config.seed, config.device, config.workers
-        on_gpu = self._device.type == "cuda"
-        self._upload_stream = torch.get_device_module(self._device).Stream(self._device) if on_gpu else None
+        # To a GPU on a separate stream: the host is ahead of it, so copies overlap the step before.
+        self._upload_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._device_masks: DeviceMasks | None = None
         self._device_images: torch.Tensor | None = None
         self._first, self._last = config.world.get_local_rows(sampler.batch_size)
@@ -87,9 +88,9 @@ class ViewLoader:
         for number, (views, samples) in zip(range(step, stop), crops(step, stop), strict=True):
             params = draw_augment_params(self._views.augment, self._seed, number, rows, self._views.count)
             first, finished = 0, []
-            for crop, view in zip(self._views.crops, views, strict=True):
-                finished.append(apply_augmentations(view, params[first : first + crop.count]))
-                first += crop.count
+            for view in views:
+                finished.append(apply_augmentations(view, params[first : first + len(view)]))
+                first += len(view)
             labels = None if self._labels is None else torch.from_numpy(self._labels[samples])
             yield Batch(finished, None if labels is None else labels.to(self._device, non_blocking=True))
 
@@ -138,12 +139,12 @@ class ViewLoader:
     def _crop_on_host(self, step: int, stop: int) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
         starts = range(self._first, self._last, ROWS_PER_CHUNK)
         chunks = [(first, min(first + ROWS_PER_CHUNK, self._last)) for first in starts]
-        cropper = _ChunkCropper(self._source, self._sampler, self._views, self._seed, self._masking)
+        crop_chunk = partial(_crop_chunk, self._source, self._sampler, self._views, self._seed, self._masking)
         units = ((number, *chunk) for number in range(step, stop) for chunk in chunks)
         rows, on_gpu = self._last - self._first, self._device.type == "cuda"
-        with load_in_workers(cropper.crop_chunk, units, self._workers, prefetch=4, pin_memory=on_gpu) as items:
+        with load_in_workers(crop_chunk, units, self._workers, prefetch=4, pin_memory=on_gpu) as items:
             for _ in range(step, stop):
-                with self._open_upload_stream():
+                with torch.cuda.stream(self._upload_stream):
                     views = [
                         torch.empty(crop.count, rows, crop.size, crop.size, 3, dtype=torch.uint8, device=self._device)
                         for crop in self._views.crops
@@ -153,7 +154,7 @@ class ViewLoader:
                     crops, used = self._wait_for_chunk(items)
                     here = slice(first - self._first, last - self._first)
                     samples[here] = used
-                    with self._open_upload_stream():
+                    with torch.cuda.stream(self._upload_stream):
                         for view, crop in zip(views, crops, strict=True):
                             view[:, here].copy_(crop, non_blocking=True)
                 self._wait_for_uploads(views)
@@ -169,10 +170,6 @@ class ViewLoader:
         self.data_wait_seconds += time.perf_counter() - start_time
         self._record_skipped(skipped)
         return crops, used
-
-    def _open_upload_stream(self) -> AbstractContextManager[object]:
-        """Copy to a GPU on a separate stream: the host is ahead of it, so copies overlap the step before."""
-        return nullcontext() if self._upload_stream is None else torch.cuda.stream(self._upload_stream)
 
     def _wait_for_uploads(self, views: list[torch.Tensor]) -> None:
         """Let the step wait, on the device, for the copies; their memory is not reused before it is done."""
@@ -190,45 +187,34 @@ class ViewLoader:
 CropChunk = tuple[list[torch.Tensor], np.ndarray, SkippedImages]  # crops per size, samples used, samples skipped
 
 
-@dataclass(frozen=True)
-class _ChunkCropper:
-    source: ImageSource
-    sampler: Sampler
-    views: ViewSpec
-    seed: int
-    masking: BackgroundRemoval | None
-
-    def crop_chunk(self, unit: tuple[int, int, int]) -> CropChunk:
-        """Crop, in uint8, the rows of one step's global batch that ``unit`` (step, first, last) names."""
-        step, first, last = unit
-        key = DrawKey(self.seed, self.sampler.get_epoch(step), self.sampler.get_batch_indices(step)[first:last])
-        count = len(key.samples)
-        crops = [np.empty((c.count, count, c.size, c.size, 3), dtype=np.uint8) for c in self.views.crops]
-        used, all_skipped, fills = np.empty_like(key.samples), [], None
-        for start in range(0, count, IMAGES_PER_DECODE):
-            rows = slice(start, start + IMAGES_PER_DECODE)
-            loaded = [load_or_next(self.source, int(sample)) for sample in key.samples[rows]]
-            used[rows] = [index for _, index, _ in loaded]
-            all_skipped += [bad for _, _, skipped in loaded for bad in skipped]
-            images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
-            if self.masking is not None:
-                fills = self.masking.build_fills(key[rows], self.views.crops[0].count, used[rows], images)
-                images = [image[..., :3] for image in images]
-            crop_views(images, self.views, key[rows], out, fills)
-        return [torch.from_numpy(crop) for crop in crops], used, all_skipped
+def _crop_chunk(
+    source: ImageSource, sampler: Sampler, views: ViewSpec, seed: int, masking: BackgroundRemoval | None,
+    unit: tuple[int, int, int],
+) -> CropChunk:  # fmt: skip
+    """Crop, in uint8, the rows of one step's global batch that ``unit`` (step, first, last) names."""
+    step, first, last = unit
+    key = DrawKey(seed, sampler.get_epoch(step), sampler.get_batch_indices(step)[first:last])
+    count = len(key.samples)
+    crops = [np.empty((c.count, count, c.size, c.size, 3), dtype=np.uint8) for c in views.crops]
+    used, all_skipped, fills = np.empty_like(key.samples), [], None
+    for start in range(0, count, IMAGES_PER_DECODE):
+        rows = slice(start, start + IMAGES_PER_DECODE)
+        loaded = [load_or_next(source, int(sample)) for sample in key.samples[rows]]
+        used[rows] = [index for _, index, _ in loaded]
+        all_skipped += [bad for _, _, skipped in loaded for bad in skipped]
+        images, out = [image for image, _, _ in loaded], [crop[:, rows] for crop in crops]
+        if masking is not None:
+            fills = masking.build_fills(key[rows], views.crops[0].count, used[rows], images)
+            images = [image[..., :3] for image in images]
+        crop_views(images, views, key[rows], out, fills)
+    return [torch.from_numpy(crop) for crop in crops], used, all_skipped
 
 
-class CachedImages:
+class CachedImages(list[np.ndarray]):
     """Decoded images of any sizes, in the memory that workers share with their parent."""
 
-    def __init__(self, images: list[np.ndarray]) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
     def load(self, index: int) -> np.ndarray:
-        return self._images[index]
+        return self[index]
 
 
 def resolve_cache(cache: str, source: ImageDataset, device: torch.device, masked: bool = False) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from relicctl.core.atomic_io import sync_folder
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.memmap_table import PAGE_SIZE, Column, TableFormat, TableLayout, TableWriter, write_at
 from relicctl.errors import DataError, RunFailed
@@ -65,11 +66,6 @@ class MaskBank:
         self._names, self._rows, self._areas, self._masks = (columns[n] for n in ("names", "rows", "areas", "masks"))
 
     @classmethod
-    def create(cls, path: Path, source: ImageDataset, *, made_by: str) -> MaskBankWriter:
-        """Create a bank for all samples of ``source``, or resume the unfinished one of the same data and maker."""
-        return MaskBankWriter(path, source, made_by)
-
-    @classmethod
     def open(cls, path: Path) -> MaskBank:
         """Open the bank at ``path``, or in the run's folder ``path``.
 
@@ -78,12 +74,17 @@ class MaskBank:
         """
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
+        unfinished = f"The mask bank {path} is not finished.", "Finish it with relicctl train-bgmask --resume RUN."
         if not path.is_file():
-            raise _make_not_found_error(path)
+            if path.with_name(path.name + ".part").is_file():
+                raise DataError(*unfinished)
+            if path.parent.is_dir() and path.name == FILE_NAME:
+                raise DataError(f"{path.parent} holds no {FILE_NAME}.", FORMAT.foreign_fix)
+            raise DataError(f"There is no mask bank {path}.", FORMAT.foreign_fix)
         try:
             header, layout = _read_bank_header(path)
             if "sha256" not in header:
-                raise _make_unfinished_error(path)
+                raise DataError(*unfinished)
             columns = FORMAT.map_columns(path, layout)
             with open(path, "rb") as file:
                 file.seek(HEADER_BYTES)
@@ -142,20 +143,21 @@ class MaskBank:
 
 
 class MaskBankWriter:
-    """Fills a bank in any order, and resumes it: a kill loses at most the last FLUSH_EVERY masks.
+    """Fills a bank for all samples of ``source`` in any order: a kill loses at most the last FLUSH_EVERY masks.
 
-    The file gets its name only when it is complete. Raises RunFailed where it cannot be written.
+    Resumes the unfinished one of the same data and maker. The file gets its name only when it is complete.
+    Raises RunFailed where it cannot be written.
     """
 
-    def __init__(self, path: Path, source: ImageDataset, made_by: str) -> None:
+    def __init__(self, path: Path, source: ImageDataset, *, made_by: str) -> None:
         self._path, self._partial_path = path, path.with_name(path.name + ".part")
         self._layout = make_layout(len(source), MASK_SIDE)
         self._header: dict[str, Any] = {"side": MASK_SIDE, "count": len(source)}
         self._header |= {"fingerprint": source.compute_fingerprint(), "made_by": made_by[:1000]}
         self._pending = 0
         try:
-            unfinished = self._read_unfinished()
-            areas = self._create_file(source) if unfinished is None else unfinished
+            areas = self._read_unfinished()
+            areas = self._create_file(source) if areas is None else areas
             self._file = os.open(self._partial_path, os.O_RDWR)
         except OSError as reason:
             raise self._make_write_error(reason) from None
@@ -224,11 +226,7 @@ class MaskBankWriter:
         write_at(self._file, 0, FORMAT.encode_header(header))
         os.fsync(self._file)
         os.replace(self._partial_path, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self._path.parent)
 
     def _make_write_error(self, reason: OSError) -> RunFailed:
         what = f"The mask bank {self._path} could not be written ({reason.strerror or reason})."
@@ -256,15 +254,3 @@ def _reopen_bank(path: Path, identity: str) -> MaskBank:
     if bank.identity != identity:
         raise DataError(f"The mask bank {path} was replaced while it was in use.", "Start again.")
     return bank
-
-
-def _make_not_found_error(path: Path) -> DataError:
-    if path.with_name(path.name + ".part").is_file():
-        return _make_unfinished_error(path)
-    if path.parent.is_dir() and path.name == FILE_NAME:
-        return DataError(f"{path.parent} holds no {FILE_NAME}.", "Give a run of train-bgmask, or its masks.bank.")
-    return DataError(f"There is no mask bank {path}.", FORMAT.foreign_fix)
-
-
-def _make_unfinished_error(path: Path) -> DataError:
-    return DataError(f"The mask bank {path} is not finished.", "Finish it with relicctl train-bgmask --resume RUN.")

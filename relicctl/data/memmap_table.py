@@ -107,16 +107,12 @@ class TableFormat:
 
     def map_columns(self, path: Path, layout: TableLayout) -> dict[str, np.ndarray]:
         """Map the columns, ``[count, *shape]`` each, read-only. Raises DataError if the file is not of that size."""
-        content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-        if len(content) != layout.end:
-            sizes = f"{len(content):,} bytes, not {layout.end:,}"
-            raise self.make_corrupt_error(path, f"is cut short or too long ({sizes})")
-        columns = {}
-        for name, column in layout.columns.items():
-            start = layout.offsets[name]
-            values = content[start : start + layout.count * column.row_bytes].view(column.dtype)
-            columns[name] = values.reshape(layout.count, *column.shape)
-        return columns
+        if (size := path.stat().st_size) != layout.end:
+            raise self.make_corrupt_error(path, f"is cut short or too long ({size:,} bytes, not {layout.end:,})")
+        return {
+            name: np.asarray(np.memmap(path, column.dtype, "r", layout.offsets[name], (layout.count, *column.shape)))
+            for name, column in layout.columns.items()
+        }
 
     def make_corrupt_error(self, path: Path, problem: str) -> DataError:
         return DataError(f"The {self.kind} {path} {problem}.", self.corrupt_fix)

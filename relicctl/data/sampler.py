@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from relicctl.core.counter_rng import Stream, draw_uniform
+from relicctl.core.counter_rng import Stream, permutation
 from relicctl.errors import UsageError
 
 
@@ -50,11 +50,6 @@ class Sampler:
         """Return the samples of the global batch of ``step``: int64 ``[batch_size]``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return self._get_permutation(epoch)[start : start + self.batch_size]
-
-    def _get_permutation(self, epoch: int) -> np.ndarray:
-        """Return int64 ``[size]``: sorting counter-based keys permutes alike on every numpy version and platform."""
         if self._cached_permutation is None or self._cached_permutation[0] != epoch:
-            keys = draw_uniform(self.seed, Stream.ORDER, epoch, np.arange(self.size), n=1)[:, 0]
-            self._cached_permutation = epoch, np.argsort(keys, kind="stable")
-        return self._cached_permutation[1]
+            self._cached_permutation = epoch, permutation(self.size, self.seed, Stream.ORDER, epoch)
+        return self._cached_permutation[1][start : start + self.batch_size]

@@ -32,10 +32,10 @@ STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "stride2": (3, 2)}  # kernel and s
 class ResNet(nn.Module):
     """[N, 3, H, W] -> [N, feature_dim]: the spatial mean of the last stage. Built by ``build_encoder``."""
 
-    def __init__(self, arch: str, width: float, stem: str, padding: str, activation_checkpointing: bool) -> None:
+    def __init__(self, arch: str, width: float, stem: str, padding: str) -> None:
         super().__init__()
         self.arch, self.width, self.stem, self.padding = arch, width, stem, padding
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = False  # True: save only the blocks' inputs for the backward pass
         block, depths = ARCHITECTURES[arch]
         planes = max(8, 8 * round(8 * width))  # the stem's channels, 64 x width; stages double them
         kernel, stride = STEMS[stem]
@@ -65,13 +65,7 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
 
-def build_encoder(
-    arch: str,
-    width: float = 1.0,
-    stem: str = "imagenet",
-    padding: str = "symmetric",
-    activation_checkpointing: bool = False,
-) -> ResNet:
+def build_encoder(arch: str, width: float = 1.0, stem: str = "imagenet", padding: str = "symmetric") -> ResNet:
     """Build a randomly initialised encoder.
 
     ``arch``: a key of ``ARCHITECTURES``.
@@ -79,7 +73,6 @@ def build_encoder(
     ``stem``: ``imagenet`` (7x7 stride 2, max-pool), ``cifar`` (3x3 stride 1) or ``stride2`` (3x3 stride 2).
     ``padding``: ``symmetric`` (PyTorch's) or ``same`` (TensorFlow's: at stride 2 and an even size the odd row
     and column come last); the parameters are the same.
-    ``activation_checkpointing``: save only the blocks' inputs for the backward pass, compute the rest again.
 
     Draws from torch's default CPU generator: wrap the call in ``fork_seeded_rng``. ValueError for unknown names.
     """
@@ -91,7 +84,7 @@ def build_encoder(
         raise ValueError(f"unknown padding {padding!r}: symmetric or same")
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
-    return ResNet(arch, width, stem, padding, activation_checkpointing)
+    return ResNet(arch, width, stem, padding)
 
 
 def _build_stage(

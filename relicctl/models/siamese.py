@@ -26,16 +26,9 @@ class Siamese(nn.Module):
     those of each microbatch. (GradCache, Gao et al., arXiv 2101.06983, caches gradients to the same end.)
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        projector: nn.Module,
-        predictor: nn.Module | None,
-        target: bool,
-        microbatch: int | None = None,
-    ) -> None:
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, target: bool) -> None:
         super().__init__()
-        self.microbatch = microbatch
+        self.microbatch: int | None = None
         self.online = nn.ModuleDict({"encoder": encoder, "projector": projector})
         self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
         if predictor is not None:
@@ -53,11 +46,7 @@ class Siamese(nn.Module):
         return encode(views)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Call ``forward_online``, for DistributedDataParallel."""
-        return self.forward_online(views)
-
-    def forward_online(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``views``: one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
+        """Online: ``views``, one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
 
         V is the sum of the V_i. One encoder forward per size; the memory format of the views is preserved.
         """

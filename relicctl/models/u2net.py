@@ -34,11 +34,11 @@ class U2Net(nn.Module):
         encoder, decoder = ENCODERS[arch], DECODERS[arch]
         self.encoder = nn.ModuleList()
         for stage in encoder:
-            self.encoder.append(_build_block(channels, stage))
+            self.encoder.append(RSU(channels, *stage))
             channels = stage[2]
         self.decoder = nn.ModuleList()
         for stage, skip_stage in zip(decoder, reversed(encoder[:-1]), strict=True):
-            self.decoder.append(_build_block(channels + skip_stage[2], stage))
+            self.decoder.append(RSU(channels + skip_stage[2], *stage))
             channels = stage[2]
         side_channels = [stage[2] for stage in reversed(decoder)] + [encoder[-1][2]]
         self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for channels in side_channels)
@@ -59,52 +59,31 @@ class U2Net(nn.Module):
 
 
 class RSU(nn.Module):
-    """RSU-L: a U of L - 1 levels over a dilated bottom, added to its own input layer (figure 2e)."""
+    """RSU-L: a U of L - 1 levels over a dilated bottom, added to its own input layer (figure 2e).
+
+    With ``height`` 0 RSU-4F: of height 4, with dilation in place of pooling, for maps too small to be halved.
+    """
 
     def __init__(self, channels: int, height: int, inner: int, out: int) -> None:
         super().__init__()
+        self._pools = height > 0
+        levels = list(enumerate([1] * (height - 1) if height else [1, 2, 4]))  # with their dilations
         self.enter = _build_conv(channels, out)
-        self.down = nn.ModuleList(_build_conv(out if k == 0 else inner, inner) for k in range(height - 1))
-        self.bottom = _build_conv(inner, inner, dilation=2)
-        self.up = nn.ModuleList(_build_conv(2 * inner, out if k == height - 2 else inner) for k in range(height - 1))
+        self.down = nn.ModuleList(_build_conv(inner if k else out, inner, d) for k, d in levels)
+        self.bottom = _build_conv(inner, inner, dilation=2 if height else 8)
+        self.up = nn.ModuleList(_build_conv(2 * inner, inner if k else out, d) for k, d in reversed(levels))
 
     def forward(self, x: Tensor) -> Tensor:
-        entered = self.enter(x)
-        levels = [self.down[0](entered)]
-        for convolution in self.down[1:]:
-            levels.append(convolution(_downsample(levels[-1])))
-        x = self.bottom(levels[-1])
+        entered = x = self.enter(x)
+        levels: list[Tensor] = []
+        for convolution in self.down:
+            x = convolution(_downsample(x) if levels and self._pools else x)
+            levels.append(x)
+        x = self.bottom(x)
         for convolution in self.up:
             level = levels.pop()
             x = convolution(torch.cat([upsample_to(x, level.shape[-2:]), level], 1))
         return torch.add(x, entered)
-
-
-class RSU4F(nn.Module):
-    """RSU-4F: the same, of height 4, with dilation in place of pooling, for maps too small to be halved."""
-
-    def __init__(self, channels: int, inner: int, out: int) -> None:
-        super().__init__()
-        self.enter = _build_conv(channels, out)
-        self.down = nn.ModuleList(_build_conv(out if d == 1 else inner, inner, d) for d in (1, 2, 4))
-        self.bottom = _build_conv(inner, inner, dilation=8)
-        self.up = nn.ModuleList(_build_conv(2 * inner, out if d == 1 else inner, d) for d in (4, 2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        entered = x = self.enter(x)
-        levels = []
-        for convolution in self.down:
-            x = convolution(x)
-            levels.append(x)
-        x = self.bottom(x)
-        for convolution in self.up:
-            x = convolution(torch.cat([x, levels.pop()], 1))
-        return torch.add(x, entered)
-
-
-def _build_block(channels: int, stage: Stage) -> nn.Module:
-    height, inner, out = stage
-    return RSU(channels, height, inner, out) if height else RSU4F(channels, inner, out)
 
 
 def _build_conv(channels: int, out: int, dilation: int = 1) -> nn.Sequential:

@@ -155,7 +155,7 @@ def count_activations(networks: Siamese, size: int, checkpointing: bool) -> int:
     blocks = [b for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4) for b in stage]
     layers = list_saving_layers(networks.online)
     images = torch.empty(1, 2, 3, size, size, device=next(networks.parameters()).device)
-    sizes = count_outputs((*layers, *blocks), lambda: networks.forward_online([images]))
+    sizes = count_outputs((*layers, *blocks), lambda: networks([images]))
     everything = sum(sizes[layer] for layer in layers)
     if not checkpointing:
         return everything

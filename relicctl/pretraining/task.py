@@ -155,20 +155,20 @@ class Schedule:
 
 def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
     """Return encoder, heads and target of the objective, initialised as a pure function of the seed."""
-    model, microbatch = config.model, config.optim.microbatch
+    model = config.model
     with fork_seeded_rng(derive_seed(config.seed, Stream.INIT)):
-        encoder = build_encoder(
-            model.arch, model.width, model.stem, model.padding, config.runtime.activation_checkpointing
-        )
+        encoder = build_encoder(model.arch, model.width, model.stem, model.padding)
+        encoder.activation_checkpointing = config.runtime.activation_checkpointing
         if config.objective == "supervised":
-            networks = Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False, microbatch)
+            networks = Siamese(encoder, nn.Linear(encoder.feature_dim, classes), None, False)
         else:
             projector = MLPHead(encoder.feature_dim, model.projector.hidden, model.projector.out)
             predictor = MLPHead(model.projector.out, model.predictor.hidden, model.predictor.out)
             if config.objective == "simclr":
-                networks = Siamese(encoder, projector, None, False, microbatch)
+                networks = Siamese(encoder, projector, None, False)
             else:
-                networks = Siamese(encoder, projector, predictor, True, microbatch)
+                networks = Siamese(encoder, projector, predictor, True)
+    networks.microbatch = config.optim.microbatch
     for module in networks.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = model.bn_momentum

@@ -14,7 +14,7 @@ from relicctl.config.bgmask import PredictConfig, RefineConfig
 from relicctl.core.counter_rng import fork_seeded_rng
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImageError, BadImages
-from relicctl.data.mask_bank import MASK_SIDE, MaskBank
+from relicctl.data.mask_bank import MASK_SIDE, MaskBank, MaskBankWriter
 from relicctl.errors import DataError, UsageError
 from relicctl.models.resnet import build_encoder
 
@@ -116,7 +116,7 @@ def bank_of(source, path, workers=0, net=None):
     """Write a bank; return how many masks there were after each batch, and the bad images."""
     done, bad = [], []
     predictor = SaliencyPredictor(net or Redness(), PLAIN, RefineConfig(), CPU)
-    with MaskBank.create(path, source, made_by="test") as writer:
+    with MaskBankWriter(path, source, made_by="test") as writer:
         write_mask_bank(
             predictor,
             MaskSource(source, workers, prior_size=24),
@@ -180,7 +180,7 @@ def test_masks_that_are_written_are_not_computed_again(tmp_path):
             raise KeyboardInterrupt
 
     predictor = SaliencyPredictor(Redness(), PLAIN, RefineConfig(), CPU)
-    with pytest.raises(KeyboardInterrupt), MaskBank.create(path, source, made_by="test") as writer:
+    with pytest.raises(KeyboardInterrupt), MaskBankWriter(path, source, made_by="test") as writer:
         write_mask_bank(predictor, MaskSource(source), writer, show=cut_short)
     source.read_so_far.clear()
     done, _ = bank_of(source, path)

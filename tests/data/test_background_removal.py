@@ -27,9 +27,9 @@ from relicctl.data.crops import crop_on_host
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.decoding import BadImages, decode_rgb, decode_rgba
+from relicctl.data.decoding import BadImages, decode_rgb
 from relicctl.data.loader import LoaderConfig, ViewLoader, resolve_cache
-from relicctl.data.mask_bank import MaskBank
+from relicctl.data.mask_bank import MaskBank, MaskBankWriter
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import DrawKey, Sampler
 from relicctl.data.views import CropSpec, ViewSpec, draw_view_boxes
@@ -77,7 +77,7 @@ def usable(index: int) -> bool:
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory) -> MaskBank:
     path = tmp_path_factory.mktemp("run") / "masks.bank"
-    with MaskBank.create(path, Photos(), made_by="a test") as writer:
+    with MaskBankWriter(path, Photos(), made_by="a test") as writer:
         for index in range(COUNT):
             writer.write_mask(index, mask_of(index))
     return MaskBank.open(path)
@@ -215,7 +215,7 @@ def test_limits_are_of_the_foregrounds_share(tmp_path):
         mask = np.zeros(128 * 128, bool)
         mask[: [0, 163, 164, 8000, 16220, 16221, 16384][index % 7]] = True
         masks[index] = mask.reshape(128, 128)
-    with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index, mask in masks.items():
             writer.write_mask(index, mask)
     bank = MaskBank.open(tmp_path)
@@ -274,7 +274,7 @@ def test_a_subset_finds_its_own_masks(bank):
 
 def test_the_demo_datas_own_masks_leave_the_object(tmp_path):
     source = ShapesDataset.from_spec("shapes:train=16", "train")
-    with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index in range(16):
             squashed = Image.fromarray(source.load_mask(index)).resize((128, 128), Image.Resampling.NEAREST)
             writer.write_mask(index, np.asarray(squashed))
@@ -322,7 +322,7 @@ def test_alpha_is_decoded_beside_the_same_colours(form):
         data = encoded(
             Image.fromarray(np.dstack([pixels, alpha])), form, **{"lossless": True} if form == "WEBP" else {}
         )
-    decoded = decode_rgba(data)
+    decoded = decode_rgb(data, keep_alpha=True)
     assert np.array_equal(decoded[..., :3], decode_rgb(data))
     assert np.array_equal(decoded[..., 3], alpha)
     mask = AlphaMasks(LIMITS).read(0, decoded)
@@ -334,15 +334,15 @@ def test_alpha_stands_upright_with_its_image():
     pixels = np.dstack([np.zeros((20, 30, 3), np.uint8), disc(20, 30)])
     exif = Image.Exif()
     exif[0x0112] = 6
-    decoded = decode_rgba(encoded(Image.fromarray(pixels), exif=exif))
+    decoded = decode_rgb(encoded(Image.fromarray(pixels), exif=exif), keep_alpha=True)
     assert np.array_equal(decoded[..., 3], np.rot90(disc(20, 30), -1))
 
 
 def test_images_without_alpha_have_no_mask():
     image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
     for picture in (image, image.convert("L"), image.convert("P")):
-        assert decode_rgba(encoded(picture)).shape == (20, 30, 3)
-    assert AlphaMasks(LIMITS).read(0, decode_rgba(encoded(image))) is None
+        assert decode_rgb(encoded(picture), keep_alpha=True).shape == (20, 30, 3)
+    assert AlphaMasks(LIMITS).read(0, decode_rgb(encoded(image), keep_alpha=True)) is None
 
 
 @pytest.fixture

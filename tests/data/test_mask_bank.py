@@ -16,7 +16,7 @@ import pytest
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.mask_bank import FLUSH_EVERY, HEADER_BYTES, MaskBank, make_layout
+from relicctl.data.mask_bank import FLUSH_EVERY, HEADER_BYTES, MaskBank, MaskBankWriter, make_layout
 from relicctl.errors import DataError, RelicError, RunFailed
 
 COUNT = 40
@@ -49,7 +49,7 @@ def source_of(count: int = COUNT) -> Named:
 
 
 def fill(path: Path, source: ImageDataset) -> MaskBank:
-    with MaskBank.create(path, source, made_by="a test") as writer:
+    with MaskBankWriter(path, source, made_by="a test") as writer:
         for index in writer.find_missing().tolist():
             writer.write_mask(index, mask_of(index))
     return MaskBank.open(path)
@@ -67,7 +67,7 @@ def bank_file(tmp_path_factory) -> Path:
 
 def test_what_was_put_in_comes_out_whatever_the_order(tmp_path):
     source = source_of()
-    with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "masks.bank", source, made_by="a test") as writer:
         for index in np.random.default_rng(1).permutation(COUNT).tolist():
             writer.write_mask(index, mask_of(index))
     bank = MaskBank.open(tmp_path)  # the folder will do
@@ -108,7 +108,7 @@ def test_drawn_pictures_of_another_seed_are_other_data_though_their_names_are_eq
 def test_the_same_masks_make_the_same_file_and_others_another_identity(tmp_path):
     one, same = fill(tmp_path / "one", source_of()), fill(tmp_path / "same", source_of())
     assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
-    with MaskBank.create(tmp_path / "other", source_of(), made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "other", source_of(), made_by="a test") as writer:
         for index in range(COUNT):
             writer.write_mask(index, mask_of(index) if index else ~mask_of(index))
     assert one.identity == same.identity != MaskBank.open(tmp_path / "other").identity
@@ -126,8 +126,8 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
     path, count = tmp_path / "masks.bank", 20 * FLUSH_EVERY
     code = (
         "import sys, numpy as np; sys.path[:0] = [sys.argv[2]]\n"
-        "from pathlib import Path; from test_mask_bank import MaskBank, mask_of, source_of\n"
-        f"writer = MaskBank.create(Path(sys.argv[1]), source_of({count}), made_by='a test')\n"
+        "from pathlib import Path; from test_mask_bank import MaskBankWriter, mask_of, source_of\n"
+        f"writer = MaskBankWriter(Path(sys.argv[1]), source_of({count}), made_by='a test')\n"
         f"for index in range({count}):\n"
         "    writer.write_mask(index, mask_of(index % 40)); print(index, flush=True)\n"
         "    if index > 1100: break\n"
@@ -148,7 +148,7 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
     assert not path.exists()
     with pytest.raises(DataError, match="not finished"):
         MaskBank.open(path)
-    writer = MaskBank.create(path, source_of(count), made_by="a test")
+    writer = MaskBankWriter(path, source_of(count), made_by="a test")
     first = int(writer.find_missing()[0])
     assert first > seen - FLUSH_EVERY
     assert np.array_equal(writer.find_missing(), np.arange(first, count))
@@ -163,20 +163,20 @@ def test_what_was_written_is_known_after_a_kill(tmp_path):
 @pytest.mark.parametrize("other", ["data", "maker", "nonsense", "cut"])
 def test_what_another_maker_left_is_not_mixed_in(tmp_path, other):
     path, part = tmp_path / "masks.bank", tmp_path / "masks.bank.part"
-    with MaskBank.create(path, source_of(), made_by="a test") as writer:
+    with MaskBankWriter(path, source_of(), made_by="a test") as writer:
         writer.write_mask(3, mask_of(3))
     if other == "nonsense":
         part.write_bytes(b"nonsense")
     if other == "cut":
         os.truncate(part, HEADER_BYTES + 100)
     source = source_of() if other != "data" else Named([f"{n}x" for n in range(COUNT)])
-    again = MaskBank.create(path, source, made_by="another" if other == "maker" else "a test")
+    again = MaskBankWriter(path, source, made_by="another" if other == "maker" else "a test")
     assert len(again.find_missing()) == COUNT
     again.close()
 
 
 def test_a_mask_may_be_written_again(tmp_path):
-    with MaskBank.create(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
         for index in range(COUNT):
             writer.write_mask(index, ~mask_of(index))
         for index in range(COUNT):
@@ -186,7 +186,7 @@ def test_a_mask_may_be_written_again(tmp_path):
 
 @pytest.mark.parametrize("mask", [np.zeros((128, 127), bool), np.zeros((128, 128), np.uint8)])
 def test_only_masks_are_taken(tmp_path, mask):
-    with MaskBank.create(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
+    with MaskBankWriter(tmp_path / "masks.bank", source_of(), made_by="a test") as writer:
         with pytest.raises(ValueError, match="a mask is bool"):
             writer.write_mask(0, mask)
         assert len(writer.find_missing()) == COUNT
@@ -195,7 +195,7 @@ def test_only_masks_are_taken(tmp_path, mask):
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailed, match="could not be written"):
-        MaskBank.create(tmp_path / "file" / "masks.bank", source_of(), made_by="a test")
+        MaskBankWriter(tmp_path / "file" / "masks.bank", source_of(), made_by="a test")
 
 
 # Broken, foreign and missing banks.
@@ -246,7 +246,7 @@ def test_any_flipped_bit_before_the_masks_is_told(bank_file, tmp_path):
 
 
 def test_an_unfinished_bank_is_none_under_any_name(tmp_path):
-    MaskBank.create(tmp_path / "masks.bank", source_of(), made_by="a test").close()
+    MaskBankWriter(tmp_path / "masks.bank", source_of(), made_by="a test").close()
     for path in (tmp_path, tmp_path / "masks.bank", tmp_path / "masks.bank.part"):
         with pytest.raises(DataError, match="not finished"):
             MaskBank.open(path)
@@ -280,7 +280,7 @@ def test_masks_are_not_held_in_memory(tmp_path):
     mask = np.zeros((128, 128), bool)
     tracemalloc.start()
     try:
-        with MaskBank.create(tmp_path / "masks.bank", source, made_by="a test") as writer:
+        with MaskBankWriter(tmp_path / "masks.bank", source, made_by="a test") as writer:
             for index in range(3000):
                 writer.write_mask(index, mask)
         MaskBank.open(tmp_path).find_rows(source)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.loader import _ChunkCropper
+from relicctl.data.loader import _crop_chunk
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import DrawKey, Sampler
 from relicctl.data.views import IMAGES_PER_DECODE, CropSpec, ViewSpec, crop_views
@@ -32,10 +34,10 @@ def test_images_of_any_size_are_cropped_together_as_alone():
 
 def test_a_unit_is_its_rows_wherever_it_is_cut():
     source = ShapesDataset.from_spec("shapes:train=40,val=4", "train")
-    cropper = _ChunkCropper(source, Sampler(0, 40, 20), PLAN, 0, None)
-    whole, used, _ = cropper.crop_chunk((1, 0, 20))
+    crop_chunk = partial(_crop_chunk, source, Sampler(0, 40, 20), PLAN, 0, None)
+    whole, used, _ = crop_chunk((1, 0, 20))
     assert len(used) > IMAGES_PER_DECODE  # several groups, the last one short
-    first, last = cropper.crop_chunk((1, 0, 3)), cropper.crop_chunk((1, 3, 20))
+    first, last = crop_chunk((1, 0, 3)), crop_chunk((1, 3, 20))
     assert np.array_equal(np.concatenate([first[1], last[1]]), used)
     for view, a, b in zip(whole, first[0], last[0], strict=True):
         assert np.array_equal(view, np.concatenate([a, b], axis=1))

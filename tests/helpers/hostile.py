@@ -187,7 +187,7 @@ def pickles() -> list[bytes]:
 def banks() -> list[bytes]:
     path = PLACE / "seed.bank"
     path.unlink(missing_ok=True)
-    writer = mask_bank.MaskBank.create(path, MASKED, made_by="hostile")
+    writer = mask_bank.MaskBankWriter(path, MASKED, made_by="hostile")
     for row in writer.find_missing().tolist():
         writer.write_mask(row, np.eye(mask_bank.MASK_SIDE, dtype=bool))
     writer.close()

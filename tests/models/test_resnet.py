@@ -161,7 +161,8 @@ def test_activation_checkpointing_changes_nothing(arch):
 
     def trained(activation_checkpointing):
         with fork_seeded_rng(0):
-            encoder = build_encoder(arch, 0.125, activation_checkpointing=activation_checkpointing)
+            encoder = build_encoder(arch, 0.125)
+            encoder.activation_checkpointing = activation_checkpointing
         for step in range(2):
             encoder(images(4, seed=step)).square().mean().backward()
         return [p.grad for p in encoder.parameters()], list(encoder.buffers())
@@ -172,7 +173,8 @@ def test_activation_checkpointing_changes_nothing(arch):
 
 def test_activation_checkpointing_keeps_less_for_the_backward_pass():
     def kept(activation_checkpointing):
-        encoder = build_encoder("resnet18", 0.125, activation_checkpointing=activation_checkpointing)
+        encoder = build_encoder("resnet18", 0.125)
+        encoder.activation_checkpointing = activation_checkpointing
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             encoder(images(4))

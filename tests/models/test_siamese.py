@@ -72,7 +72,7 @@ def test_target_is_the_moving_average_of_the_online_parameters():
 
 def test_moving_average_leaves_running_statistics_alone():
     net = pair()
-    net.forward_online([views(2, 8)])
+    net([views(2, 8)])
     before = [b.clone() for b in net.target.buffers()]
     net.update_target(0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, net.target.buffers(), strict=True))
@@ -81,7 +81,7 @@ def test_moving_average_leaves_running_statistics_alone():
 def test_online_forward_keeps_views_and_images_in_place():
     net = pair().eval()  # with running statistics every image is on its own
     large, small = views(2, 16), views(3, 8, seed=1)
-    features, outputs = net.forward_online([large, small])
+    features, outputs = net([large, small])
     assert features.shape == (5, 3, net.online["encoder"].feature_dim)
     assert outputs.shape == (5, 3, 8)
     for v, (group, k) in enumerate([(large, 0), (large, 1), (small, 0), (small, 1), (small, 2)]):
@@ -94,7 +94,7 @@ def test_online_forward_keeps_views_and_images_in_place():
 
 def test_without_predictor_the_projection_comes_out():
     net = pair(predictor=False, target=False).eval()
-    features, outputs = net.forward_online([views(2, 8)])
+    features, outputs = net([views(2, 8)])
     torch.testing.assert_close(outputs[1], net.online["projector"](features[1]))
     assert net.target is None
 
@@ -104,7 +104,7 @@ def test_one_encoder_forward_per_size_and_one_head_forward():
     batches = {"encoder": [], "projector": [], "predictor": []}
     for name, seen in batches.items():
         net.online[name].register_forward_hook(lambda m, args, out, seen=seen: seen.append(len(args[0])))
-    net.forward_online([views(2, 16), views(3, 8)])
+    net([views(2, 16), views(3, 8)])
     assert batches == {"encoder": [6, 9], "projector": [15], "predictor": [15]}
 
 
@@ -127,7 +127,7 @@ def test_target_forward_uses_the_batch_and_statistics_of_its_own():
 
 def test_gradient_reaches_the_online_network_alone():
     net = pair()
-    _, outputs = net.forward_online([views(2, 8), views(1, 4)])
+    _, outputs = net([views(2, 8), views(1, 4)])
     (outputs[:2] - net.forward_target(views(2, 8))).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.online.parameters() if p.ndim > 1)
     assert all(p.grad is None for p in net.target.parameters())
@@ -139,7 +139,7 @@ def test_channels_last_views_reach_the_encoder_as_they_are(network):
     seen = []
     getattr(net, network)["encoder"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     x = views(2, 8).flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 3))
-    net.forward_online([x]) if network == "online" else net.forward_target(x)
+    net([x]) if network == "online" else net.forward_target(x)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert seen[0].data_ptr() == x.data_ptr(), "no copy"
 
@@ -147,7 +147,7 @@ def test_channels_last_views_reach_the_encoder_as_they_are(network):
 def test_any_module_serves_as_projector():
     encoder = build_encoder("resnet18", 0.125, "cifar")
     net = Siamese(encoder, nn.Linear(encoder.feature_dim, 10), None, target=False)
-    assert net.forward_online([views(2, 8)])[1].shape == (2, 3, 10)
+    assert net([views(2, 8)])[1].shape == (2, 3, 10)
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_norm():
@@ -158,12 +158,14 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_with_the_same_ghost_n
     def build(microbatch):
         with fork_seeded_rng(0):
             encoder = build_encoder("resnet18", 0.125, "stride2")
-            return Siamese(encoder, MLPHead(64, 16, 8), MLPHead(8, 16, 8), True, microbatch)
+            networks = Siamese(encoder, MLPHead(64, 16, 8), MLPHead(8, 16, 8), True)
+            networks.microbatch = microbatch
+            return networks
 
     cached, plain = build(2), build(None)
-    outputs = cached.forward_online(views)[1]
+    outputs = cached(views)[1]
     (outputs * weights).sum().backward()
-    parts = [plain.forward_online([view[:, i : i + 2] for view in views])[1] for i in (0, 2, 4)]
+    parts = [plain([view[:, i : i + 2] for view in views])[1] for i in (0, 2, 4)]
     (torch.cat(parts, 1) * weights).sum().backward()
 
     assert torch.equal(outputs, torch.cat(parts, 1))

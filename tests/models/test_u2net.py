@@ -9,7 +9,7 @@ from torch import nn
 from relicctl.bgmask.network import build_saliency_net
 from relicctl.core.counter_rng import fork_seeded_rng
 from relicctl.models.resnet import build_encoder
-from relicctl.models.u2net import RSU, RSU4F
+from relicctl.models.u2net import RSU
 
 OUTPUTS = {"u2netp": 7, "resnet": 5}
 
@@ -41,7 +41,7 @@ def test_a_residual_u_halves_its_maps_level_by_level(height, levels):
 
 
 def test_the_dilated_u_keeps_its_resolution():
-    block = RSU4F(3, 4, 8)
+    block = RSU(3, 0, 4, 8)
     dilations = [layer.dilation[0] for layer in block.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert dilations == [1, 1, 2, 4, 8, 4, 2, 1]
     assert block(torch.randn(2, 3, 5, 7)).shape == (2, 8, 5, 7)

@@ -21,7 +21,7 @@ from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.mask_bank import MaskBank
+from relicctl.data.mask_bank import MaskBank, MaskBankWriter
 from relicctl.errors import UsageError
 from relicctl.pretraining.data import resolve_bank_path
 from tests.helpers.configs import tiny_pretrain_yaml
@@ -37,7 +37,7 @@ MESSAGE = "no background masks"
 
 def true_masks(path: Path, source: ShapesDataset, wanted: range) -> Path:
     """A bank of the objects' true masks, but for samples outside ``wanted``, which have empty ones."""
-    with MaskBank.create(path, source, made_by="the true masks") as writer:
+    with MaskBankWriter(path, source, made_by="the true masks") as writer:
         for index in range(len(source)):
             squashed = Image.fromarray(source.load_mask(index)).resize((128, 128), Image.Resampling.NEAREST)
             writer.write_mask(index, np.asarray(squashed) & (index in wanted))

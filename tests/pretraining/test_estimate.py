@@ -36,7 +36,7 @@ def saved_for_backward(networks: torch.nn.Module, views: list[torch.Tensor]) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        networks.forward_online(views)  # type: ignore[operator]
+        networks(views)
     return sum(storage.nbytes() for storage in kept.values())
 
 

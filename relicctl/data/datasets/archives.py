@@ -14,11 +14,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol
+from functools import cached_property, lru_cache, partial
+from io import FileIO
+from typing import IO, NamedTuple, Protocol
 
 from relicctl.data.decoding import IMAGE_EXTENSIONS, BadImageError
 from relicctl.errors import DataError
@@ -75,16 +76,13 @@ class Folder:
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith("."):
                 continue
-            if _is_directory(entry):
+            mode, size = stat.S_IFREG, 0
+            with suppress(OSError):  # a link to nowhere or in a circle: reading it says so
+                mode, size = entry.stat().st_mode, entry.stat().st_size
+            if stat.S_ISDIR(mode):
                 yield from self._walk(name, enclosing | {identity})
-            elif usable := normalize_image_name(name):
-                try:
-                    found = entry.stat()
-                except OSError:  # a link to nowhere: reading it says so
-                    yield usable, Member(0, 0, 0)
-                    continue
-                if stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
-                    yield usable, Member(0, found.st_size, found.st_size)
+            elif stat.S_ISREG(mode) and (usable := normalize_image_name(name)):  # a pipe would wait for ever
+                yield usable, Member(0, size, size)
 
     def read(self, name: bytes, member: Member) -> bytes:
         _check_size(member)
@@ -92,14 +90,10 @@ class Folder:
             with open(os.path.join(os.fsencode(self.path), name), "rb") as file:
                 return file.read()
         except OSError as error:
-            self._check_exists()
+            with convert_os_errors(self.path):  # a disk that was unplugged or unmounted is no bad image
+                if not any(os.scandir(self.path)):
+                    raise DataError(f"{self.path} has become empty.", "Check the path and the disk.") from None
             raise BadImageError(f"cannot be read: {error.strerror}") from error
-
-    def _check_exists(self) -> None:
-        """Raise DataError if the disk was unplugged or unmounted: that is no bad image."""
-        with convert_os_errors(self.path):
-            if not any(os.scandir(self.path)):
-                raise DataError(f"{self.path} has become empty.", "Check the path and the disk.")
 
 
 @dataclass(frozen=True)
@@ -127,9 +121,9 @@ class Archive:
         return member.offset
 
     def _read_bytes(self, offset: int, length: int) -> bytes:
-        file = _get_file_handle(self.path, self.version, os.getpid())  # held until the read is done
+        file = _open_file(self.path, self.version, os.getpid())  # held until the read is done
         try:
-            return os.pread(file.descriptor, length, offset)
+            return os.pread(file.fileno(), length, offset)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
@@ -138,34 +132,25 @@ class Tar(Archive):
     """An uncompressed .tar."""
 
     def iter_images(self) -> Iterator[tuple[str, Member]]:
-        try:
-            with convert_os_errors(self.path), tarfile.open(self.path, "r:") as tar:
-                before = -1
-                while (found := tar.next()) and tar.offset > before:
-                    before = tar.offset  # a header whose size leads backwards would be read for ever
-                    tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
-                    name = normalize_image_name(found.name)
-                    if name and found.isreg() and not found.issparse():
-                        yield name, _make_member(found.offset_data, found.size, found.size)
-                self._check_end(tar.offset)
-        except _ARCHIVE_ERRORS as error:
-            raise _make_damaged_error(self.path) from error
-
-    def _check_end(self, offset: int) -> None:
-        """Raise DataError unless the file or a block of zeros ends here: tarfile takes a damaged header for the end."""
-        if offset < 0 or offset > self.version[0] or any(self._read_bytes(offset, tarfile.BLOCKSIZE)):
-            raise _make_damaged_error(self.path)
+        with _convert_archive_errors(self.path), tarfile.open(self.path, "r:") as tar:
+            before = -1
+            while (found := tar.next()) and tar.offset > before:
+                before = tar.offset  # a header whose size leads backwards would be read for ever
+                tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
+                name = normalize_image_name(found.name)
+                if name and found.isreg() and not found.issparse():
+                    yield name, _make_member(found.offset_data, found.size, found.size)
+            # tarfile takes a damaged header for the end; there the file ends or zeros begin
+            if not 0 <= tar.offset <= self.version[0] or any(self._read_bytes(tar.offset, tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError
 
 
 class Zip(Archive):
     """A .zip whose members are stored or deflated."""
 
     def iter_images(self) -> Iterator[tuple[str, Member]]:
-        try:
-            with convert_os_errors(self.path), zipfile.ZipFile(self.path) as archive:
-                members = archive.infolist()
-        except _ARCHIVE_ERRORS as error:
-            raise _make_damaged_error(self.path) from error
+        with _convert_archive_errors(self.path), zipfile.ZipFile(self.path) as archive:
+            members = archive.infolist()
         for found in members:
             name = normalize_image_name(found.filename)
             if name and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
@@ -211,32 +196,33 @@ def convert_os_errors(path: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and the disk.") from error
 
 
-class _FileHandle:
-    """A file descriptor that closes when the last thread using it lets go."""
+@contextmanager
+def _convert_archive_errors(path: str) -> Iterator[None]:
+    """Convert what Python raises for a damaged archive, or an OSError, into a DataError."""
+    try:
+        with convert_os_errors(path):
+            yield
+    except _ARCHIVE_ERRORS as error:
+        fix = "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again."
+        raise DataError(f"{path} is no zip or tar archive, or a damaged one.", fix) from error
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+
+class _OpenFile(FileIO):
+    """Closes when the last thread using it lets go."""
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        self.close()
 
 
 @lru_cache(maxsize=_MAX_OPEN_FILES)
-def _get_file_handle(path: str, version: tuple[int, int], process: int) -> _FileHandle:
+def _open_file(path: str, version: tuple[int, int], process: int) -> _OpenFile:
     """One descriptor per process: a forked or spawned worker opens its own. Raises DataError."""
     with convert_os_errors(path):
-        file = _FileHandle(os.open(path, os.O_RDONLY))
-        found = os.fstat(file.descriptor)
+        file = _OpenFile(path)
+        found = os.fstat(file.fileno())
     if (found.st_size, found.st_mtime_ns) != version:
         raise DataError(f"{path} has changed since it was indexed.", "Start again when it is complete.")
     return file
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle
-        return False
 
 
 def _make_member(offset: int, stored: int, size: int, method: int = _STORED, crc: int = NO_CRC) -> Member:
@@ -263,12 +249,6 @@ def _inflate(data: bytes, size: int) -> bytes:
     return unpacked
 
 
-def _make_damaged_error(path: str) -> DataError:
-    what = f"{path} is no zip or tar archive, or a damaged one."
-    fix = "Give a folder, a .zip or an uncompressed .tar; if it was copied or downloaded, do that again."
-    return DataError(what, fix)
-
-
 def split_spec(spec: str) -> tuple[str, str]:
     """Split PATH or PATH#FOLDER into the path and the folder, "" for all."""
     path, _, folder = (spec, "", "") if "#" not in spec or os.path.lexists(spec) else spec.rpartition("#")
@@ -288,37 +268,30 @@ class FileReader:
         """Return the content of the file; None if there is none. Raises DataError for what cannot be read."""
         whole = posixpath.join(self._folder, name)
         with convert_os_errors(self._path):
-            if isinstance(self._container, Folder):
-                file = os.path.join(self._path, whole)
-                if not os.path.isfile(file):
-                    return None
-                with open(file, "rb") as handle:
-                    return handle.read(MAX_TEXT_BYTES)
             try:
-                return self._read_from_archive(whole)
+                handle = self._open(whole)
+                if handle is None:
+                    return None
+                with handle:
+                    return handle.read(MAX_TEXT_BYTES)
             except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError, EOFError) as reason:
                 raise DataError(f"{name} in {self._path} cannot be read ({reason}).", "Pack it again.") from None
 
-    def _read_from_archive(self, name: str) -> bytes | None:
-        archive = self._archive
-        if isinstance(archive, tarfile.TarFile):
-            member = self._members.get(name)
-            handle = archive.extractfile(member) if member is not None and member.isreg() else None
-            return None if handle is None else handle.read(MAX_TEXT_BYTES)
-        try:
-            with archive.open(name) as handle:
-                return handle.read(MAX_TEXT_BYTES)
-        except KeyError:
-            return None
+    def _open(self, name: str) -> IO[bytes] | None:
+        if isinstance(self._container, Folder):
+            file = os.path.join(self._path, name)
+            return open(file, "rb") if os.path.isfile(file) else None
+        open_member = self._archive_openers.get(name)
+        return None if open_member is None else open_member()
 
     @cached_property
-    def _archive(self) -> zipfile.ZipFile | tarfile.TarFile:
-        return tarfile.open(self._path, "r:") if isinstance(self._container, Tar) else zipfile.ZipFile(self._path)
-
-    @cached_property
-    def _members(self) -> dict[str, tarfile.TarInfo]:
-        assert isinstance(self._archive, tarfile.TarFile)
-        return {posixpath.normpath(member.name): member for member in self._archive.getmembers()}
+    def _archive_openers(self) -> dict[str, Callable[[], IO[bytes] | None]]:
+        if isinstance(self._container, Tar):
+            tar = tarfile.TarFile(self._path)
+            members = {posixpath.normpath(member.name): member for member in tar.getmembers()}
+            return {name: partial(tar.extractfile, member) for name, member in members.items() if member.isreg()}
+        archive = zipfile.ZipFile(self._path)
+        return {name: partial(archive.open, name) for name in archive.namelist()}
 
 
 def normalize_image_name(name: str) -> str | None:

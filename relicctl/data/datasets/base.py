@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,12 +23,14 @@ class ImageDataset(ABC):
         namespace: What distinguishes its names from equal names of other images; empty for files.
         classes: Sorted names, ``()`` if unlabelled.
         labels: int64 ``[N]`` that index ``classes``, or None.
+        decode: From a file's bytes to pixels.
     """
 
     spec: str
     namespace: str = ""
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
+    decode: Callable[[bytes], np.ndarray] = staticmethod(decode_rgb)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,7 +50,7 @@ class ImageDataset(ABC):
     def load(self, index: int) -> np.ndarray:
         """Return the pixels, uint8 ``[H, W, 3]``. Raises BadImageError."""
         data = self.read(index)
-        return decode_rgb(data) if isinstance(data, bytes) else data
+        return self.decode(data) if isinstance(data, bytes) else data
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
         """Return the samples at ``indices``, int ``[K]``, in that order, with the same classes."""
@@ -93,12 +95,10 @@ class FileDataset(ImageDataset):
 
     Args:
         spec: What the user named.
-        containers: Each with the prefix that its samples' names have here, so that names are unique among several
-            containers.
+        containers: Each with the prefix of its samples' names, which makes them unique among several containers.
         names: All samples' names, prefixes included.
         members: int64 ``[N, 6]``, the number of the container and the fields of its Member.
-        classes: Sorted names, ``()`` if unlabelled.
-        labels: int64 ``[N]`` that index ``classes``, or None.
+        classes, labels: As in ImageDataset.
     """
 
     def __init__(

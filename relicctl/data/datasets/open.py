@@ -134,7 +134,13 @@ def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
 def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
     """List the images at ``path``, or those in its ``folder``, named from there. Raises DataError if there are none."""
     if not os.path.exists(path):
-        raise _make_missing_path_error(path)
+        parent, name = os.path.split(path.rstrip("/"))
+        siblings: list[str] = []
+        with suppress(OSError):
+            siblings = os.listdir(parent or ".")
+        near = ", ".join(difflib.get_close_matches(name, siblings))
+        fix = f"Check the path; near it are {near}." if near else "Check the path."
+        raise DataError(f"There is no folder or archive '{path}'.", fix)
     container = open_container(path)
     if folder and isinstance(container, Folder):
         inner = os.path.join(path, folder)
@@ -156,15 +162,6 @@ def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str,
         what = f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}."
         raise DataError(what, f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.")
     return container, entries
-
-
-def _make_missing_path_error(path: str) -> DataError:
-    folder, name = os.path.split(path.rstrip("/"))
-    near: list[str] = []
-    with suppress(OSError):
-        near = difflib.get_close_matches(name, os.listdir(folder or "."))
-    fix = f"Check the path; near it are {', '.join(near)}." if near else "Check the path."
-    return DataError(f"There is no folder or archive '{path}'.", fix)
 
 
 def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:

@@ -23,6 +23,7 @@ from relicctl.errors import DataError
 DEFAULT_ROOT = "~/.cache/relicctl/torchvision"
 EXCLUDED_DATASETS = ("DatasetFolder", "ImageFolder", "VisionDataset", "EMNIST")  # EMNIST calls its alphabets splits
 SPLIT_ALIASES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}
+SAMPLE_PAIRS = ("samples", "_samples", "imgs")  # attributes that hold (path, label)
 
 
 class ArrayDataset(ImageDataset):
@@ -142,14 +143,9 @@ def _get_attribute(dataset: Any, *names: str) -> Any:
     return None
 
 
-def _get_samples(dataset: Any) -> list[tuple[Any, int]] | None:
-    samples: list[tuple[Any, int]] | None = _get_attribute(dataset, "samples", "_samples", "imgs")
-    return samples
-
-
 def _get_labels(dataset: Any) -> np.ndarray | None:
     """Return int64 ``[N]``, or None if some sample has no class."""
-    pairs = _get_samples(dataset)
+    pairs = _get_attribute(dataset, *SAMPLE_PAIRS)
     raw = [label for _, label in pairs] if pairs else _get_attribute(dataset, "targets", "labels", "_labels", "y")
     labels = np.asarray([] if raw is None else raw)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0 or labels.min() < 0:
@@ -168,7 +164,7 @@ def _get_paths(dataset: Any) -> Any:
         folders = [os.path.join(dataset.root, "101_ObjectCategories", name) for name in dataset.categories]
         numbered = zip(dataset.y, dataset.index, strict=True)
         return [os.path.join(folders[label], f"image_{number:04d}.jpg") for label, number in numbered]
-    pairs = _get_samples(dataset)
+    pairs = _get_attribute(dataset, *SAMPLE_PAIRS)
     return [path for path, _ in pairs] if pairs else _get_attribute(dataset, "_image_files", "_images", "data")
 
 
