@@ -59,7 +59,7 @@ def step(preset: str, batch: int, views: list[torch.Tensor], compiled: bool, tri
         torch.backends.cudnn.benchmark = trials
         losses = task.compute_loss(Batch(views, None), 0)
         losses["loss"].backward()
-        record_nonfinite(bad_step, 0, losses["loss"], parameters)
+        record_nonfinite(bad_step, 0, [losses["loss"].detach(), *(p.grad for p in parameters)])
         task.optimizer.step()
         task.optimizer.zero_grad(set_to_none=True)
         task.after_step(0)

@@ -63,7 +63,7 @@ def test_the_host_never_waits_for_a_step(negatives):
     def step(number: int) -> None:
         losses = trained.compute_loss(batch, number)
         losses["loss"].backward()
-        record_nonfinite(bad_step, number, losses["loss"], parameters)
+        record_nonfinite(bad_step, number, [losses["loss"].detach(), *(p.grad for p in parameters)])
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
         trained.after_step(number)

@@ -92,7 +92,7 @@ def measure_step_parts(
         laps.record_lap("loss")
         outputs.backward(ends.grad)
         laps.record_lap("networks backward")
-        bad_step = record_nonfinite(bad_step, step, losses["loss"], parameters)
+        bad_step = record_nonfinite(bad_step, step, [losses["loss"].detach(), *(p.grad for p in parameters)])
         laps.record_lap("check")
         task.optimizer.step()
         task.optimizer.zero_grad(set_to_none=True)

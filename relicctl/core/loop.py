@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -174,7 +174,8 @@ def _train_step(task: Task, batch: Any, state: TrainState, bad_step: torch.Tenso
         group["lr"] = task.get_learning_rate(state.step)
     losses = task.compute_loss(batch, state.step)
     losses["loss"].backward()
-    bad_step = record_nonfinite(bad_step, state.step, losses["loss"], _list_parameters(task))
+    checked = losses["loss"].detach(), *(p.grad for p in _list_parameters(task))
+    bad_step = record_nonfinite(bad_step, state.step, checked)
     task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
     task.after_step(state.step)
@@ -272,22 +273,16 @@ class ThroughputMeter:
         return rates
 
 
-def record_nonfinite(
-    bad_step: torch.Tensor, step: int, loss: torch.Tensor, parameters: list[nn.Parameter]
-) -> torch.Tensor:
-    """Return ``bad_step``, or ``step`` where it is -1 and the loss or a gradient is not finite; all on the device."""
-    return _update_bad_step(bad_step, step, [loss.detach(), *(p.grad for p in parameters if p.grad is not None)])
-
-
 @torch.no_grad()
-def _update_bad_step(bad_step: torch.Tensor, step: int, tensors: list[Any]) -> torch.Tensor:
-    """Return ``bad_step``, or ``step`` where it is -1 and a tensor holds a NaN or an infinity.
+def record_nonfinite(bad_step: torch.Tensor, step: int, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Return ``bad_step``, or ``step`` where it is -1 and a tensor holds a NaN or an infinity; all on the device.
 
     Uses the kernel of PyTorch's gradient scaler: one pass over all tensors, and exact where a sum of squares would
     overflow. It scales them as well, here by 1.
     """
     found = torch.zeros((), device=bad_step.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones_like(found))
+    there = [tensor for tensor in tensors if tensor is not None]
+    torch._amp_foreach_non_finite_check_and_unscale_(there, found, torch.ones_like(found))
     return torch.where((bad_step < 0) & (found > 0), step, bad_step)
 
 
@@ -299,7 +294,7 @@ def _check_weights(
     task: Task, state: TrainState, bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig
 ) -> None:
     """Raise Diverged if a loss or gradient so far was not finite, or a weight is not after the last step."""
-    _raise_if_diverged(_update_bad_step(bad_step, state.step - 1, _list_parameters(task)), logger, config)
+    _raise_if_diverged(record_nonfinite(bad_step, state.step - 1, _list_parameters(task)), logger, config)
 
 
 def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig) -> None:

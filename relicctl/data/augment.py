@@ -72,14 +72,16 @@ def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...],
     flat = x.view(-1, *x.shape[2:])  # the same memory, one image after the other
     device = x.device
 
-    groups = _group_jitter(params)
+    jitter = np.flatnonzero(params.jitter)
+    orders, group = np.unique(params.order.reshape(-1, 4)[jitter], axis=0, return_inverse=True)
+    jitter_groups = [jitter[group.ravel() == k] for k in range(len(orders))]  # the images of each order of operations
     chosen = [np.flatnonzero(gate) for gate in (params.flip, params.grayscale, params.blur, params.solarize)]
-    flip, grayscale, blur, solarize, *jittered = _copy_to_device(chosen + [rows for _, rows in groups], device)
+    flip, grayscale, blur, solarize, *jittered = _copy_to_device(chosen + jitter_groups, device)
     strengths = np.stack([params.brightness, params.contrast, params.saturation, params.hue, params.sigma])
     (table,) = _copy_to_device([strengths.reshape(5, -1).astype(np.float32)], device)
 
     _apply_to_rows(flat, flip, torch.flip, (-1,))
-    for (order, _), rows in zip(groups, jittered, strict=True):
+    for order, rows in zip(orders.tolist(), jittered, strict=True):
         strength = table.index_select(1, rows)[..., None, None, None]
         _apply_to_rows(flat, rows, _apply_jitter, order, strength)
     _apply_to_rows(flat, grayscale, _to_grayscale)
@@ -90,13 +92,6 @@ def _apply_torch(images: Tensor, params: AugmentParams, mean: tuple[float, ...],
     for plane, centre, scale in zip(flat.unbind(1), mean, std, strict=True):
         plane.sub_(centre).div_(scale)
     return x
-
-
-def _group_jitter(params: AugmentParams) -> list[tuple[list[int], np.ndarray]]:
-    """Group the jittered images by the order of their operations: pairs (order, flat indices)."""
-    rows = np.flatnonzero(params.jitter)
-    orders, group = np.unique(params.order.reshape(-1, 4)[rows], axis=0, return_inverse=True)
-    return [(order.tolist(), rows[group.ravel() == k]) for k, order in enumerate(orders)]
 
 
 def _apply_jitter(x: Tensor, order: list[int], strength: Tensor) -> Tensor:

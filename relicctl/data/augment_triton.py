@@ -37,8 +37,12 @@ def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: t
     """Do what ``augment.apply_augmentations`` does: ``images`` are uint8 or float, ``[V, B, 3, H, W]``."""
     (height, width), count = images.shape[-2:], images.shape[0] * images.shape[1]
     pixels, blurred = height * width, np.flatnonzero(params.blur)
-    table, sigma = _build_param_table(params).ravel(), params.sigma.ravel()[blurred].astype(np.float32)
-    draws, sigmas = _copy_to_device([table, sigma], images.device)
+    columns = [
+        params.flip, params.jitter, params.grayscale, params.solarize, (params.order == 1).argmax(-1),
+        params.brightness, params.contrast, params.saturation, params.hue, *np.moveaxis(params.order, -1, 0),
+    ]  # fmt: skip
+    table, sigma = np.stack(columns, -1).astype(np.float32), params.sigma.ravel()[blurred].astype(np.float32)
+    draws, sigmas = _copy_to_device([table.ravel(), sigma], images.device)
     (blurred_here,) = _copy_to_device([blurred], images.device)
 
     out = torch.empty(images.shape, device=images.device)
@@ -51,15 +55,6 @@ def apply(images: Tensor, params: AugmentParams, mean: tuple[float, ...], std: t
     _apply_to_rows(out.view(count, 3, height, width), blurred_here, _apply_blur, sigmas)
     _normalize_kernel[(3 * count, blocks)](out, draws, *mean, *std, pixels, BLOCK)
     return out
-
-
-def _build_param_table(params: AugmentParams) -> np.ndarray:
-    """Return one row of the table per image: float32 ``[V, B, COLUMNS]``."""
-    columns = [
-        params.flip, params.jitter, params.grayscale, params.solarize, (params.order == 1).argmax(-1),
-        params.brightness, params.contrast, params.saturation, params.hue, *np.moveaxis(params.order, -1, 0),
-    ]  # fmt: skip
-    return np.stack(columns, -1).astype(np.float32)
 
 
 @triton.jit

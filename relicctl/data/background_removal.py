@@ -123,14 +123,12 @@ class BackgroundRemoval:
         uniforms = draw_uniform(key.seed, Stream.MASK, key.epoch, key.samples[:, None], np.arange(views), n=1)
         return np.asarray(uniforms[..., 0] < self.probability)
 
-    def build_fills(
-        self, key: DrawKey, views: int, used: np.ndarray, images: list[np.ndarray]
-    ) -> list[list[BackgroundFill | None]]:
-        """Return, per image and large view, what removes its background, or None.
+    def build_fills(self, key: DrawKey, views: int, used: np.ndarray, images: list[np.ndarray]) -> ViewFills:
+        """Return what removes the background of every large view of the images.
 
         ``used``, int ``[B]``: the samples that were loaded as ``images`` in the places of the key's samples.
         """
-        fills: list[list[BackgroundFill | None]] = [[None] * views for _ in images]
+        fills: ViewFills = [[None] * views for _ in images]
         for row, drawn in enumerate(self.draw_masked_views(key, views)):
             mask = self.masks.read(int(used[row]), images[row]) if drawn.any() else None
             if mask is not None:
@@ -174,6 +172,9 @@ class BackgroundFill:
         else:
             fill = self._fill.view(PIXEL)[top : top + h, left : left + w, 0]
         np.copyto(crop.view(PIXEL)[..., 0], fill, where=background)
+
+
+ViewFills = list[list[BackgroundFill | None]]  # per image and large view; None keeps the background
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:

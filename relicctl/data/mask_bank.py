@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from relicctl.core.atomic_io import sync_folder
+from relicctl.data.datasets.archives import convert_os_errors
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.memmap_table import PAGE_SIZE, Column, TableFormat, TableLayout, TableWriter, write_at
 from relicctl.errors import DataError, RunFailed
@@ -81,7 +82,7 @@ class MaskBank:
             if path.parent.is_dir() and path.name == FILE_NAME:
                 raise DataError(f"{path.parent} holds no {FILE_NAME}.", FORMAT.foreign_fix)
             raise DataError(f"There is no mask bank {path}.", FORMAT.foreign_fix)
-        try:
+        with convert_os_errors(str(path)):
             header, layout = _read_bank_header(path)
             if "sha256" not in header:
                 raise DataError(*unfinished)
@@ -89,8 +90,6 @@ class MaskBank:
             with open(path, "rb") as file:
                 file.seek(HEADER_BYTES)
                 crc = zlib.crc32(file.read(layout.offsets["masks"] - HEADER_BYTES))
-        except OSError as reason:
-            raise DataError(f"{path} cannot be read ({reason.strerror}).", "Check the file.") from None
         if crc != header.get("tables_crc"):
             raise FORMAT.make_corrupt_error(path, "is damaged: the checksum of its tables does not match")
         if header["side"] % 8 or columns["rows"].max() >= layout.count:

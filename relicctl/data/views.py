@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from relicctl.data.background_removal import BackgroundFill
+from relicctl.data.background_removal import ViewFills
 from relicctl.data.crops import crop_on_host, draw_crop_boxes
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import DrawKey
@@ -58,16 +58,12 @@ def draw_view_boxes(spec: ViewSpec, key: DrawKey, sizes: np.ndarray) -> list[np.
 
 
 def crop_views(
-    images: list[np.ndarray],
-    spec: ViewSpec,
-    key: DrawKey,
-    out: list[np.ndarray],
-    fills: list[list[BackgroundFill | None]] | None = None,
+    images: list[np.ndarray], spec: ViewSpec, key: DrawKey, out: list[np.ndarray], fills: ViewFills | None = None
 ) -> None:
     """Crop all views of images, uint8 ``[H, W, 3]``, into ``out``: uint8 ``[count, B, size, size, 3]`` per size.
 
     The boxes of all B images are drawn at once: for one image drawing costs as much as a crop.
-    ``fills``: per image and large view, what removes the background.
+    ``fills``: what removes the background.
     """
     sizes = np.array([image.shape[:2] for image in images])
     for number, (boxes, views) in enumerate(zip(draw_view_boxes(spec, key, sizes), out, strict=True)):

@@ -98,19 +98,12 @@ class FileDataset(ImageDataset):
         containers: Each with the prefix of its samples' names, which makes them unique among several containers.
         names: All samples' names, prefixes included.
         members: int64 ``[N, 6]``, the number of the container and the fields of its Member.
-        classes, labels: As in ImageDataset.
     """
 
     def __init__(
-        self,
-        spec: str,
-        containers: Sequence[tuple[str, Container]],
-        names: PackedNames,
-        members: np.ndarray,
-        classes: tuple[str, ...] = (),
-        labels: np.ndarray | None = None,
+        self, spec: str, containers: Sequence[tuple[str, Container]], names: PackedNames, members: np.ndarray
     ) -> None:
-        self.spec, self.classes, self.labels = spec, classes, labels
+        self.spec = spec
         self._containers = [container for _, container in containers]
         self._prefix_lengths = [len(PackedNames([prefix]).get_raw_name(0)) for prefix, _ in containers]
         self._names, self._members = names, members

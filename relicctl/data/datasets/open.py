@@ -117,9 +117,10 @@ def _open_files(spec: str) -> FileDataset:
         containers.append((prefixes[number], container))
         images.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
     names = sorted(images)  # the same order for the same files, however they are packed
-    classes, labels = infer_classes([images[name][0] for name in names], spec)
     members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
-    return FileDataset(spec, containers, PackedNames(names), members, classes, labels)
+    dataset = FileDataset(spec, containers, PackedNames(names), members)
+    dataset.classes, dataset.labels = infer_classes([images[name][0] for name in names], spec)
+    return dataset
 
 
 def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:

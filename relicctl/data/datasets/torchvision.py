@@ -60,7 +60,9 @@ def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDat
     _, name, root = [*place.split(":", 2), ""][:3]
     root = os.path.abspath(os.path.expanduser(root or DEFAULT_ROOT))
     dataset = _build_dataset(name, root, split, named_split, download)
-    labels, classes, paths = _get_labels(dataset), _get_classes(dataset), _get_paths(dataset)
+    labels, paths = _get_labels(dataset), _get_paths(dataset)
+    class_names = _get_attribute(dataset, "classes", "categories") or ()
+    classes = tuple(known if isinstance(known, str) else known[0] for known in class_names)  # of several the first
     if name == "SUN397" and labels is not None:  # its order is that in which the file system lists them
         order = sorted(range(len(paths)), key=paths.__getitem__)
         paths, labels = [paths[row] for row in order], labels[order]
@@ -72,15 +74,16 @@ def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDat
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim in (3, 4):
         if images.ndim == 4 and images.shape[1] == 3:  # some keep the channels first
             images = images.transpose(0, 2, 3, 1)
-        dataset = ArrayDataset(spec, f"{name}-{named_split or split}", images)
-        dataset.classes, dataset.labels = classes, labels
-        return dataset
-    if not isinstance(paths, list) or not paths or not isinstance(paths[0], str | os.PathLike):
+        opened: ImageDataset = ArrayDataset(spec, f"{name}-{named_split or split}", images)
+    elif not isinstance(paths, list) or not paths or not isinstance(paths[0], str | os.PathLike):
         raise _make_unsupported_error(name, root)
-    names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
-    sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
-    members = np.array([(0, *Member(0, size, size)) for size in sizes], dtype=np.int64)
-    return FileDataset(spec, [("", Folder(root))], PackedNames(names), members, classes, labels)
+    else:
+        names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in paths]
+        members = np.array([(0, *Member(0, size, size)) for size in sizes], dtype=np.int64)
+        opened = FileDataset(spec, [("", Folder(root))], PackedNames(names), members)
+    opened.classes, opened.labels = classes, labels
+    return opened
 
 
 def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, download: bool) -> Any:
@@ -151,12 +154,6 @@ def _get_labels(dataset: Any) -> np.ndarray | None:
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0 or labels.min() < 0:
         return None
     return labels.astype(np.int64)
-
-
-def _get_classes(dataset: Any) -> tuple[str, ...]:
-    """Return the names of the classes; of several names for one the first."""
-    names = _get_attribute(dataset, "classes", "categories") or ()
-    return tuple(known if isinstance(known, str) else known[0] for known in names)
 
 
 def _get_paths(dataset: Any) -> Any:
