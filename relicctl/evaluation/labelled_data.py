@@ -140,11 +140,9 @@ def open_train_test(
         test = open_dataset(data.val, split="val", download=download)
         _check_labelled(test)
         if set(test.classes) != set(train.classes):
-            raise DataError(
-                f"{train.spec} and {test.spec} have different classes: "
-                f"{_format_class_difference(train.classes, test.classes)}.",
-                "Give folders of the same names, or test on other images with --test NAME=DATA.",
-            )
+            difference = _format_class_difference(train.classes, test.classes)
+            what = f"{train.spec} and {test.spec} have different classes: {difference}."
+            raise DataError(what, "Give folders of the same names, or test on other images with --test NAME=DATA.")
     elif val_fraction:
         train, test = split_holdout(train, val_fraction, config.seed)
         console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.val_fraction).")
@@ -173,11 +171,9 @@ def match_classes(source: ImageDataset, classes: tuple[str, ...]) -> LabelledDat
     labels = np.array([number.get(name, -1) for name in source.classes], dtype=np.int64)[source.labels]
     unknown = tuple(name for name in source.classes if name not in number)
     if (labels < 0).all():
-        raise DataError(
-            f"No class of {source.spec} is known to the classifier: "
-            f"{_format_class_difference(classes, source.classes)}.",
-            "Name its folders as those of the training data.",
-        )
+        difference = _format_class_difference(classes, source.classes)
+        what = f"No class of {source.spec} is known to the classifier: {difference}."
+        raise DataError(what, "Name its folders as those of the training data.")
     if unknown:
         rows = np.flatnonzero(labels >= 0)
         source, labels = source.select(rows), labels[rows]

@@ -49,15 +49,13 @@ class LinearTrainer:
 
     def sweep_rates(self) -> SweepResult:
         """Train all learning rates without a held-out part of the training images, and compare them on that part."""
-        config, context = self.config, self.extractor.context
-        train_rows, val_rows = split_holdout_rows(
-            len(self.train_features.labels), config.sweep.val_fraction, config.seed
-        )
+        config, context, features = self.config, self.extractor.context, self.train_features
+        train_rows, val_rows = split_holdout_rows(len(features.labels), config.sweep.val_fraction, config.seed)
         context.console.info(f"{len(config.sweep.lrs)} learning rates, compared on {len(val_rows)} images")
         with open_subfolder(context, context.run.path / "sweep", config.checkpoint.keep) as folder:
             folder.run.write_text(folder.run.config_path, context.run.config_path.read_text("utf-8"))
             classifiers, scaler = self.fit(folder, train_rows, config.sweep.lrs)
-        self.num_val_images, val = len(val_rows), self.train_features.select(val_rows)
+        self.num_val_images, val = len(val_rows), features.select(val_rows)
         result = evaluate_rates(classifiers, scaler(val.features) if scaler else val.features, val.labels)
         return SweepResult(*map(tuple, context.world.broadcast_from_main(lambda: (result.rates, result.accuracy))))
 

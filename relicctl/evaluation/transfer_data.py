@@ -116,12 +116,8 @@ def draw_train_test(
     labels = match_classes(source, source.classes).labels
     counts = np.bincount(labels, minlength=len(source.classes))
     if counts.min() < max(sum(draw), draw[0] + 1):
-        few = int(counts.argmin())
-        raise DataError(
-            f"{name} has only {counts[few]} images of {source.classes[few]}, too few for data.samples_per_class "
-            f"{list(draw)}.",
-            "Draw fewer.",
-        )
+        what = f"{name} has only {counts.min()} images of {source.classes[int(counts.argmin())]}"
+        raise DataError(f"{what}, too few for data.samples_per_class {list(draw)}.", "Draw fewer.")
     train, taken = (sample_per_class(labels, np.full(len(counts), n), seed, Stream.EVAL) for n in (draw[0], sum(draw)))
     candidates = taken if len(draw) > 1 else np.arange(len(labels))
     return source.select(train), source.select(np.setdiff1d(candidates, train))
