@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, i
     "resnet200": (Bottleneck, (3, 24, 36, 3)),
 }
 STEMS = {"imagenet": (7, 2), "cifar": (3, 1), "stride2": (3, 2)}  # kernel and stride of the first convolution
+PADDINGS = ("symmetric", "same")
 
 
 class ResNet(nn.Module):
@@ -76,12 +77,9 @@ def build_encoder(arch: str, width: float = 1.0, stem: str = "imagenet", padding
 
     Draws from torch's default CPU generator: wrap the call in ``fork_seeded_rng``. ValueError for unknown names.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown arch {arch!r}: one of {', '.join(ARCHITECTURES)}")
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}: one of {', '.join(STEMS)}")
-    if padding not in ("symmetric", "same"):
-        raise ValueError(f"unknown padding {padding!r}: symmetric or same")
+    for name, value, known in (("arch", arch, ARCHITECTURES), ("stem", stem, STEMS), ("padding", padding, PADDINGS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
     if not width > 0:
         raise ValueError(f"width must be above 0, got {width}")
     return ResNet(arch, width, stem, padding)

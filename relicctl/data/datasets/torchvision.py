@@ -87,7 +87,7 @@ def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDat
 
 
 def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, download: bool) -> Any:
-    included = sorted(set(datasets.__all__) - set(EXCLUDED_DATASETS), key=datasets.__all__.index)
+    included = [known for known in datasets.__all__ if known not in EXCLUDED_DATASETS]
     usable = [known for known in included if "root" in _get_parameters(known)]
     if name not in usable:
         lower = {known.lower(): known for known in usable}
@@ -95,9 +95,7 @@ def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, 
         what = f"torchvision has no image data set {name!r}."
         raise DataError(what, f"Write its class's name, such as {', '.join(near or ['CIFAR10', 'STL10', 'DTD'])}.")
     parameters = _get_parameters(name)
-    fixed: dict[str, Any] = {"root": root}
-    if "download" in parameters:
-        fixed["download"] = download
+    fixed = {"root": root} | ({"download": download} if "download" in parameters else {})
     refusal = ""
     for choice in _list_split_kwargs(name, parameters, split, named_split):
         try:
