@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from relicctl.benchmark.train_step import train_one_step
+from relicctl.benchmark.train_step import LapTimer, train_one_step
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.core.hardware import get_free_memory
 from relicctl.data.views import Batch
@@ -41,14 +40,11 @@ def measure_matmul_peak(device: torch.device, precision: str, runs: int = 7) -> 
     n = MATMUL_SIZE[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     factor = torch.randn(n, n, device=device).to(dtype)
-    seconds = []
+    laps = LapTimer(device)
     for _ in range(runs + 1):
-        start = time.perf_counter()
         factor @ factor
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds[1:])
+        laps.record_lap("product")
+    return 2 * n**3 / min(laps.get_seconds()["product"][1:])
 
 
 def estimate_largest_batch(config: PretrainConfig, classes: int, precision: str, device: torch.device) -> int:

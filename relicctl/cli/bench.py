@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -40,4 +39,4 @@ def bench(
     options = {"data": data, "device": device, "workers": workers}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
-    print_result(json.dumps(result) if as_json else result["bottleneck"])
+    print_result(result["bottleneck"], result if as_json else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -38,6 +37,6 @@ def doctor(
     options = {"device": device, "workers": workers}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     result = command.doctor(resolved, data, quiet=quiet, download=download)
-    print_result(json.dumps(result) if as_json else " ".join(result["failed"]) or "ok")
+    print_result(" ".join(result["failed"]) or "ok", result if as_json else None)
     if result["failed"]:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -45,4 +44,4 @@ def export(
         overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     result = command.export(source, options)
-    print_result(json.dumps(result) if as_json else result["path"])
+    print_result(result["path"], result if as_json else None)

@@ -71,12 +71,12 @@ def handle_early_interrupt() -> AbstractContextManager[None]:
     return raise_interrupted("Stopped before the first step; nothing was lost.", "Start it again.")
 
 
-def print_result(result: str) -> None:
-    """Print a command's result: the one thing that goes to stdout. BrokenPipeError if nothing reads it any more."""
-    print(result, flush=True)
+def print_result(text: str, record: dict[str, Any] | None = None) -> None:
+    """Print a command's result, ``record`` as JSON or else ``text``: the one thing that goes to stdout."""
+    print(text if record is None else json.dumps(record, default=str), flush=True)
 
 
 def print_run(result: dict[str, Any], as_json: bool) -> None:
     """Print the folder of a run or evaluation; of a process group, one process prints."""
     if os.environ.get("RANK", "0") == "0":
-        print_result(json.dumps(result, default=str) if as_json else str(result["run"]))
+        print_result(str(result["run"]), result if as_json else None)

@@ -14,9 +14,7 @@ from relicctl.core.distributed import World
 from relicctl.encoders.resolve import read_path_from_stdin
 from relicctl.errors import UsageError
 from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
-from relicctl.runs.resume import LinearOptions, TransferOptions
-
-EvaluationOptions = LinearOptions | TransferOptions
+from relicctl.runs.resume import EvaluationOptions
 
 
 def resolve_job(job_class: Any, options: EvaluationOptions, world: World) -> tuple[Any, Path | None]:
