@@ -6,8 +6,10 @@ True masks are for measuring alone: nothing that trains imports this module.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,19 +27,9 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError, UsageError
-from relicctl.runs.resume import TrainingOptions, find_run_to_resume, read_resumable_record, resume_config
-from relicctl.version import __version__
+from relicctl.runs.resume import make_record, read_resumable_record
 
 IMAGES, MASKS = "images", "masks"  # folders of a data set with true masks
-# What may differ between a run and its continuation.
-BGMASK_MUTABLE_KEYS = (
-    "runtime.",
-    "checkpoint.",
-    "data.train",
-    "data.eval",
-    "data.mask_data",
-    "data.max_corrupt_fraction",
-)
 
 
 @dataclass(frozen=True)
@@ -51,12 +43,6 @@ class BgmaskData:
     masks_for: ImageDataset
     truth: GroundTruth | None
     masks_for_is_prefix: bool
-
-
-def resolve_bgmask_run(resolved: ResolvedConfig, options: TrainingOptions) -> tuple[ResolvedConfig, Path | None]:
-    """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
-    run = None if options.resume is None else find_run_to_resume(options, resolved.preset, command="train-bgmask")
-    return resolved if run is None else resume_config(resolved, run, BGMASK_MUTABLE_KEYS), run
 
 
 def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
@@ -89,57 +75,31 @@ def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
     return BgmaskData(train, masks_for, truth, all_used and config.data.mask_data is None)
 
 
-def make_bgmask_record(resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
-    """Return the section ``run`` of config.yaml: facts that must be the same when the run is resumed."""
-    return {
-        "version": __version__,
-        "preset": resolved.preset,
-        "data_fingerprint": data.train.compute_fingerprint(),
-        "images": len(data.train),
-        "precision": pick_precision(resolved.config.runtime.precision, device),
-    }
+def open_bgmask_record(
+    resumed: Path | None, resolved: ResolvedConfig, data: BgmaskData, device: torch.device
+) -> dict[str, Any]:
+    """Return the facts recorded when the run started, of which only the precision may be chosen anew, or a new run's.
 
-
-def resume_bgmask_record(run: Path, resolved: ResolvedConfig, data: BgmaskData, device: torch.device) -> dict[str, Any]:
-    """Return the facts recorded at the start; the precision may change. Raises DataError for other images."""
-    record = read_resumable_record(run)
-    if record["data_fingerprint"] != data.train.compute_fingerprint():
-        what = f"The images are not those that {run} was started with."
-        raise DataError(what, "Give --data the same images in the same order, or start another run.")
-    if resolved.origin["runtime.precision"] != "run":
-        record["precision"] = pick_precision(resolved.config.runtime.precision, device)
-    return record
+    Raises DataError for other images than those of the run ``resumed``.
+    """
+    precision = pick_precision(resolved.config.runtime.precision, device)
+    if resumed is None:
+        return make_record(resolved, data.train, precision=precision)
+    fix = "Give --data the same images in the same order, or start another run."
+    record = read_resumable_record(resumed, data.train, fix)
+    return record if resolved.origin["runtime.precision"] == "run" else record | {"precision": precision}
 
 
 @dataclass(frozen=True)
-class SyntheticGroundTruth:
-    """The masks of the built-in demo data, which are known."""
+class GroundTruth:
+    """Images and their true masks.
 
-    images: ShapesDataset
-
-    def load_mask(self, index: int) -> np.ndarray:
-        """Return where the object is: bool ``[H, W]``, of the image's size."""
-        return self.images.load_mask(index)
-
-
-@dataclass(frozen=True)
-class FileGroundTruth:
-    """The masks in files: ``masks`` has the one of image ``index`` at ``index``."""
+    ``load_mask`` returns where the object of an image is: bool ``[H, W]``, of the image's size. It raises DataError
+    when the mask cannot be decoded.
+    """
 
     images: ImageDataset
-    masks: ImageDataset
-
-    def load_mask(self, index: int) -> np.ndarray:
-        """Return bool ``[H, W]``. Raises DataError when the file cannot be decoded."""
-        try:
-            grey = self.masks.load(index).max(axis=2)
-        except BadImageError as bad:
-            what = f"The true mask {self.masks.get_name(index)} of {self.masks.spec} cannot be read: {bad.reason}."
-            raise DataError(what, "Repair it, or remove it and its image.") from None
-        return np.asarray(grey > (127 if grey.max() > 1 else 0))  # white is 255, or 1 in masks saved as class numbers
-
-
-GroundTruth = SyntheticGroundTruth | FileGroundTruth
+    load_mask: Callable[[int], np.ndarray]
 
 
 def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool = False) -> GroundTruth:
@@ -151,17 +111,16 @@ def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool =
     if spec.partition(":")[0] == "shapes":
         shapes = open_dataset(spec, split="val", download=download)
         assert isinstance(shapes, ShapesDataset)
-        return SyntheticGroundTruth(shapes.select(_sample_rows(len(shapes), max_images, seed)))
+        shapes = shapes.select(_sample_rows(len(shapes), max_images, seed))
+        return GroundTruth(shapes, shapes.load_mask)
     try:
         images, masks = (open_dataset(_make_part_spec(spec, folder)) for folder in (IMAGES, MASKS))
     except DataError as reason:
-        advice = (
-            f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
-        )
-        raise DataError(reason.what, advice) from None
-    rows, mask_rows = _match_masks(images, masks)
-    sample = _sample_rows(len(rows), max_images, seed)
-    truth = FileGroundTruth(images.select(rows[sample]), masks.select(mask_rows[sample]))
+        fix = f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
+        raise DataError(reason.what, fix) from None
+    sample = _sample_rows(len(images), max_images, seed)
+    masks = masks.select(_match_masks(images, masks)[sample])
+    truth = GroundTruth(images.select(sample), partial(_load_mask, masks))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
         list(pool.map(lambda index: _check_mask_size(truth, index), range(len(truth.images))))
     return truth
@@ -193,8 +152,8 @@ def _make_part_spec(spec: str, folder: str) -> str:
     return f"{spec}/{folder}" if "#" in spec and not os.path.lexists(spec) else f"{spec}#{folder}"
 
 
-def _match_masks(images: ImageDataset, masks: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the images and of their masks, int64 ``[N]`` both. Raises DataError if one has none."""
+def _match_masks(images: ImageDataset, masks: ImageDataset) -> np.ndarray:
+    """Return the index of each image's mask, int64 ``[N]``. Raises DataError if an image or a mask stands alone."""
     image_stems, mask_stems = (
         [str(PurePosixPath(dataset.get_name(index)).with_suffix("")) for index in range(len(dataset))]
         for dataset in (images, masks)
@@ -202,20 +161,28 @@ def _match_masks(images: ImageDataset, masks: ImageDataset) -> tuple[np.ndarray,
     stems = {stem: index for index, stem in enumerate(mask_stems)}
     unmatched = [images.get_name(index) for index, stem in enumerate(image_stems) if stem not in stems]
     if unmatched:
-        raise DataError(
-            f"{len(unmatched)} of {len(images)} images in {images.spec} have no mask in {masks.spec}, "
-            f"for example {unmatched[0]}.",
-            "Give every image a mask of the same name (the suffix may differ).",
-        )
+        of = f"{len(unmatched)} of {len(images)} images in {images.spec}"
+        what = f"{of} have no mask in {masks.spec}, for example {unmatched[0]}."
+        raise DataError(what, "Give every image a mask of the same name (the suffix may differ).")
     if len(masks) > len(images):
         spare = sorted(stems.keys() - set(image_stems))
         example = f", for example {spare[0]}" if spare else ""
         what = f"{len(masks) - len(images)} masks in {masks.spec} have no image{example}."
         raise DataError(what, "Remove them, or add their images.")
-    return np.arange(len(images)), np.array([stems[stem] for stem in image_stems])
+    return np.array([stems[stem] for stem in image_stems])
 
 
-def _check_mask_size(truth: FileGroundTruth, index: int) -> None:
+def _load_mask(masks: ImageDataset, index: int) -> np.ndarray:
+    """Return bool ``[H, W]``. Raises DataError when the file cannot be decoded."""
+    try:
+        grey = masks.load(index).max(axis=2)
+    except BadImageError as bad:
+        what = f"The true mask {masks.get_name(index)} of {masks.spec} cannot be read: {bad.reason}."
+        raise DataError(what, "Repair it, or remove it and its image.") from None
+    return np.asarray(grey > (127 if grey.max() > 1 else 0))  # white is 255, or 1 in masks saved as class numbers
+
+
+def _check_mask_size(truth: GroundTruth, index: int) -> None:
     name = truth.images.get_name(index)
     try:
         height, width = truth.images.load(index).shape[:2]

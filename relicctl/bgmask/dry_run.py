@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from relicctl.bgmask.data import open_bgmask_data, resolve_bgmask_run
+from relicctl.bgmask.data import open_bgmask_data
 from relicctl.bgmask.network import SaliencyNet, init_saliency_net
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.bgmask.self_training import count_total_steps, list_stages
@@ -26,12 +26,12 @@ from relicctl.runs.estimate import (
     format_dry_run,
     list_saving_layers,
 )
-from relicctl.runs.resume import TrainingOptions
+from relicctl.runs.resume import TrainingOptions, resolve_run
 
 
 def format_bgmask_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
-    resolved, _ = resolve_bgmask_run(resolved, options)
+    resolved, _ = resolve_run(resolved, options)
     estimate = estimate_bgmask(resolved.config, options.download)
     return format_dry_run(resolved, estimate, _describe_estimate(estimate), options.json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import combinations, repeat
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -124,12 +124,6 @@ def compute_prior_agreement(maps: np.ndarray, valid: np.ndarray) -> np.ndarray:
         return sums / counts
 
 
-def compute_mean_agreement(matrix: np.ndarray) -> float | None:
-    """Return the mean of ``matrix``, float ``[P, P]``, over the pairs of different priors; None if all are NaN."""
-    pairs = [matrix[i, j] for i, j in combinations(range(len(matrix)), 2) if np.isfinite(matrix[i, j])]
-    return float(np.mean(pairs)) if pairs else None
-
-
 MapProvider = Callable[[slice], Iterable[np.ndarray]]  # the maps of some images, float [S, S] each from 0 to 1
 
 
@@ -183,13 +177,13 @@ class StageTable:
             return fuse_priors(images, maps, valid, self._config.refine, count_process_cores()).map.numpy()
 
         def load_prior(number: int, rows: slice) -> np.ndarray:
-            return _load_prior_maps(priors, rows)[:, number]
+            return priors.load_floats(rows)[:, number]
 
         centre = make_centre_prior(priors.size)
         self.add_stage("centre prior", lambda rows: repeat(centre, rows.stop - rows.start))
         for number, name in enumerate(PRIOR_NAMES):
             self.add_stage(name, partial(load_prior, number))
-        self.add_stage("mean of priors", lambda rows: map(compute_valid_mean, _load_prior_maps(priors, rows)))
+        self.add_stage("mean of priors", lambda rows: map(compute_valid_mean, priors.load_floats(rows)))
         self.add_stage("fused labels", fuse_batch)
 
     def add_net(self, name: str, net: SaliencyNet) -> None:
@@ -217,9 +211,3 @@ def compute_valid_mean(maps: np.ndarray) -> np.ndarray:
     """Return the mean, ``[S, S]``, of float ``[P, S, S]``, of which invalid maps are all NaN; NaN if all are."""
     valid = np.isfinite(maps).all(axis=(1, 2))
     return maps[valid].mean(axis=0) if valid.any() else np.full(maps.shape[1:], np.nan, dtype=maps.dtype)
-
-
-def _load_prior_maps(priors: PriorCache, rows: slice) -> np.ndarray:
-    """Return float32 ``[B, P, S, S]`` of some images, NaN where a prior is not valid."""
-    maps, valid = priors.maps[rows].astype(np.float32) / 255, priors.valid[rows]
-    return np.where(valid[:, :, None, None], maps, np.float32(np.nan))

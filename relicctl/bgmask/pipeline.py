@@ -18,7 +18,7 @@ import numpy as np
 
 from relicctl.bgmask import contact_sheet
 from relicctl.bgmask.data import BgmaskData
-from relicctl.bgmask.evaluate import METRICS, StageTable, compute_mean_agreement, compute_prior_agreement
+from relicctl.bgmask.evaluate import METRICS, StageTable, compute_prior_agreement
 from relicctl.bgmask.images import InMemoryImages, load_resized_images
 from relicctl.bgmask.network import SaliencyNet
 from relicctl.bgmask.predict import MaskSource, SaliencyPredictor, write_mask_bank
@@ -94,12 +94,10 @@ class MaskPipeline:
         """Draw sheet.png: some of the training images, their priors and masks."""
         rows = contact_sheet.sample_evenly(len(images))
         shown, indices = images.images[rows], images.indices[rows]
-        maps = priors.maps[indices].astype(np.float32) / 255
-        maps[~priors.valid[indices]] = np.nan
         predictor = SaliencyPredictor.from_config(net, self._config, self._context)
         masks = (predictor.predict_with_cache(shown, priors, indices) > self._config.predict.threshold).numpy()
         path, pixels = self._context.run.path / "sheet.png", shown.permute(0, 2, 3, 1).numpy()
-        contact_sheet.draw_contact_sheet(path, pixels, maps, masks, PRIOR_NAMES)
+        contact_sheet.draw_contact_sheet(path, pixels, priors.load_floats(indices), masks, PRIOR_NAMES)
 
     def _is_bank_finished(self, source: ImageDataset, made_by: str) -> bool:
         """Return whether the run has the finished bank of these images.
@@ -139,7 +137,7 @@ class MaskPipeline:
         world = self._context.world
         priors = PriorCache.open(self._context.run.path / name, source, self._config.labels.size, world)
         with self._show_progress("computing priors of", len(source), int(priors.done.sum())) as show:
-            priors.fill(source, self._workers, lambda done, total: show(done), world)
+            priors.fill(source, self._workers, show, world)
         return priors
 
     def _track_bad_images(self, source: ImageDataset) -> BadImages:
@@ -184,10 +182,8 @@ def summarize_priors(priors: PriorCache) -> dict[str, Any]:
         for i, j in combinations(range(len(PRIOR_NAMES)), 2)
         if np.isfinite(matrix[i, j])
     }
-    return {
-        "prior_agreement": {"mean": compute_mean_agreement(matrix), "pairs": pairs},
-        "invalid_priors": priors.count_invalid(),
-    }
+    mean = float(np.mean(list(pairs.values()))) if pairs else None
+    return {"prior_agreement": {"mean": mean, "pairs": pairs}, "invalid_priors": priors.count_invalid()}
 
 
 def summarize_masks(bank: MaskBank) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from the next page on the maps (uint8 ``[N, P, S, S]``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +37,7 @@ class PriorCache:
     Attributes:
         maps: uint8 ``[N, P, S, S]``, 0 to 255, zero where not computed or not valid; a read-only view of the file.
         valid: bool ``[N, P]``.
+        states: uint8 ``[N]``: TO_DO, DONE, or BAD where the image cannot be decoded.
     """
 
     def __init__(self, path: Path, layout: TableLayout) -> None:
@@ -49,7 +49,7 @@ class PriorCache:
         """Read the file as it is now."""
         columns = FORMAT.map_columns(self.path, self._layout)
         self.maps, self.valid = columns["maps"], columns["valid"].astype(bool)
-        self._states = columns["states"].copy()
+        self.states = columns["states"].copy()
 
     @classmethod
     def open(cls, path: Path, source: ImageDataset, size: int, world: World = SINGLE_PROCESS) -> PriorCache:
@@ -76,26 +76,26 @@ class PriorCache:
     @property
     def done(self) -> np.ndarray:
         """Which samples need no more work, bad images among them: bool ``[N]``."""
-        return np.asarray(self._states != TO_DO)
+        return np.asarray(self.states != TO_DO)
 
-    @property
-    def bad(self) -> np.ndarray:
-        """Which samples' images cannot be decoded: bool ``[N]``."""
-        return np.asarray(self._states == BAD)
+    def load_floats(self, indices: np.ndarray | slice) -> np.ndarray:
+        """Return the maps of some samples, float32 ``[B, P, S, S]`` from 0 to 1, NaN where a prior is not valid."""
+        valid = self.valid[indices][:, :, None, None]
+        return np.where(valid, self.maps[indices].astype(np.float32) / 255, np.float32(np.nan))
 
     def count_invalid(self) -> dict[str, int]:
         """Count, per prior, the maps of decodable images that were degenerate and are left out."""
-        missing = ~self.valid[self._states == DONE]
+        missing = ~self.valid[self.states == DONE]
         return dict(zip(PRIOR_NAMES, missing.sum(axis=0).tolist(), strict=True))
 
     def fill(
-        self, source: ImageDataset, workers: int, show: Callable[[int, int], None], world: World = SINGLE_PROCESS
+        self, source: ImageDataset, workers: int, show: Callable[[int], None], world: World = SINGLE_PROCESS
     ) -> None:
         """Compute the maps of all samples that are not done, in ``workers`` processes (0: in this one).
 
         Each rank of ``world`` computes a part, with ``workers`` of its own, and the main one writes: file systems that
-        hosts share promise nothing to two that write to one page. ``show(done, total)`` gets the number of samples
-        done, as it grows. What was written before an exception or a kill stays. Raises RunFailed when the file cannot
+        hosts share promise nothing to two that write to one page. ``show`` gets the number of samples done,
+        as it grows. What was written before an exception or a kill stays. Raises RunFailed when the file cannot
         be written.
         """
         to_do = np.array(world.broadcast_from_main(lambda: np.flatnonzero(~self.done).tolist()), dtype=np.int64)
@@ -109,21 +109,23 @@ class PriorCache:
             except OSError as reason:
                 what = f"The file of priors {self.path} cannot be written ({reason.strerror})."
                 raise RunFailed(what, "Free disk space and use --resume: what was computed is saved.") from None
-            show(int(self.done.sum()), len(self.done))
+            show(int(self.done.sum()))
 
-        with closing(_iter_prior_maps(source, shard(world, chunks), self.size, workers)) as results:
+        load = partial(_compute_chunk, source, self.size)
+        # Sums depend on the number of threads in their last bits.
+        with threadpool_limits(1), load_in_workers(load, shard(world, chunks), workers) as results:
             gather_in_order(world, len(chunks), results, write_chunk)
         self._reload()
 
     def _write(self, indices: np.ndarray, maps: np.ndarray, valid: np.ndarray, bad: np.ndarray) -> None:
         with open(self.path, "r+b", buffering=0) as file:
-            table = TableWriter(file.fileno(), self._layout, "states", self._states.copy())
+            table = TableWriter(file.fileno(), self._layout, "states", self.states.copy())
             for index, image_maps, image_valid in zip(indices.tolist(), maps, valid, strict=True):
                 table.write("maps", index, image_maps)
                 table.write("valid", index, image_valid)
             table.states[indices] = np.where(bad, BAD, DONE)
             table.flush()
-        self.valid[indices], self._states = valid, table.states
+        self.valid[indices], self.states = valid, table.states
 
 
 def _make_layout(start: int, count: int, size: int) -> TableLayout:
@@ -135,16 +137,8 @@ def _make_layout(start: int, count: int, size: int) -> TableLayout:
     return TableLayout(start, count, columns)
 
 
-def _iter_prior_maps(
-    source: ImageDataset, chunks: Sequence[np.ndarray], size: int, workers: int
-) -> Generator[WorkResult, None, None]:
-    """Compute, for each chunk of K samples: their indices, int64 ``[K]``, maps, valid flags and bad-image flags."""
-    # Sums depend on the number of threads in their last bits.
-    with threadpool_limits(1), load_in_workers(partial(_compute_chunk, source, size), chunks, workers) as results:
-        yield from results
-
-
 def _compute_chunk(source: ImageDataset, size: int, indices: np.ndarray) -> WorkResult:
+    """Compute K samples: their ``indices``, int64 ``[K]``, maps, valid flags and bad-image flags."""
     maps = np.zeros((len(indices), len(PRIOR_NAMES), size, size), dtype=np.uint8)
     valid, bad = np.zeros(maps.shape[:2], dtype=bool), np.zeros(len(indices), dtype=bool)
     for row, index in enumerate(indices.tolist()):

@@ -28,12 +28,12 @@ from relicctl.config.bgmask import BgmaskConfig
 from relicctl.core import checkpoint
 from relicctl.core.counter_rng import Stream, derive_seed
 from relicctl.core.hardware import count_process_cores
-from relicctl.core.loop import LoopConfig, TrainState, restore_state
+from relicctl.core.loop import LoopConfig
 from relicctl.core.work_sharing import WorkResult, gather_in_order, shard
 from relicctl.data.photometric import AugmentConfig
 from relicctl.errors import UsageError
-from relicctl.runs.distributed import RunContext, load_newest_checkpoint
-from relicctl.runs.training import train_with_progress
+from relicctl.runs.distributed import RunContext
+from relicctl.runs.training import restore_or_start, train_with_progress
 
 LABEL_BATCH_SIZE = 64  # images whose labels are made together
 
@@ -168,37 +168,18 @@ class _SelfTraining:
         net = init_saliency_net(config, stage.number).to(context.device).to(memory_format=torch.channels_last)
         task = MaskTask(net, config.loss, config.optim, stage, context.autocast(), context.world)
         batches = MaskLoader(
-            self._select_training_set(labels),
-            _build_augmentation(config),
-            batch_size=config.optim.batch_size,
-            seed=derive_seed(config.seed, Stream.MASK, stage.number),
-            first=stage.first,
-            world=context.world,
-        )
+            self._select_training_set(labels), _build_augmentation(config), batch_size=config.optim.batch_size,
+            seed=derive_seed(config.seed, Stream.MASK, stage.number), first=stage.first, world=context.world,
+        )  # fmt: skip
         loop = LoopConfig.from_sections(
-            config.checkpoint,
-            config.runtime,
-            total=stage.last,
-            steps_per_epoch=stage.steps_per_epoch,
-            batch_size=config.optim.batch_size,
-            resume_command=self.resume_command,
-        )
-        train_with_progress(task, batches, loop, context, self._restore_or_start(stage, task))
-        return task.model.state_dict()
-
-    def _restore_or_start(self, stage: Stage, task: MaskTask) -> TrainState:
-        """Return the state of the stage's newest checkpoint, loaded into ``task``, or the stage's start."""
-        run, world, console = self.context.run, self.context.world, self.context.console
-        for path in checkpoint.list_checkpoints(run.checkpoints_dir) if world.is_main else []:
+            config.checkpoint, config.runtime, total=stage.last, steps_per_epoch=stage.steps_per_epoch,
+            batch_size=config.optim.batch_size, resume_command=self.resume_command,
+        )  # fmt: skip
+        for path in checkpoint.list_checkpoints(context.run.checkpoints_dir) if context.world.is_main else []:
             if path.name > checkpoint.format_checkpoint_name(stage.last):  # of a later stage, since this one was lost
                 path.unlink()
-        loaded = load_newest_checkpoint(run, world, console.warn)
-        state = TrainState(stage.first)
-        if loaded is not None and loaded[2]["step"] > stage.first:
-            path, tensors, header = loaded
-            state = restore_state(task, tensors, header, str(path))
-        run.truncate_metrics(state.step or -1)
-        return state
+        train_with_progress(task, batches, loop, context, restore_or_start(task, context, first=stage.first))
+        return task.model.state_dict()
 
     def _select_training_set(self, labels: SoftLabels) -> MaskTrainingSet:
         """Select the images with the most certain labels; pixels weigh less where a label is undecided."""

@@ -40,7 +40,6 @@ from relicctl.version import __version__
 
 # images to train on, to test on, and further test sets by name
 LinearData = tuple[LabelledDataset, LabelledDataset, dict[str, LabelledDataset]]
-MUTABLE_KEYS = ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data.")  # may change on --resume
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
 def resolve_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
     """Return the config, that of the folder to resume if there is one."""
     resumed = common.find_folder_to_resume(options)
-    return resolved if resumed is None else resume_config(resolved, resumed, MUTABLE_KEYS)
+    return resolved if resumed is None else resume_config(resolved, resumed)
 
 
 def open_linear_encoders(job: LinearJob, config: LinearEvalConfig, console: Console) -> list[ResolvedEncoder]:

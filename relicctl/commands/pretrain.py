@@ -34,7 +34,7 @@ from relicctl.pretraining.data import (
     resolve_bank_path,
 )
 from relicctl.pretraining.estimate import check_step_memory, check_view_memory
-from relicctl.pretraining.run import make_record, resume_record, resume_training, save_results, write_config
+from relicctl.pretraining.run import open_record, resume_training, save_results, write_config
 from relicctl.pretraining.task import PretrainTask, Schedule, load_initial_weights
 from relicctl.runs.distributed import (
     RunContext,
@@ -45,7 +45,8 @@ from relicctl.runs.distributed import (
     resolve_num_workers,
 )
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
-from relicctl.runs.resume import TrainingOptions, find_run_to_resume, resume_config
+from relicctl.runs.resume import TrainingOptions, resolve_run
+from relicctl.runs.status import HeartbeatBatches
 from relicctl.runs.training import train_with_progress
 from relicctl.version import __version__
 
@@ -91,10 +92,8 @@ class Training:
 
 def pretrain(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, Any]:
     """Run or resume a pretraining; return ``run`` (its folder) and the contents of results.json."""
-    resumed = find_run_to_resume(options, resolved.preset) if options.resume is not None else None
-    if resumed is not None:
-        resolved = resume_config(resolved, resumed)
-    elif options.out is not None:
+    resolved, resumed = resolve_run(resolved, options)
+    if resumed is None and options.out is not None:
         check_overwrite(options.out, overwrite=options.overwrite)
     with open_distributed_session(resolved.config.runtime, options.quiet) as session:
         prepared = prepare(resolved, options, resumed, session)
@@ -128,10 +127,7 @@ def prepare(resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | 
     evaluator = build_evaluator(config, data, device, bad_images, console)
     log_missing_masks(resolved, console)
     masking, mask_info = open_masking(config, data.train, console)
-    if resumed is not None:
-        record = resume_record(out, resolved, data, mask_info, device)
-    else:
-        record = make_record(resolved, options.init_from, data, mask_info, device)
+    record = open_record(resumed, resolved, options.init_from, data, mask_info, device)
     check_step_memory(config, classes, device, record["precision"], world.size, console)
     return Prepared(
         resolved=resolved, out=out, resumed=resumed is not None, record=record, data=data, sampler=sampler,
@@ -172,7 +168,7 @@ def build_training(prepared: Prepared, task: PretrainTask, context: RunContext) 
         if not prepared.resumed:
             run.delete()
         raise
-    return Training(run.status.add_heartbeat(loader), loop, evaluate, bad_images)
+    return Training(HeartbeatBatches(loader, run.status), loop, evaluate, bad_images)
 
 
 def build_loader(prepared: Prepared, context: RunContext) -> ViewLoader:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from relicctl.bgmask.data import make_bgmask_record, open_bgmask_data, resolve_bgmask_run, resume_bgmask_record
+from relicctl.bgmask.data import open_bgmask_data, open_bgmask_record
 from relicctl.bgmask.dry_run import check_training_memory
 from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
@@ -16,13 +16,13 @@ from relicctl.config.resolve import ResolvedConfig
 from relicctl.data.mask_bank import MaskBank
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite
-from relicctl.runs.resume import TrainingOptions
+from relicctl.runs.resume import TrainingOptions, resolve_run
 from relicctl.version import __version__
 
 
 def train_bgmask(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, Any]:
     """Run or resume a training of masks; return ``run`` (its folder) and the content of results.json."""
-    resolved, resumed = resolve_bgmask_run(resolved, options)
+    resolved, resumed = resolve_run(resolved, options)
     if resumed is None and options.out is not None:
         check_overwrite(options.out, overwrite=options.overwrite)
     with open_distributed_session(resolved.config.runtime, options.quiet) as session:
@@ -37,8 +37,7 @@ def _run_bgmask(
     out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
     for spec in (*config.data.train, config.data.mask_data):
         check_outside_data(out, spec)
-    facts = resolved, data, session.device
-    record = resume_bgmask_record(out, *facts) if resumed else make_bgmask_record(*facts)
+    record = open_bgmask_record(resumed, resolved, data, session.device)
     total = count_total_steps(config, len(data.train))
     world.get_local_rows(config.optim.batch_size)  # refuses an uneven batch before anything is computed
     if not (out / SALIENCY_FILE_NAME).is_file():  # else all networks are trained

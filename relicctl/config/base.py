@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, model_validator
 
 from relicctl.errors import UsageError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 # YAML has lists only, so a pair itself is not strict; its two numbers are.
@@ -30,16 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise UsageError for the first key whose pair is not a range above 0."""
-    for name, (low, high) in ranges.items():
-        if not 0 < low <= high:
-            raise UsageError(
-                f"{name} is [{low:g}, {high:g}], which is not a range above 0.",
-                f"Give {name} as [smallest, largest], both above 0.",
-            )
-
-
 class CommandConfig(Section):
     """All keys of a command, and its rules beyond types and ranges."""
 
@@ -51,6 +41,16 @@ class CommandConfig(Section):
     # Key -> its value -> beginnings of keys that are then never read: refused in --set instead of silently ignored
     unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
     harmless_values: ClassVar[dict[str, Any]] = {}  # values of unused keys that are accepted: they ask for nothing
+    ranges: ClassVar[tuple[str, ...]] = ()  # keys whose pairs must be ranges above 0
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        for name in self.ranges:
+            low, high = attrgetter(name)(self)
+            if not 0 < low <= high:
+                what = f"{name} is [{low:g}, {high:g}], which is not a range above 0."
+                raise UsageError(what, f"Give {name} as [smallest, largest], both above 0.")
+        return self
 
 
 class EncoderConfig(Section):

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import model_validator
-
-from relicctl.config.base import (
-    CheckpointConfig,
-    CommandConfig,
-    CropConfig,
-    DataConfig,
-    EncoderConfig,
-    Fraction,
-    PositiveFloats,
-    PositiveInt,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config import base
+from relicctl.config.base import Fraction, PositiveFloats, PositiveInt, Section, key
 
 LEARNING_RATES = tuple(float(f"{10 ** (-4 + 4 * k / 19):.3g}") for k in range(20))  # log-spaced from 1e-4 to 1
 
 
-class RandomCropConfig(CropConfig):
+class RandomCropConfig(base.CropConfig):
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
@@ -45,42 +31,34 @@ class LinearOptimConfig(Section):
 
 
 class LinearTestConfig(Section):
-    val_fraction: float = key(
-        0.0, "fraction of the training images (5000 at most) to test on where data.val is not given", ge=0, lt=1
-    )
+    val_fraction: float = key(0.0, "fraction of training images (5000 at most) to test on without data.val", ge=0, lt=1)
     size: int | None = key(None, "side in pixels of the images; null = what the encoder was trained for", ge=8)
-    crop_pct: float | None = key(
-        None, "side of the tested centre square / the image's short side; null = the encoder's own", gt=0, le=1
-    )
+    crop_pct: float | None = key(None, "centre crop's side / image's short side; null = the encoder's own", gt=0, le=1)
 
 
 class AnalysisConfig(Section):
     images: int = key(2000, "most test images in --analysis, the first of a seeded shuffle", ge=10)
 
 
-class LinearEvalConfig(CommandConfig):
+class LinearEvalConfig(base.CommandConfig):
     """A whole linear evaluation. Raises UsageError where keys contradict each other."""
 
-    option_keys: ClassVar[dict[str, str]] = {**CommandConfig.option_keys, "data": "data.train", "val": "data.val"}
+    option_keys: ClassVar[dict[str, str]] = {**base.CommandConfig.option_keys, "data": "data.train", "val": "data.val"}
     unused_keys: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
         "protocol": {"fast": ("crop.", "data.cache", "runtime.precision")}
     }
+    ranges: ClassVar[tuple[str, ...]] = ("crop.scale", "crop.ratio")
 
     protocol: Literal["fast", "imagenet"] = key(
         "fast", "fast: standardised features, extracted once; imagenet: features of random crops and flips"
     )
-    model: EncoderConfig = key(EncoderConfig(), "the network of `random`; other encoders bring their own")
+    model: base.EncoderConfig = key(base.EncoderConfig(), "the network of `random`; other encoders bring their own")
     crop: RandomCropConfig = key(RandomCropConfig(), "training images of protocol imagenet")
     sweep: SweepConfig = key(SweepConfig(), "the learning rate")
     optim: LinearOptimConfig = key(LinearOptimConfig(), "optimiser and schedule")
-    data: DataConfig = key(DataConfig(), "the images; those of the encoder's run where not given")
+    data: base.DataConfig = key(base.DataConfig(), "the images; those of the encoder's run where not given")
     eval: LinearTestConfig = key(LinearTestConfig(), "testing")
     analysis: AnalysisConfig = key(AnalysisConfig(), "cluster analysis")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
-    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
+    checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
+    runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
-
-    @model_validator(mode="after")
-    def _check_keys_agree(self) -> LinearEvalConfig:
-        check_ranges({"crop.scale": self.crop.scale, "crop.ratio": self.crop.ratio})
-        return self

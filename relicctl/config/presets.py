@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from relicctl.errors import UsageError
@@ -42,9 +43,5 @@ def read_preset(name: str) -> str:
 
 def read_preset_header(name: str) -> str:
     """Return the comment that the preset begins with; its first line says what the preset is."""
-    lines = []
-    for line in read_preset(name).splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return "\n".join(lines)
+    comment = takewhile(lambda line: line.startswith("#"), read_preset(name).splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)

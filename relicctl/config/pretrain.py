@@ -8,24 +8,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import PositiveFloat, model_validator
 
-from relicctl.config.base import (
-    CheckpointConfig,
-    ColorConfig,
-    CommandConfig,
-    DataConfig,
-    EncoderConfig,
-    Fraction,
-    Pair,
-    PositiveFloat,
-    PositiveInt,
-    PositivePair,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config import base
+from relicctl.config.base import Fraction, Pair, PositiveInt, PositivePair, Section, key
 from relicctl.errors import UsageError
 
 
@@ -34,7 +20,7 @@ class HeadConfig(Section):
     out: PositiveInt = key(256, "dimensions of the output")
 
 
-class ModelConfig(EncoderConfig):
+class ModelConfig(base.EncoderConfig):
     bn_momentum: float = key(0.1, "weight of a batch in BatchNorm's running statistics", gt=0, le=1)
     projector: HeadConfig = key(HeadConfig(), "linear, batch norm, ReLU, linear; on both networks")
     predictor: HeadConfig = key(HeadConfig(), "built like the projector; on the online network only")
@@ -52,7 +38,7 @@ class SmallViewsConfig(Section):
     area: Pair = key((0.05, 0.14), "scale of RandomResizedCrop: the crop's fraction of the image's area (our choice)")
 
 
-class AugmentationConfig(ColorConfig):
+class AugmentationConfig(base.ColorConfig):
     """Probabilities and strengths; a pair is for set T and set T', which views take in turn."""
 
     blur_prob: Pair = key((1.0, 0.1), "probabilities of Gaussian blur")
@@ -70,9 +56,7 @@ class LossConfig(Section):
     temperature: PositiveFloat = key(0.2, "divides the cosine similarities (our choice)")
     alpha: float = key(1.0, "weight of the likelihood term (our choice)", ge=0)
     beta: float = key(5.0, "weight of the invariance term (our choice)", ge=0)
-    negatives: PositiveInt | Literal["all"] = key(
-        10, "images drawn from the global batch as negatives of each pair, or all (our choice)"
-    )
+    negatives: PositiveInt | Literal["all"] = key(10, "negatives per pair from the global batch, or all (our choice)")
     invariance: Literal["transposed", "swapped"] = key(
         "transposed",
         "a pair's likelihood is held equal to that of the same pair read the other way, "
@@ -86,12 +70,8 @@ class TargetConfig(Section):
 
 class BackgroundRemovalConfig(Section):
     probability: Fraction = key(0.1, "probability that a large view is cut from the masked image")
-    fill: Literal["mean", "gray", "noise"] = key(
-        "mean", "what background pixels become: the data's mean, gray or noise (our choice)"
-    )
-    source: Literal["none", "bank", "alpha"] = key(
-        "none", "where masks come from: nowhere, a mask bank, the images' alpha channel"
-    )
+    fill: Literal["mean", "gray", "noise"] = key("mean", "the background: the data's mean, gray or noise (our choice)")
+    source: Literal["none", "bank", "alpha"] = key("none", "masks come from nowhere, a mask bank or the alpha channel")
     bank: str | None = key(None, "run of train-bgmask, or its masks.bank, with a mask for every image (also --bgmask)")
     foreground_range: Pair = key(
         (0.01, 0.99), "fractions of the image between which a mask's foreground must lie for it to be used (our choice)"
@@ -119,9 +99,7 @@ class EvalConfig(Section):
     """kNN and a linear probe during the run, where there are labels; the networks never feel them."""
 
     every_epochs: int = key(10, "epochs between two evaluations; 0 = never", ge=0)
-    val_fraction: float = key(
-        0.0, "fraction of the training images (5000 at most) held out where data.val is not given", ge=0, lt=1
-    )
+    val_fraction: float = key(0.0, "fraction of training images (5000 at most) held out without data.val", ge=0, lt=1)
     size: int | None = key(None, "side in pixels of evaluated images; null = views.large.size", ge=8)
     crop_pct: float = key(0.875, "side of the evaluated centre square / the image's short side", gt=0, le=1)
     knn_train_images: PositiveInt = key(20000, "most training images that kNN compares with")
@@ -129,21 +107,19 @@ class EvalConfig(Section):
     probe: bool = key(True, "train a linear classifier on detached features along the way")
 
 
-class PretrainRuntimeConfig(RuntimeConfig):
+class PretrainRuntimeConfig(base.RuntimeConfig):
     compile: bool | Literal["auto"] = key(
         "auto", "torch.compile the encoders; auto = on one CUDA device, for runs of 10,000 steps and more"
     )
-    activation_checkpointing: bool = key(
-        False, "compute activations again in the backward pass: less memory, more time"
-    )
+    activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
     tensorboard: bool = key(False, "write TensorBoard events too (needs the extra `tensorboard`)")
 
 
-class PretrainConfig(CommandConfig):
+class PretrainConfig(base.CommandConfig):
     """A whole pretraining run. Raises UsageError where keys contradict each other."""
 
     option_keys: ClassVar[dict[str, str]] = {
-        **CommandConfig.option_keys,
+        **base.CommandConfig.option_keys,
         "data": "data.train",
         "val": "data.val",
         "bgmask": "bgmask.bank",
@@ -161,6 +137,7 @@ class PretrainConfig(CommandConfig):
         "bgmask.source": {"none": ("bgmask.probability", "bgmask.fill", "bgmask.foreground_range")},
     }
     harmless_values: ClassVar[dict[str, Any]] = {"bgmask.probability": 0}  # no masks, of a preset that asks for some
+    ranges: ClassVar[tuple[str, ...]] = ("views.large.area", "views.small.area", "views.ratio")
 
     objective: Literal["relicv2", "relic", "simclr", "byol", "supervised"] = key(
         "relicv2", "what is minimised; relic = two large views, no small ones, all negatives"
@@ -171,67 +148,40 @@ class PretrainConfig(CommandConfig):
     target: TargetConfig = key(TargetConfig(), "the target network")
     bgmask: BackgroundRemovalConfig = key(BackgroundRemovalConfig(), "background removal on large views")
     optim: OptimConfig = key(OptimConfig(), "optimiser and schedules")
-    data: DataConfig = key(DataConfig(), "the images")
+    data: base.DataConfig = key(base.DataConfig(), "the images")
     eval: EvalConfig = key(EvalConfig(), "evaluation during the run")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
+    checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: PretrainRuntimeConfig = key(PretrainRuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> PretrainConfig:
-        views = self.views
-        check_ranges(
-            {"views.large.area": views.large.area, "views.small.area": views.small.area, "views.ratio": views.ratio}
-        )
-        self._check_objective()
-        self._check_optim()
-        self._check_masks()
-        return self
-
-    def _check_masks(self) -> None:
-        masks = self.bgmask
+        large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives
+        optim, batch, masks = self.optim, self.optim.batch_size, self.bgmask
+        if self.objective == "relic" and (large != 2 or small or negatives != "all"):
+            given = f"not {large} large, {small} small and {negatives} negatives."
+            what = f"objective relic is two large views, no small ones and all negatives, {given}"
+            raise UsageError(what, "Leave the counts of views and loss.negatives unset, or take objective relicv2.")
+        if self.objective in ("simclr", "byol") and large + small < 2:
+            what = f"objective {self.objective} compares views of an image, but there is only one."
+            raise UsageError(what, "Set views.large.count to 2 or more.")
+        if self.objective == "relicv2" and negatives != "all" and negatives >= batch:
+            what = f"loss.negatives is {negatives}, but a batch of {batch} images has only {batch - 1} others."
+            raise UsageError(what, "Lower loss.negatives, set it to all, or raise optim.batch_size.")
+        if optim.warmup_epochs > optim.epochs:
+            what = f"optim.warmup_epochs {optim.warmup_epochs:g} is longer than the run, {optim.epochs} epochs."
+            fix = "Lower optim.warmup_epochs, or cut the run with optim.max_steps instead of optim.epochs."
+            raise UsageError(what, fix)
+        if optim.microbatch is not None and batch % optim.microbatch:
+            what = f"optim.microbatch {optim.microbatch} does not divide optim.batch_size {batch}."
+            raise UsageError(what, "Choose an optim.microbatch that divides the batch.")
         if masks.source == "bank" and masks.bank is None:
             raise UsageError("bgmask.source is bank, but no bank is given.", "Give --bgmask RUN or BANK.")
         if masks.source != "bank" and masks.bank is not None:
-            raise UsageError(
-                f"bgmask.bank is {masks.bank}, but bgmask.source is {masks.source}.",
-                "Set bgmask.source to bank, or leave bgmask.bank out.",
-            )
+            what = f"bgmask.bank is {masks.bank}, but bgmask.source is {masks.source}."
+            raise UsageError(what, "Set bgmask.source to bank, or leave bgmask.bank out.")
         low, high = masks.foreground_range
         if low > high:
-            raise UsageError(
-                f"bgmask.foreground_range is [{low:g}, {high:g}], which is no range.", "Give it as [smallest, largest]."
-            )
-
-    def _check_objective(self) -> None:
-        large, small, negatives = self.views.large.count, self.views.small.count, self.loss.negatives
-        if self.objective == "relic" and (large != 2 or small or negatives != "all"):
-            raise UsageError(
-                f"objective relic is two large views, no small ones and all negatives, not {large} large, "
-                f"{small} small and {negatives} negatives.",
-                "Leave the counts of views and loss.negatives unset, or take objective relicv2.",
-            )
-        if self.objective in ("simclr", "byol") and large + small < 2:
-            raise UsageError(
-                f"objective {self.objective} compares views of an image, but there is only one.",
-                "Set views.large.count to 2 or more.",
-            )
-        batch = self.optim.batch_size
-        if self.objective == "relicv2" and negatives != "all" and negatives >= batch:
-            raise UsageError(
-                f"loss.negatives is {negatives}, but a batch of {batch} images has only {batch - 1} others.",
-                "Lower loss.negatives, set it to all, or raise optim.batch_size.",
-            )
-
-    def _check_optim(self) -> None:
-        optim = self.optim
-        if optim.warmup_epochs > optim.epochs:
-            raise UsageError(
-                f"optim.warmup_epochs {optim.warmup_epochs:g} is longer than the run, {optim.epochs} epochs.",
-                "Lower optim.warmup_epochs, or cut the run with optim.max_steps instead of optim.epochs.",
-            )
-        if optim.microbatch is not None and optim.batch_size % optim.microbatch:
-            raise UsageError(
-                f"optim.microbatch {optim.microbatch} does not divide optim.batch_size {optim.batch_size}.",
-                "Choose an optim.microbatch that divides the batch.",
-            )
+            what = f"bgmask.foreground_range is [{low:g}, {high:g}], which is no range."
+            raise UsageError(what, "Give it as [smallest, largest].")
+        return self

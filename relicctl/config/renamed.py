@@ -4,93 +4,70 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _rename(old_section: str, new_section: str | None = None, /, **names: str) -> dict[str, str]:
+    """Return the table of a section's keys, given as ``old="new"``."""
+    return {f"{old_section}.{old}": f"{new_section or old_section}.{new}" for old, new in names.items()}
+
+
 # Old key -> new key of each command; where the values were renamed too, (new key, {old value: new value}).
-_DATA: dict[str, Any] = {"data.max_bad": "data.max_corrupt_fraction"}
-_TEST = {"eval.crop_ratio": "eval.crop_pct"}
-_HELD_OUT = {"eval.holdout": "eval.val_fraction"}
+_DATA: dict[str, Any] = _rename("data", max_bad="max_corrupt_fraction")
+_TEST = _rename("eval", crop_ratio="crop_pct")
+_HELD_OUT = _rename("eval", holdout="val_fraction")
+_CROP = {"area": "scale", "aspect": "ratio", "flip": "hflip_prob"}
 _DENSE = {
     **_DATA,
-    "data.sets": "data.datasets",
-    "model.frozen": "model.freeze_encoder",
+    **_rename("data", sets="datasets"),
+    **_rename("model", frozen="freeze_encoder"),
     "model.norm": ("model.freeze_bn", {"batch": False, "frozen": True}),
-    "optim.drops": "optim.milestones",
+    **_rename("optim", drops="milestones"),
 }
 RENAMED: dict[str, dict[str, Any]] = {
     "pretrain": {
         **_DATA,
         **_TEST,
         **_HELD_OUT,
-        "views.aspect": "views.ratio",
-        "views.photometric.flip": "views.augment.hflip_prob",
-        "views.photometric.jitter": "views.augment.color_jitter_prob",
-        "views.photometric.brightness": "views.augment.brightness",
-        "views.photometric.contrast": "views.augment.contrast",
-        "views.photometric.saturation": "views.augment.saturation",
-        "views.photometric.hue": "views.augment.hue",
-        "views.photometric.grayscale": "views.augment.grayscale_prob",
-        "views.photometric.blur": "views.augment.blur_prob",
-        "views.photometric.solarize": "views.augment.solarize_prob",
-        "bgmask.limits": "bgmask.foreground_range",
-        "eval.train_samples": "eval.knn_train_images",
-        "eval.val_samples": "eval.val_images",
+        **_rename("views", aspect="ratio"),
+        **_rename("views.photometric", "views.augment", flip="hflip_prob", jitter="color_jitter_prob"),
+        **_rename("views.photometric", "views.augment", brightness="brightness", contrast="contrast"),
+        **_rename("views.photometric", "views.augment", saturation="saturation", hue="hue"),
+        **_rename("views.photometric", "views.augment", grayscale="grayscale_prob", blur="blur_prob"),
+        **_rename("views.photometric", "views.augment", solarize="solarize_prob"),
+        **_rename("bgmask", limits="foreground_range"),
+        **_rename("eval", train_samples="knn_train_images", val_samples="val_images"),
     },
     "train-bgmask": {
         **_DATA,
-        "model.priors": "model.prior_channels",
-        "model.encoder": "model.init_encoder",
-        "labels.drop": "labels.drop_fraction",
-        "labels.agreement": "labels.uncertainty_weight",
-        "refine.cut": "refine.grabcut_weight",
-        "refine.background": "refine.bg_threshold",
-        "refine.foreground": "refine.fg_threshold",
-        "refine.keep": "refine.label_momentum",
-        "rounds.count": "self_training.rounds",
-        "rounds.epochs": "self_training.epochs",
-        "loss.f": "loss.fbeta",
-        "loss.beta2": "loss.fbeta_beta2",
-        "augment.area": "augment.scale",
-        "augment.aspect": "augment.ratio",
-        "augment.flip": "augment.hflip_prob",
-        "augment.jitter": "augment.color_jitter_prob",
-        "augment.grayscale": "augment.grayscale_prob",
-        "augment.blur": "augment.blur_prob",
-        "data.masks_for": "data.mask_data",
-        "data.images": "data.max_train_images",
-        "data.eval_images": "data.max_eval_images",
+        **_rename("model", priors="prior_channels", encoder="init_encoder"),
+        **_rename("labels", drop="drop_fraction", agreement="uncertainty_weight"),
+        **_rename("refine", cut="grabcut_weight", background="bg_threshold", foreground="fg_threshold"),
+        **_rename("refine", keep="label_momentum"),
+        **_rename("rounds", "self_training", count="rounds", epochs="epochs"),
+        **_rename("loss", f="fbeta", beta2="fbeta_beta2"),
+        **_rename("augment", **_CROP, jitter="color_jitter_prob", grayscale="grayscale_prob", blur="blur_prob"),
+        **_rename("data", masks_for="mask_data", images="max_train_images", eval_images="max_eval_images"),
     },
     "linear-eval": {
         **_DATA,
         **_TEST,
         **_HELD_OUT,
-        "crop.area": "crop.scale",
-        "crop.aspect": "crop.ratio",
-        "crop.flip": "crop.hflip_prob",
-        "sweep.rates": "sweep.lrs",
-        "sweep.holdout": "sweep.val_fraction",
+        **_rename("crop", **_CROP),
+        **_rename("sweep", rates="lrs", holdout="val_fraction"),
     },
     "transfer": {
         **_DATA,
         **_TEST,
-        "data.sets": "data.datasets",
-        "data.holdout": "data.val_fraction",
-        "data.draw": "data.samples_per_class",
-        "logistic.lambdas": "logistic.l2",
-        "knn.ks": "knn.k",
-        "finetune.rates": "finetune.lrs",
-        "finetune.decays": "finetune.weight_decays",
-        "finetune.area": "finetune.scale",
-        "finetune.aspect": "finetune.ratio",
-        "finetune.flip": "finetune.hflip_prob",
+        **_rename("data", sets="datasets", holdout="val_fraction", draw="samples_per_class"),
+        **_rename("logistic", lambdas="l2"),
+        **_rename("knn", ks="k"),
+        **_rename("finetune", rates="lrs", decays="weight_decays", **_CROP),
     },
-    "transfer --task segmentation": {**_DENSE, "crop.flip": "crop.hflip_prob"},
+    "transfer --task segmentation": {**_DENSE, **_rename("crop", flip="hflip_prob")},
     "transfer --task detection": {
         **_DENSE,
-        "images.short": "images.min_size",
-        "images.long": "images.max_size",
-        "images.flip": "images.hflip_prob",
-        "head.proposals_train": "head.rpn_post_nms_top_n_train",
-        "head.proposals_test": "head.rpn_post_nms_top_n_test",
-        "head.regions": "head.box_batch_size_per_image",
+        **_rename("images", short="min_size", long="max_size", flip="hflip_prob"),
+        **_rename("head", proposals_train="rpn_post_nms_top_n_train", proposals_test="rpn_post_nms_top_n_test"),
+        **_rename("head", regions="box_batch_size_per_image"),
     },
 }
 RENAMED_METRICS = {"rank_me": "rankme", "deviation": "embedding_std", "feature_deviation": "feature_std"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,13 +58,12 @@ class _ConfigLayers:
         self._given_as: dict[tuple[str, str], str] = {}  # (source, present name) -> the name that was used
 
     def set_value(self, name: str, value: Any, where: str) -> None:
-        used = self._given_as.setdefault((where, rename_key(self.command, name)), name)
+        new_name = rename_key(self.command, name)
+        used = self._given_as.setdefault((where, new_name), name)
         if used != name:
-            raise UsageError(
-                f"{used} and {name} (from {where}) are two names of one key.",
-                f"Keep {rename_key(self.command, name)} alone.",
-            )
-        if (new_name := rename_key(self.command, name)) != name:
+            what = f"{used} and {name} (from {where}) are two names of one key."
+            raise UsageError(what, f"Keep {new_name} alone.")
+        if new_name != name:
             self.renamed[name] = new_name
             name, value = new_name, rename_value(self.command, name, value)
         if name not in self.values:
@@ -91,10 +90,8 @@ class _ConfigLayers:
         if name in self.schema.harmless_values and self.values[name] == self.schema.harmless_values[name]:
             return
         option = next((o for o, values in self.schema.implied_by_option.items() if key in values), None)
-        raise UsageError(
-            f"{name} has no effect while {key} is {self.values[key]}.",
-            f"Give --{option}, or leave it out." if option else "Leave it out.",
-        )
+        what = f"{name} has no effect while {key} is {self.values[key]}."
+        raise UsageError(what, f"Give --{option}, or leave it out." if option else "Leave it out.")
 
 
 def resolve_config(
@@ -229,9 +226,8 @@ def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[Comman
         if command not in SCHEMAS:
             raise UsageError(f"command cannot be {command!r} (from {source}).", f"Write {_format_choices(SCHEMAS)}.")
         if schema not in (None, SCHEMAS[command]):
-            raise UsageError(
-                f"{source} is for `relicctl {command}`, not for {get_command(schema)}.", "Give another, or none."
-            )
+            what = f"{source} is for `relicctl {command}`, not for {get_command(schema)}."
+            raise UsageError(what, "Give another, or none.")
         schema = SCHEMAS[command]
     return schema or PretrainConfig
 
@@ -260,10 +256,7 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *sections, leaf = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
+        reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[leaf] = value
     return tree
 
 
@@ -276,10 +269,8 @@ def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Comma
             key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in get_config_fields(schema)
         )
         info = get_config_fields(schema)[name]
-        raise UsageError(
-            f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]}).",
-            f"Give {format_allowed_values(name, schema)}: {info.description}.",
-        ) from None
+        what = f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]})."
+        raise UsageError(what, f"Give {format_allowed_values(name, schema)}: {info.description}.") from None
 
 
 def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) -> UsageError:

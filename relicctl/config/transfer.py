@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, PositiveFloat, Strict
 
-from relicctl.config.base import (
-    CheckpointConfig,
-    CommandConfig,
-    EncoderConfig,
-    Fraction,
-    Pair,
-    PositiveFloat,
-    PositiveFloats,
-    PositiveInt,
-    PositiveInts,
-    PositivePair,
-    RuntimeConfig,
-    Section,
-    check_ranges,
-    key,
-)
+from relicctl.config import base
+from relicctl.config.base import Fraction, Pair, PositiveFloats, PositiveInt, PositiveInts, PositivePair, Section, key
 
 Metric = Literal["top1", "mean_per_class", "map11"]
 Protocols = Annotated[tuple[Literal["logistic", "knn", "finetune"], ...], Strict(False), Field(min_length=1)]
@@ -31,10 +17,10 @@ SamplesPerClass = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_le
 LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # log-spaced from 1e-6 to 1e5
 Milestones = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Strict(False)]
 AnchorSizes = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=5, max_length=5)]
-OPTION_KEYS = {**CommandConfig.option_keys, "data": "data.datasets"}
+OPTION_KEYS = {**base.CommandConfig.option_keys, "data": "data.datasets"}
 
 
-class DenseEncoderConfig(EncoderConfig):
+class DenseEncoderConfig(base.EncoderConfig):
     """``arch`` to ``padding`` describe the network of ``random`` where no encoder has a run."""
 
     freeze_encoder: bool = key(False, "train the new layers alone; the encoder stays as it is")
@@ -46,9 +32,7 @@ class DenseEncoderConfig(EncoderConfig):
 class DenseDataConfig(Section):
     datasets: dict[str, str] = key({}, "data by name, each with train and val (also --data NAME=DATA)")
     cache: Literal["auto", "none", "memory"] = key("auto", "keep decoded images in memory; auto = where they fit")
-    max_corrupt_fraction: Fraction = key(
-        0.01, "fraction of undecodable images or unusable boxes above which the run stops"
-    )
+    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images or bad boxes above which the run stops")
 
 
 class SegmentationDataConfig(DenseDataConfig):
@@ -72,7 +56,7 @@ class DenseOptimConfig(Section):
     batch_size: PositiveInt = key(16, "images per step; all where there are fewer")
     base_lr: PositiveFloat = key(0.003, "learning rate, not scaled by the batch")
     warmup_steps: int = key(0, "steps over which the learning rate rises linearly", ge=0)
-    milestones: Milestones = key((0.7, 0.9), "fractions of the steps after which the learning rate falls to a tenth")
+    milestones: Milestones = key((0.7, 0.9), "fractions of the steps after which the learning rate falls tenfold")
     momentum: float = key(0.9, "SGD's momentum", ge=0, lt=1)
     weight_decay: float = key(1e-4, "weight decay, of all parameters", ge=0)
 
@@ -81,9 +65,7 @@ class DetectionOptimConfig(DenseOptimConfig):
     steps: PositiveInt = key(190000, "steps of the training")
     base_lr: PositiveFloat = key(0.02, "learning rate, not scaled by the batch")
     warmup_steps: int = key(1000, "steps over which the learning rate rises linearly", ge=0)
-    milestones: Milestones = key(
-        (0.615, 0.846), "fractions of the steps after which the learning rate falls to a tenth"
-    )
+    milestones: Milestones = key((0.615, 0.846), "fractions of the steps after which the learning rate falls tenfold")
 
 
 class SegmentationCropConfig(Section):
@@ -100,9 +82,7 @@ class SegmentationHeadConfig(Section):
 
 
 class DetectionImageConfig(Section):
-    min_size: PositiveInts = key(
-        (800,), "sides in pixels that the shorter side is resized to, drawn in training; tests: last"
-    )
+    min_size: PositiveInts = key((800,), "pixels that the shorter side is resized to, drawn in training; tests: last")
     max_size: PositiveInt = key(1333, "most pixels of the longer side")
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
@@ -112,9 +92,7 @@ class DetectorConfig(Section):
 
     channels: PositiveInt = key(256, "channels of the pyramid")
     hidden: PositiveInt = key(1024, "units of the box head's two layers")
-    anchors: AnchorSizes = key(
-        (32, 64, 128, 256, 512), "sides in pixels of the anchors, one for each of the pyramid's five levels"
-    )
+    anchors: AnchorSizes = key((32, 64, 128, 256, 512), "sides in pixels of the anchors of the pyramid's five levels")
     rpn_post_nms_top_n_train: PositiveInt = key(
         2000, "proposals kept per level before and per image after suppression, in training"
     )
@@ -122,29 +100,23 @@ class DetectorConfig(Section):
     box_batch_size_per_image: PositiveInt = key(512, "regions per image that the box head is trained on")
 
 
-class SegmentationConfig(CommandConfig):
+class SegmentationConfig(base.CommandConfig):
     """A whole evaluation by semantic segmentation."""
 
     option_keys: ClassVar[dict[str, str]] = OPTION_KEYS
+    ranges: ClassVar[tuple[str, ...]] = ("crop.scale",)
 
     model: DenseEncoderConfig = key(DenseEncoderConfig(), "the encoder")
     data: SegmentationDataConfig = key(SegmentationDataConfig(), "the data sets")
     crop: SegmentationCropConfig = key(SegmentationCropConfig(), "training images")
-    head: SegmentationHeadConfig = key(
-        SegmentationHeadConfig(), "new layers on the encoder, whose last stage is dilated"
-    )
+    head: SegmentationHeadConfig = key(SegmentationHeadConfig(), "new layers on the encoder, its last stage dilated")
     optim: DenseOptimConfig = key(DenseOptimConfig(), "optimiser and schedule")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
-    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
+    checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
+    runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
-    @model_validator(mode="after")
-    def _check_keys_agree(self) -> SegmentationConfig:
-        check_ranges({"crop.scale": self.crop.scale})
-        return self
 
-
-class DetectionConfig(CommandConfig):
+class DetectionConfig(base.CommandConfig):
     """A whole evaluation by object detection."""
 
     option_keys: ClassVar[dict[str, str]] = OPTION_KEYS
@@ -154,8 +126,8 @@ class DetectionConfig(CommandConfig):
     images: DetectionImageConfig = key(DetectionImageConfig(), "how images are shown")
     head: DetectorConfig = key(DetectorConfig(), "new layers on the encoder")
     optim: DetectionOptimConfig = key(DetectionOptimConfig(), "optimiser and schedule")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving")
-    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
+    checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
+    runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
 
 
@@ -163,7 +135,7 @@ class TransferDataConfig(Section):
     datasets: dict[str, str] = key({}, "data by name, each with train, perhaps val, and test (also --data NAME=DATA)")
     metrics: dict[str, Metric] = key({}, "metric by name of data; where not given, what papers report on it, else top1")
     val_fraction: float = key(
-        0.2, "fraction of each class of train to validate on where there is no val (our choice)", gt=0, lt=1
+        0.2, "fraction of each class to validate on where val is missing (our choice)", gt=0, lt=1
     )
     test_split: dict[str, str] = key({}, "split to test on by name of data; where not given, test")
     samples_per_class: dict[str, SamplesPerClass] = key(
@@ -179,9 +151,7 @@ class TransferDataConfig(Section):
 
 class EvalCropConfig(Section):
     size: int | None = key(None, "side in pixels of the images; null = what each encoder was trained for", ge=8)
-    crop_pct: float | None = key(
-        None, "side of the centre square / the image's short side; null = the encoder's own", gt=0, le=1
-    )
+    crop_pct: float | None = key(None, "centre crop's side / image's short side; null = the encoder's own", gt=0, le=1)
 
 
 class LogisticConfig(Section):
@@ -208,30 +178,20 @@ class FinetuneConfig(Section):
     hflip_prob: Fraction = key(0.5, "probability of a horizontal flip")
 
 
-class TransferConfig(CommandConfig):
+class TransferConfig(base.CommandConfig):
     """A whole transfer evaluation: every protocol with every amount of labels on every data set."""
 
     option_keys: ClassVar[dict[str, str]] = {**OPTION_KEYS, "protocol": "protocol", "labels": "labels"}
+    ranges: ClassVar[tuple[str, ...]] = ("finetune.scale", "finetune.ratio")
 
-    protocol: Protocols = key(
-        ("logistic",), "logistic and knn on frozen features; finetune trains all (also --protocol)"
-    )
-    labels: LabelSubsets = key(
-        ("all",), "labelled subset: all, a fraction, N-per-class, or a file of names (also --labels)"
-    )
-    model: EncoderConfig = key(
-        EncoderConfig(), "the network of `random` as the first encoder; else it is like the first"
-    )
+    protocol: Protocols = key(("logistic",), "logistic, knn on frozen features; finetune trains all (also --protocol)")
+    labels: LabelSubsets = key(("all",), "labels used: all, a fraction, N-per-class or a file of names (also --labels)")
+    model: base.EncoderConfig = key(base.EncoderConfig(), "the network of `random` given first; else like the first")
     data: TransferDataConfig = key(TransferDataConfig(), "the data sets")
     eval: EvalCropConfig = key(EvalCropConfig(), "how images are shown")
     logistic: LogisticConfig = key(LogisticConfig(), "logistic regression")
     knn: KnnConfig = key(KnnConfig(), "nearest neighbours")
     finetune: FinetuneConfig = key(FinetuneConfig(), "fine-tuning")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "saving while fine-tuning")
-    runtime: RuntimeConfig = key(RuntimeConfig(), "how it is computed; the method is the same")
+    checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving while fine-tuning")
+    runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
     seed: int = key(0, "of every random draw", ge=0, lt=2**63)
-
-    @model_validator(mode="after")
-    def _check_keys_agree(self) -> TransferConfig:
-        check_ranges({"finetune.scale": self.finetune.scale, "finetune.ratio": self.finetune.ratio})
-        return self

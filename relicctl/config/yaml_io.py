@@ -59,9 +59,8 @@ def load_mapping(path: Path) -> dict[str, Any]:
         with open(path, "rb") as handle:
             text = handle.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise UsageError(
-                f"The config {path} has more than {MAX_BYTES // 1024} KiB.", "Give a file of relicctl's keys."
-            )
+            what = f"The config {path} has more than {MAX_BYTES // 1024} KiB."
+            raise UsageError(what, "Give a file of relicctl's keys.")
         content = parse_yaml(text.decode("utf-8"))
     except OSError as reason:
         raise UsageError(f"The config {path} cannot be read ({reason.strerror}).", "Give a YAML file.") from None

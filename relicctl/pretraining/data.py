@@ -126,14 +126,12 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
         console.info(f"{len(val)} labelled images are held out for evaluation (eval.val_fraction).")
     if config.data.subset is not None:
         if config.data.subset > len(train):
-            raise UsageError(
-                f"data.subset is {config.data.subset}, but there are only {len(train)} images.", "Lower data.subset."
-            )
+            what = f"data.subset is {config.data.subset}, but there are only {len(train)} images."
+            raise UsageError(what, "Lower data.subset.")
         train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
     if config.objective == "supervised" and train.labels is None:
-        raise DataError(
-            f"{config.data.train} has no labels, which supervised training needs.", "Give one folder per class."
-        )
+        what = f"{config.data.train} has no labels, which supervised training needs."
+        raise DataError(what, "Give one folder per class.")
     return PretrainData(train, val)
 
 
@@ -153,10 +151,8 @@ def check_batch_split(config: PretrainConfig, world: World) -> None:
     first, last = world.get_local_rows(config.optim.batch_size)
     microbatch = config.optim.microbatch
     if microbatch is not None and (last - first) % microbatch:
-        raise UsageError(
-            f"optim.microbatch {microbatch} does not divide the {last - first} images of a process.",
-            "Choose one that does, or another number of processes.",
-        )
+        what = f"optim.microbatch {microbatch} does not divide the {last - first} images of a process."
+        raise UsageError(what, "Choose one that does, or another number of processes.")
 
 
 def check_same_images(images: ImageDataset, world: World) -> None:

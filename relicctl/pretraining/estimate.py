@@ -28,7 +28,7 @@ from relicctl.runs.estimate import (
     format_dry_run,
     list_saving_layers,
 )
-from relicctl.runs.resume import TrainingOptions, find_run_to_resume, resume_config
+from relicctl.runs.resume import TrainingOptions, resolve_run
 
 BYTES_PER_METRICS_LINE = 400
 ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
@@ -36,9 +36,7 @@ ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
 
 def format_pretrain_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
-    if options.resume is not None and (run := find_run_to_resume(options, resolved.preset)) is not None:
-        resolved = resume_config(resolved, run)
-    resolved = resolve_bank_path(resolved)
+    resolved = resolve_bank_path(resolve_run(resolved, options)[0])
     estimate = estimate_pretrain(resolved.config, download=options.download)
     return format_dry_run(resolved, estimate, _describe_estimate(resolved.config, estimate), options.json)
 
@@ -103,10 +101,8 @@ def check_view_memory(config: PretrainConfig, device: torch.device, processes: i
     """Raise UsageError when the views of one batch do not fit into the device's free memory."""
     need, free = compute_view_bytes(config, processes), get_free_memory(device)
     if need > free:
-        raise UsageError(
-            f"The views of one batch take {format_bytes(need)}, but only {format_bytes(free)} of memory are free.",
-            "Lower optim.batch_size, or the count or size of views.large and views.small.",
-        )
+        what = f"The views of one batch take {format_bytes(need)}, but only {format_bytes(free)} of memory are free."
+        raise UsageError(what, "Lower optim.batch_size, or the count or size of views.large and views.small.")
 
 
 def check_step_memory(

@@ -21,44 +21,31 @@ from relicctl.pretraining.task import PretrainTask, load_initial_weights, resolv
 from relicctl.runs.distributed import RunContext, load_newest_checkpoint
 from relicctl.runs.folder import RunFolder
 from relicctl.runs.plots import plot_curves
-from relicctl.runs.resume import read_resumable_record
+from relicctl.runs.resume import make_record, read_resumable_record
 from relicctl.version import __version__
 
 
-def make_record(
-    resolved: ResolvedConfig, init_from: str | None, data: PretrainData, masks: dict[str, Any], device: torch.device
+def open_record(
+    resumed: Path | None,
+    resolved: ResolvedConfig,
+    init_from: str | None,
+    data: PretrainData,
+    masks: dict[str, Any],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Return what config.yaml stores under ``run``: facts that must hold when the run is resumed."""
-    return {
-        "version": __version__,
-        "preset": resolved.preset,
-        "data_fingerprint": data.train.compute_fingerprint(),
-        "images": len(data.train),
-        "bgmask_sha256": masks.get("sha256"),
-        "init_from": init_from,
-        "cache": resolve_cache(resolved.config.data.cache, data.train, device, masks["masked_views"] > 0),
-        "precision": resolve_precision(resolved.config, device),
-    }
+    """Return the facts recorded when the run started, of which only the precision may be chosen anew, or a new run's.
 
-
-def resume_record(
-    run: Path, resolved: ResolvedConfig, data: PretrainData, masks: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Return the facts recorded when the run started; only the precision may be chosen anew.
-
-    Raises DataError for other images or masks.
+    Raises DataError for other images or masks than those of the run ``resumed``.
     """
-    record = read_resumable_record(run)
-    if record["data_fingerprint"] != data.train.compute_fingerprint():
-        raise DataError(
-            f"The images are not those that {run} was started with.",
-            "Give --data the same images, or start another run with --init-from.",
-        )
+    if resumed is None:
+        cache = resolve_cache(resolved.config.data.cache, data.train, device, masks["masked_views"] > 0)
+        facts = {"bgmask_sha256": masks.get("sha256"), "init_from": init_from, "cache": cache}
+        return make_record(resolved, data.train, **facts, precision=resolve_precision(resolved.config, device))
+    fix = "Give --data the same images, or start another run with --init-from."
+    record = read_resumable_record(resumed, data.train, fix)
     if record.get("bgmask_sha256") != masks.get("sha256"):
-        raise DataError(
-            f"The mask bank {masks['bank']} is not the one that {run} was started with.",
-            "Give --bgmask that bank, or start another run with --init-from.",
-        )
+        what = f"The mask bank {masks['bank']} is not the one that {resumed} was started with."
+        raise DataError(what, "Give --bgmask that bank, or start another run with --init-from.")
     if resolved.origin["runtime.precision"] != "run":
         record["precision"] = resolve_precision(resolved.config, device)
     return record

@@ -164,10 +164,8 @@ def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
         else:
             projector = MLPHead(encoder.feature_dim, model.projector.hidden, model.projector.out)
             predictor = MLPHead(model.projector.out, model.predictor.hidden, model.predictor.out)
-            if config.objective == "simclr":
-                networks = Siamese(encoder, projector, None, False)
-            else:
-                networks = Siamese(encoder, projector, predictor, True)
+            has_target = config.objective != "simclr"
+            networks = Siamese(encoder, projector, predictor if has_target else None, has_target)
     networks.microbatch = config.optim.microbatch
     for module in networks.modules():
         if isinstance(module, _BatchNorm):
@@ -181,10 +179,8 @@ def load_initial_weights(weights: str | None, task: PretrainTask) -> None:
         return
     initial, current = load_encoder(weights).state_dict(), task.encoder.state_dict()
     if {name: t.shape for name, t in initial.items()} != {name: t.shape for name, t in current.items()}:
-        raise UsageError(
-            f"The weights of {weights} do not fit this encoder.",
-            "Set model.arch, model.width and model.stem to theirs.",
-        )
+        what = f"The weights of {weights} do not fit this encoder."
+        raise UsageError(what, "Set model.arch, model.width and model.stem to theirs.")
     for network in (task.model.online, task.model.target):
         if network is not None:
             network["encoder"].load_state_dict(initial)
@@ -211,7 +207,5 @@ def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
         return precision
     if config.runtime.precision == "auto":
         return "fp32"
-    raise UsageError(
-        f"Views of {smallest} px are one pixel before the last stage, where a CPU's bf16 gradients are wrong.",
-        "Set runtime.precision=fp32, or larger views.",
-    )
+    what = f"Views of {smallest} px are one pixel before the last stage, where a CPU's bf16 gradients are wrong."
+    raise UsageError(what, "Set runtime.precision=fp32, or larger views.")

@@ -153,11 +153,10 @@ class SharedBadImages:
         self._run.add_bad_image(name, reason)
 
     def _find_still_bad(self, source: ImageDataset) -> list[str]:
-        listed = self._run.read_bad_images()
-        if not listed:
+        if not (listed := self._run.read_bad_images()):
             return []
-        rows = {source.get_name(row): row for row in range(len(source))}
-        repaired = {name for name in listed if name in rows and is_decodable(source, rows[name])}
+        names = enumerate(map(source.get_name, range(len(source))))
+        repaired = {name for row, name in names if name in listed and is_decodable(source, row)}
         if repaired:
             self._run.remove_bad_images(repaired)
         return sorted(listed - repaired)

@@ -76,11 +76,9 @@ class RunFolder:
 
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        files = (self.config_path, self.encoder_path, self.results_path, self.curves_path, self._metrics_path)
-        patterns = [f".{name}.*.tmp" for name in (*(file.name for file in files), "status.json")]
-        patterns += [".tmp*", "stages/.tmp*", "features/.tmp*"]  # written by safetensors
-        for temporary in [path for pattern in patterns for path in self.path.glob(pattern)]:
-            temporary.unlink()
+        by_safetensors = (".tmp*", "stages/.tmp*", "features/.tmp*")
+        for temporary in [path for pattern in (".*.tmp", *by_safetensors) for path in self.path.glob(pattern)]:
+            temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock."""
@@ -106,9 +104,8 @@ class RunFolder:
         try:
             yield self.status
         except (KeyboardInterrupt, Terminated) as stop:
-            interrupted = self.status.make_interrupted(
-                signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            )
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            interrupted = self.status.make_interrupted(number)
             self.status.finish(interrupted)
             raise interrupted from None
         except BaseException as error:
@@ -124,9 +121,8 @@ class RunFolder:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UsageError(
-                "runtime.tensorboard is true, but TensorBoard is not installed.", "pip install 'relicctl[tensorboard]'."
-            ) from None
+            what = "runtime.tensorboard is true, but TensorBoard is not installed."
+            raise UsageError(what, "pip install 'relicctl[tensorboard]'.") from None
         if self._is_writer:
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
 
@@ -136,10 +132,8 @@ class RunFolder:
             with open(self._metrics_path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
         except OSError as reason:
-            raise RunFailed(
-                f"{self._metrics_path} cannot be written ({reason.strerror}).",
-                f"Checkpoints are untouched: free some space, then resume with {self.resume_option}.",
-            ) from None
+            fix = f"Checkpoints are untouched: free some space, then resume with {self.resume_option}."
+            raise RunFailed(f"{self._metrics_path} cannot be written ({reason.strerror}).", fix) from None
         if self._tensorboard is not None:
             for name, value in record.items():
                 if name != "step":
@@ -170,10 +164,9 @@ class RunFolder:
         try:
             checkpoint.save_checkpoint(path, tensors, header)
         except OSError as reason:
-            raise RunFailed(
-                f"The checkpoint {path} could not be written ({reason.strerror or reason}).",
-                f"Earlier ones are untouched: free some space, then resume with {self.resume_option}.",
-            ) from None
+            fix = f"Earlier ones are untouched: free some space, then resume with {self.resume_option}."
+            what = f"The checkpoint {path} could not be written ({reason.strerror or reason})."
+            raise RunFailed(what, fix) from None
         checkpoint.prune_checkpoints(self.checkpoints_dir, self._max_checkpoints)
         self.status.record_checkpoint(path, step)
 
@@ -238,14 +231,11 @@ def check_overwrite(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{path} is a file, not a folder.", "Choose another --out.")
     occupied = path.is_dir() and not all(_is_leftover(child.name) for child in path.iterdir())
     if occupied and not overwrite:
-        raise UsageError(
-            f"The run folder {path} is not empty.",
-            "Use --resume to continue, choose another --out, or give --overwrite to delete the run that is there.",
-        )
+        fix = "Use --resume to continue, choose another --out, or give --overwrite to delete the run that is there."
+        raise UsageError(f"The run folder {path} is not empty.", fix)
     if occupied and not (path / "config.yaml").is_file():
-        raise UsageError(
-            f"{path} is not empty and not a run folder, so --overwrite will not delete it.", "Choose another --out."
-        )
+        what = f"{path} is not empty and not a run folder, so --overwrite will not delete it."
+        raise UsageError(what, "Choose another --out.")
 
 
 def _make_unwritable_error(path: Path | str, reason: OSError) -> UsageError:
@@ -276,9 +266,8 @@ def _acquire_lock(path: Path) -> int:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
-        raise UsageError(
-            f"Another process is writing to {path}.", "Wait for it to end, or choose another --out."
-        ) from None
+        what = f"Another process is writing to {path}."
+        raise UsageError(what, "Wait for it to end, or choose another --out.") from None
     return handle
 
 

@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from relicctl.config import yaml_io
-from relicctl.config.resolve import ResolvedConfig, flatten, resolve_from_run
-from relicctl.errors import UsageError
+from relicctl.config.resolve import ResolvedConfig, flatten, get_command, resolve_from_run
+from relicctl.data.datasets.base import ImageDataset
+from relicctl.errors import DataError, UsageError
 from relicctl.runs.folder import check_is_run
+from relicctl.version import __version__
 
 # What may differ between a run and its continuation; everything else would make it another run.
-# The learning rate may: it is lowered after a divergence.
-PRETRAIN_MUTABLE_KEYS = (
-    "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val",
-    "data.max_corrupt_fraction",
-    "bgmask.bank",  # where it lies: another bank is refused by its content
-)  # fmt: skip
+MUTABLE_KEYS = {
+    # The learning rate may: it is lowered after a divergence. So may the bank's path: another bank is refused by its
+    # content.
+    "pretrain": (
+        "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val",
+        "data.max_corrupt_fraction", "bgmask.bank",
+    ),
+    "train-bgmask": (
+        "runtime.", "checkpoint.", "data.train", "data.eval", "data.mask_data", "data.max_corrupt_fraction",
+    ),
+    "linear-eval": ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,13 @@ class TransferOptions(EvaluationOptions):
     baselines: tuple[str, ...] = ()
 
 
-def find_run_to_resume(options: TrainingOptions, preset: str | None, command: str = "pretrain") -> Path | None:
+def resolve_run(resolved: ResolvedConfig, options: TrainingOptions) -> tuple[ResolvedConfig, Path | None]:
+    """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
+    run = None if options.resume is None else find_run_to_resume(options, resolved)
+    return resolved if run is None else resume_config(resolved, run), run
+
+
+def find_run_to_resume(options: TrainingOptions, resolved: ResolvedConfig) -> Path | None:
     """Return the folder that --resume means: its value, --out, or the newest run of the command and preset.
 
     None for a bare --resume with an --out that holds no run yet, which starts one.
@@ -78,16 +92,19 @@ def find_run_to_resume(options: TrainingOptions, preset: str | None, command: st
             raise UsageError("--resume continues in the run's folder, but --out names another.", "Omit --out.")
         return Path(options.resume)
     configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    records = {path.parent: read_run_record(path.parent) for path in configs}
-    runs = [
-        run
-        for run, record in records.items()
-        if "preset" in record and preset in (None, record["preset"]) and read_run_command(run) == command
-    ]
+    runs = [path.parent for path in configs if _is_same_kind(_load_run_config(path.parent), resolved)]
     if not runs:
-        of = f" of preset {preset}" if preset else ""
+        of = f" of preset {resolved.preset}" if resolved.preset else ""
         raise UsageError(f"There is no run{of} to resume under runs/.", "Name its folder: --resume RUN.")
     return runs[-1]
+
+
+def _is_same_kind(content: dict[str, Any], resolved: ResolvedConfig) -> bool:
+    """Return whether the ``content`` of a config.yaml is of a run of the same command and, if one is given, preset."""
+    record, command = content.get("run") or {}, content.get("command", "pretrain")
+    if command != get_command(type(resolved.config)) or "preset" not in record:
+        return False
+    return resolved.preset in (None, record["preset"])
 
 
 def _find_run_at(out: Path, init_from: str | None) -> Path | None:
@@ -96,52 +113,54 @@ def _find_run_at(out: Path, init_from: str | None) -> Path | None:
         return None
     before = read_run_record(out).get("init_from")
     if init_from not in (None, before):
-        raise UsageError(
-            f"{out} was started from {before or 'a new network'}, not from {init_from}: that would be another run.",
-            "Leave --init-from as it was, or choose another --out.",
-        )
+        what = f"{out} was started from {before or 'a new network'}, not from {init_from}: that would be another run."
+        raise UsageError(what, "Leave --init-from as it was, or choose another --out.")
     return out
 
 
 def read_run_record(run: Path) -> dict[str, Any]:
     """Return what config.yaml recorded under ``run`` when the run started; {} for another file."""
+    return _load_run_config(run).get("run") or {}
+
+
+def _load_run_config(run: Path) -> dict[str, Any]:
     with suppress(UsageError):
-        return yaml_io.load_mapping(run / "config.yaml").get("run") or {}
+        return yaml_io.load_mapping(run / "config.yaml")
     return {}
 
 
-def read_resumable_record(run: Path) -> dict[str, Any]:
-    """Return the record of a run that can be resumed. Raises UsageError where a field is missing."""
+def make_record(resolved: ResolvedConfig, images: ImageDataset, **facts: Any) -> dict[str, Any]:
+    """Return what config.yaml stores under ``run``: facts that must hold when the run is resumed."""
+    fingerprint = images.compute_fingerprint()
+    start = {"version": __version__, "preset": resolved.preset, "data_fingerprint": fingerprint, "images": len(images)}
+    return start | facts
+
+
+def read_resumable_record(run: Path, images: ImageDataset, fix: str) -> dict[str, Any]:
+    """Return the record of a run that can be resumed. Raises UsageError where a field is missing.
+
+    Raises DataError with the advice ``fix`` where ``images`` are not those of the run.
+    """
     record = read_run_record(run)
     if not {"data_fingerprint", "precision"} <= record.keys():
-        raise UsageError(
-            f"{run}/config.yaml lacks what the run was started with (run.data_fingerprint, run.precision).",
-            "Restore the file, or start another run with --init-from.",
-        )
+        what = f"{run}/config.yaml lacks what the run was started with (run.data_fingerprint, run.precision)."
+        raise UsageError(what, "Restore the file, or start another run with --init-from.")
+    if record["data_fingerprint"] != images.compute_fingerprint():
+        raise DataError(f"The images are not those that {run} was started with.", fix)
     return record
 
 
-def read_run_command(run: Path) -> str | None:
-    """Return the command that started the run; None for another file."""
-    with suppress(UsageError):
-        return str(yaml_io.load_mapping(run / "config.yaml").get("command", "pretrain"))
-    return None
-
-
-def resume_config(
-    resolved: ResolvedConfig, run: Path, mutable: tuple[str, ...] = PRETRAIN_MUTABLE_KEYS
-) -> ResolvedConfig:
-    """Return the run's config, with keys that begin like one of ``mutable`` taken from the command line."""
+def resume_config(resolved: ResolvedConfig, run: Path) -> ResolvedConfig:
+    """Return the run's config, with those of MUTABLE_KEYS that the user gave taken from the command line."""
     check_is_run(run)
+    mutable = MUTABLE_KEYS[get_command(type(resolved.config))]
     merged = resolve_from_run(resolved, run / "config.yaml")
     before = flatten(resolve_from_run(ResolvedConfig(resolved.config, {}), run / "config.yaml").config.model_dump())
     after = flatten(merged.config.model_dump())
     changed = [k for k in after if after[k] != before[k] and not k.startswith(mutable)]
     if changed:
-        raise UsageError(
-            f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run.",
-            "Leave it unchanged, or start another run in another --out.",
-        )
+        what = f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run."
+        raise UsageError(what, "Leave it unchanged, or start another run in another --out.")
     preset = read_run_record(run).get("preset")
     if resolved.preset not in (None, preset):
         raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Omit --preset.")

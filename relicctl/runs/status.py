@@ -69,10 +69,6 @@ class Status:
         """Count images that could not be decoded; written with the next change."""
         self._fields["images_skipped"] += count
 
-    def add_heartbeat(self, batches: Batches) -> Batches:
-        """Return the same batches; while they are taken, status.json is written at least every half a minute."""
-        return _HeartbeatBatches(batches, self)
-
     def wrap_in_state(self, state: str, work: Callable[[int], Any]) -> Callable[[int], Any]:
         """Return ``work``, which then shows another ``state`` while it runs."""
 
@@ -126,8 +122,8 @@ class Status:
             self._warned = True
 
 
-class _HeartbeatBatches:
-    """Batches that record the steps done whenever one is taken."""
+class HeartbeatBatches:
+    """The same batches; while they are taken, status.json is written at least every half a minute."""
 
     def __init__(self, batches: Batches, status: Status) -> None:
         self._batches, self._status = batches, status

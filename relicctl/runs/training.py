@@ -12,15 +12,15 @@ from relicctl.runs.distributed import RunContext, load_newest_checkpoint, select
 
 
 def restore_or_start(
-    task: Task, context: RunContext, is_compatible: Callable[[dict[str, Tensor]], bool] = lambda tensors: True
+    task: Task, context: RunContext, is_compatible: Callable[[dict[str, Tensor]], bool] = lambda _: True, first: int = 0
 ) -> TrainState:
-    """Load the newest readable, compatible checkpoint into ``task`` and return its state; else that of step 0.
+    """Load the newest readable, compatible checkpoint into ``task`` and return its state; else that of step ``first``.
 
     Metrics logged after that step are removed, since they will be written again.
     """
     loaded = load_newest_checkpoint(context.run, context.world, context.console.warn, is_compatible)
-    state = TrainState()
-    if loaded is not None:
+    state = TrainState(first)
+    if loaded is not None and loaded[2]["step"] > first:
         path, tensors, header = loaded
         state = restore_state(task, tensors, header, str(path))
         context.console.info(f"resumed from {path} at step {state.step}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,9 @@ from relicctl.bgmask.evaluate import (
     METRICS,
     SaliencyMetrics,
     compute_image_metrics,
-    compute_mean_agreement,
     compute_prior_agreement,
 )
+from relicctl.bgmask.pipeline import summarize_priors
 
 
 def measure(maps, masks) -> dict[str, float | None]:
@@ -106,12 +108,19 @@ def test_masks_without_object_or_without_background_give_numbers(pairs, fill):
 # Agreement of priors.
 
 
+def summarize_agreement(maps: np.ndarray, valid: np.ndarray) -> float | None:
+    """The mean agreement in results.json of the four priors' maps."""
+    priors = SimpleNamespace(maps=maps, valid=valid, count_invalid=dict)
+    return summarize_priors(priors)["prior_agreement"]["mean"]
+
+
 def test_agreement_is_the_mean_correlation_of_two_maps_of_an_image():
-    maps = np.random.default_rng(1).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
-    matrix = compute_prior_agreement(maps, np.ones((6, 3), dtype=bool))
-    literal = np.mean([np.corrcoef(image.reshape(3, -1)) for image in maps], axis=0)
+    maps = np.random.default_rng(1).integers(0, 256, (6, 4, 8, 8), dtype=np.uint8)
+    matrix = compute_prior_agreement(maps, np.ones((6, 4), dtype=bool))
+    literal = np.mean([np.corrcoef(image.reshape(4, -1)) for image in maps], axis=0)
     np.testing.assert_allclose(matrix, literal, atol=1e-12)
-    assert compute_mean_agreement(matrix) == pytest.approx((literal[0, 1] + literal[0, 2] + literal[1, 2]) / 3)
+    mean = literal[np.triu_indices(4, 1)].mean()
+    assert summarize_agreement(maps, np.ones((6, 4), dtype=bool)) == pytest.approx(mean)
 
 
 def test_agreement_ignores_invalid_and_constant_maps():
@@ -122,4 +131,4 @@ def test_agreement_ignores_invalid_and_constant_maps():
     maps[2, 1] = 7
     literal = np.mean([np.corrcoef(maps[i].reshape(2, -1))[0, 1] for i in (0, 3)])
     assert compute_prior_agreement(maps, valid)[0, 1] == pytest.approx(literal)
-    assert compute_mean_agreement(compute_prior_agreement(maps, np.zeros((4, 2), dtype=bool))) is None
+    assert summarize_agreement(np.repeat(maps, 2, axis=1), np.zeros((4, 4), dtype=bool)) is None

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from relicctl.bgmask.prior_cache import CHUNK_SIZE, PriorCache
+from relicctl.bgmask.prior_cache import BAD, CHUNK_SIZE, PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES, compute_prior_maps
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError
@@ -19,7 +19,7 @@ from relicctl.errors import DataError, RunFailed, describe_error
 SIDE = 16
 
 
-def quiet(done, total):
+def quiet(done):
     pass
 
 
@@ -75,7 +75,7 @@ def test_the_store_holds_the_maps_in_256_steps(source, tmp_path):
     for again in (store, PriorCache.open(tmp_path / "priors", source, SIDE)):
         assert again.done.all()
         assert again.valid.all()
-        assert not again.bad.any()
+        assert not (again.states == BAD).any()
         assert again.maps.shape == (20, len(PRIOR_NAMES), SIDE, SIDE)
         assert again.maps.dtype == np.uint8
         for index in (0, 7, 19):
@@ -91,7 +91,7 @@ def test_any_number_of_workers_makes_the_same_file(source, whole, tmp_path, work
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_gone_on_with_is_never_killed(source, whole, tmp_path, workers):
-    def die(done, total):
+    def die(done):
         kill_oneself()
 
     def fill():
@@ -104,15 +104,15 @@ def test_killed_and_gone_on_with_is_never_killed(source, whole, tmp_path, worker
     store = PriorCache.open(tmp_path / "priors", source, SIDE)
     assert store.done.sum() == CHUNK_SIZE  # what was told is on the disk
     told = []
-    store.fill(source, workers, lambda done, total: told.append((done, total)))
-    assert told == [(16, 20), (20, 20)]
+    store.fill(source, workers, told.append)
+    assert told == [16, 20]
     assert (tmp_path / "priors").read_bytes() == whole
 
 
 def test_an_exception_on_the_way_keeps_what_was_made(source, whole, tmp_path):
     store = PriorCache.open(tmp_path / "priors", source, SIDE)
 
-    def interrupt(done, total):
+    def interrupt(done):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -155,7 +155,7 @@ def test_workers_ignore_the_signals_of_a_terminal(source, tmp_path):
 
     store = PriorCache.open(tmp_path / "priors", source, SIDE)
     store.fill(Wrapped(source, 3, check), 1, quiet)
-    assert not store.bad.any()
+    assert not (store.states == BAD).any()
 
 
 def test_a_bad_image_is_noted_and_left_out(source, tmp_path):
@@ -163,7 +163,7 @@ def test_a_bad_image_is_noted_and_left_out(source, tmp_path):
     store.fill(Wrapped(source, 5, broken), 0, quiet)
     store = PriorCache.open(tmp_path / "priors", source, SIDE)
     assert store.done.all()
-    assert np.flatnonzero(store.bad).tolist() == [5]
+    assert np.flatnonzero(store.states == BAD).tolist() == [5]
     assert not store.valid[5].any()
     assert not store.maps[5].any()
     assert store.count_invalid() == dict.fromkeys(PRIOR_NAMES, 0)  # counted as an image, not as maps

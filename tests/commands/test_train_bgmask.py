@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from relicctl.bgmask import images as saliency_photos
 from relicctl.bgmask import self_training
-from relicctl.bgmask.data import SyntheticGroundTruth
 from relicctl.bgmask.evaluate import METRICS
 from relicctl.bgmask.network import load_saliency_net
 from relicctl.bgmask.prior_cache import PriorCache
@@ -26,6 +25,7 @@ from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.cli import run as relicctl
 from relicctl.data import mask_bank, memmap_table
 from relicctl.data.datasets.open import open_dataset
+from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.mask_bank import MaskBank, MaskBankWriter
 from relicctl.encoders.file import save_encoder
 from relicctl.errors import Terminated
@@ -167,8 +167,8 @@ def test_true_masks_do_not_affect_training(tiny, tmp_path, whole, monkeypatch):
     """Without them, and with wrong ones, the networks and the masks are the same to the bit; the figures are not."""
     assert train_bgmask(tiny, tmp_path / "without") == 0
     assert results_of(tmp_path / "without")["stages"] == []
-    right = SyntheticGroundTruth.load_mask
-    monkeypatch.setattr(SyntheticGroundTruth, "load_mask", lambda self, index: ~right(self, index))
+    right = ShapesDataset.load_mask
+    monkeypatch.setattr(ShapesDataset, "load_mask", lambda self, index: ~right(self, index))
     assert train_bgmask(tiny, tmp_path / "wrong", "--eval-data", EVAL) == 0
     for other in ("without", "wrong"):
         assert_same(whole, tmp_path / other, "sheet.png", "priors")
@@ -180,9 +180,9 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
     """They are read while stages are measured, and at no other time."""
     inside: list[bool] = []
     asked: list[bool] = []
-    right = SyntheticGroundTruth.load_mask
+    right = ShapesDataset.load_mask
 
-    def mask(self: SyntheticGroundTruth, index: int) -> np.ndarray:
+    def mask(self: ShapesDataset, index: int) -> np.ndarray:
         asked.append(bool(inside))
         return right(self, index)
 
@@ -195,7 +195,7 @@ def test_training_opens_no_true_masks(tiny, tmp_path, monkeypatch, priors):
         measuring(self, name, maps)
         inside.pop()
 
-    monkeypatch.setattr(SyntheticGroundTruth, "load_mask", mask)
+    monkeypatch.setattr(ShapesDataset, "load_mask", mask)
     monkeypatch.setattr(StageTable, "add_stage", add)
     assert train_bgmask(tiny, tmp_path / "run", "--eval-data", EVAL, "--set", f"model.prior_channels={priors}") == 0
     assert len(asked) == 9 * 4

@@ -125,7 +125,7 @@ def test_heartbeat_is_written_every_half_minute(run: RunFolder, monkeypatch: pyt
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     seen = []
     with run.track_status() as status:
-        batches = status.add_heartbeat(Batches())
+        batches = module.HeartbeatBatches(Batches(), status)
         assert batches.data_wait_seconds == 0.5
         for batch in batches.iter_from_step(3, 203):
             seen.append(read_status(run)["step"])

@@ -20,12 +20,7 @@ OBJECT_SCALE = 0.35  # standard deviation of the bias towards the object, as a f
 
 
 def compute_dsr(superpixels: Superpixels) -> np.ndarray:
-    """Return saliency, float64 ``[n]`` from 0 to 1: how badly the border's superpixels reconstruct each other one.
-
-    All NaN where the superpixels are featureless.
-    """
-    if superpixels.is_featureless:
-        return np.full(len(superpixels), np.nan)
+    """Return saliency, float64 ``[n]`` from 0 to 1: how badly the border's superpixels reconstruct each other one."""
     features = compute_superpixel_features(superpixels)
     templates = features[superpixels.border]
     context = compute_feature_affinity(features)

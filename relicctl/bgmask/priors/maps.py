@@ -16,7 +16,7 @@ from relicctl.bgmask.priors.mr import compute_mr
 from relicctl.bgmask.priors.rbd import compute_rbd
 from relicctl.bgmask.priors.superpixels import Superpixels, segment_superpixels
 
-PRIORS: dict[str, Callable[[Superpixels], np.ndarray]]
+PRIORS: dict[str, Callable[[Superpixels], np.ndarray]]  # of superpixels that are not featureless
 PRIORS = {"rbd": compute_rbd, "mc": compute_mc, "dsr": compute_dsr, "mr": compute_mr}
 PRIOR_NAMES = tuple(PRIORS)
 MAX_LONG_SIDE = 200  # pixels; larger images are shrunk first: 200 superpixels need no more
@@ -26,9 +26,12 @@ UNDECIDED = 128  # of 255
 def compute_prior_maps(image: np.ndarray, size: int) -> np.ndarray:
     """Compute the maps of ``image``, uint8 ``[H, W, 3]``, resized to squares: float32 ``[P, size, size]``, 0 to 1.
 
-    In the order of PRIOR_NAMES. The map of a prior that is undefined for the image is all NaN.
+    In the order of PRIOR_NAMES. The map of a prior that is undefined for the image is all NaN; where the superpixels
+    are featureless, all are.
     """
     superpixels = segment_superpixels(shrink_image(image))
+    if superpixels.is_featureless:
+        return np.full((len(PRIORS), size, size), np.nan, dtype=np.float32)
     return np.stack([resize_map_to_square(prior(superpixels)[superpixels.labels], size) for prior in PRIORS.values()])
 
 

@@ -11,12 +11,7 @@ from relicctl.bgmask.priors.superpixels import Superpixels, normalize_min_max
 
 
 def compute_mc(superpixels: Superpixels) -> np.ndarray:
-    """Return saliency, float64 ``[n]`` from 0 to 1: how long a random walk from a superpixel takes to leave the image.
-
-    All NaN where the superpixels are featureless.
-    """
-    if superpixels.is_featureless:
-        return np.full(len(superpixels), np.nan)
+    """Return saliency, float64 ``[n]`` from 0 to 1: how long a random walk from there takes to leave the image."""
     return normalize_min_max(compute_absorption_time(*compute_transitions(superpixels)))
 
 

@@ -15,11 +15,7 @@ ALPHA = 0.99  # how far a rank is propagated over the graph
 def compute_mr(superpixels: Superpixels) -> np.ndarray:
     """Return saliency, float64 ``[n]`` from 0 to 1: by ranking against the sides of the image, then by similarity to
     what differs from all of them.
-
-    All NaN where the superpixels are featureless.
     """
-    if superpixels.is_featureless:
-        return np.full(len(superpixels), np.nan)
     ranking = compute_ranking_matrix(superpixels)
     unlike = np.ones(len(superpixels))
     for side in superpixels.sides:

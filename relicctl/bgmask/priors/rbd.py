@@ -24,10 +24,7 @@ def compute_rbd(superpixels: Superpixels) -> np.ndarray:
     """Return saliency, float64 ``[n]`` from 0 to 1: contrast to what is connected to the image's border, smoothed.
 
     Contrasts below Otsu's threshold count as none: our choice, by measurement.
-    All NaN where the superpixels are featureless.
     """
-    if superpixels.is_featureless:
-        return np.full(len(superpixels), np.nan)
     background = compute_background_probability(superpixels)
     foreground = normalize_min_max(compute_background_contrast(superpixels, background))
     if not np.isfinite(foreground).all():

@@ -106,14 +106,9 @@ def build_superpixels(labels: np.ndarray, image: np.ndarray, lab: np.ndarray) ->
     for side, line in zip(sides, (labels[0], labels[-1], labels[:, 0], labels[:, -1]), strict=True):
         side[line] = True
     return Superpixels(
-        labels=labels,
-        lab=compute_mean(lab),
-        rgb=compute_mean(image) / 255.0,
-        centre=compute_mean(places),
-        area=count / len(flat),
-        sides=sides,
-        edges=_find_edges(labels, len(count)),
-    )
+        labels=labels, lab=compute_mean(lab), rgb=compute_mean(image) / 255.0, centre=compute_mean(places),
+        area=count / len(flat), sides=sides, edges=_find_edges(labels, len(count)),
+    )  # fmt: skip
 
 
 def _find_edges(labels: np.ndarray, n: int) -> np.ndarray:
