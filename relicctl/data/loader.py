@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,7 +73,6 @@ class ViewLoader:
         self._get_name, self._labels, self._bad = source.get_name, source.labels, bad
         self._sampler, self._views, self._masking = sampler, views, masking
         self._seed, self._device, self._workers = config.seed, config.device, config.workers
-        # To a GPU on a separate stream: the host is ahead of it, so copies overlap the step before.
         self._upload_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._device_masks: DeviceMasks | None = None
         self._device_images: torch.Tensor | None = None
@@ -144,7 +143,7 @@ class ViewLoader:
         rows, on_gpu = self._last - self._first, self._device.type == "cuda"
         with load_in_workers(crop_chunk, units, self._workers, prefetch=4, pin_memory=on_gpu) as items:
             for _ in range(step, stop):
-                with torch.cuda.stream(self._upload_stream):
+                with self._open_upload_stream():
                     views = [
                         torch.empty(crop.count, rows, crop.size, crop.size, 3, dtype=torch.uint8, device=self._device)
                         for crop in self._views.crops
@@ -154,7 +153,7 @@ class ViewLoader:
                     crops, used = self._wait_for_chunk(items)
                     here = slice(first - self._first, last - self._first)
                     samples[here] = used
-                    with torch.cuda.stream(self._upload_stream):
+                    with self._open_upload_stream():
                         for view, crop in zip(views, crops, strict=True):
                             view[:, here].copy_(crop, non_blocking=True)
                 self._wait_for_uploads(views)
@@ -170,6 +169,12 @@ class ViewLoader:
         self.data_wait_seconds += time.perf_counter() - start_time
         self._record_skipped(skipped)
         return crops, used
+
+    def _open_upload_stream(self) -> AbstractContextManager[object]:
+        """Copy to a GPU on a separate stream: the host is ahead of it, so copies overlap the step before."""
+        if self._upload_stream is None:
+            return nullcontext()  # torch.cuda.stream(None) would start CUDA, or fail without it on a Mac
+        return torch.cuda.stream(self._upload_stream)
 
     def _wait_for_uploads(self, views: list[torch.Tensor]) -> None:
         """Let the step wait, on the device, for the copies; their memory is not reused before it is done."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
 
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.loader import _crop_chunk
+from relicctl.data.decoding import BadImages
+from relicctl.data.loader import LoaderConfig, ViewLoader, _crop_chunk
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import DrawKey, Sampler
 from relicctl.data.views import IMAGES_PER_DECODE, CropSpec, ViewSpec, crop_views
@@ -41,3 +43,11 @@ def test_a_unit_is_its_rows_wherever_it_is_cut():
     assert np.array_equal(np.concatenate([first[1], last[1]]), used)
     for view, a, b in zip(whole, first[0], last[0], strict=True):
         assert np.array_equal(view, np.concatenate([a, b], axis=1))
+
+
+def test_batches_for_the_cpu_ask_nothing_of_cuda(monkeypatch):
+    """``torch.cuda.stream(None)`` starts CUDA where there is a GPU, perhaps a full one, and fails on a Mac."""
+    monkeypatch.setattr(torch.cuda, "stream", None)
+    source, config = ShapesDataset.from_spec("shapes:train=8,val=4", "train"), LoaderConfig(0, torch.device("cpu"))
+    loader = ViewLoader(source, Sampler(0, 8, 4), PLAN, config, BadImages(8, 0.0))
+    assert len(list(loader.iter_from_step(0, 2))) == 2
