@@ -76,9 +76,12 @@ class RunFolder:
 
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        by_safetensors = (".tmp*", "stages/.tmp*", "features/.tmp*")
-        for temporary in [path for pattern in (".*.tmp", *by_safetensors) for path in self.path.glob(pattern)]:
-            temporary.unlink(missing_ok=True)
+        files = (self.config_path, self.encoder_path, self.results_path, self.curves_path, self._metrics_path)
+        names = [*(file.name for file in files), "status.json"]  # not of others: an export may be writing here too
+        patterns = [f".{name}.*.tmp" for name in names]
+        patterns += [".tmp*", "stages/.tmp*", "features/.tmp*"]  # written by safetensors
+        for temporary in [path for pattern in patterns for path in self.path.glob(pattern)]:
+            temporary.unlink()
 
     def close(self) -> None:
         """Release the lock."""
