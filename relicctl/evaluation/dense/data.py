@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,11 @@ class DenseLoader:
         """The batches of steps ``step`` to ``stop - 1``."""
         steps, device = range(step, stop), self._config.device
         on_gpu = device.type == "cuda"
-        with load_in_workers(self._build_batch, steps, self._config.workers, pin_memory=on_gpu) as items:
+        # no method of this object: what tells of bad images does not fit into a pickle, which spawned workers need
+        load = partial(
+            _build_batch, self._samples, self._sampler, self._rows, self._transform, self._collate, self._config.seed
+        )
+        with load_in_workers(load, steps, self._config.workers, pin_memory=on_gpu) as items:
             for _ in steps:
                 wait_start = time.perf_counter()
                 try:
@@ -57,19 +62,22 @@ class DenseLoader:
                 self._record_skipped(skipped)
                 yield to_device(batch, device)
 
-    def _build_batch(self, step: int) -> tuple[Any, SkippedImages]:
-        indices, epoch = self._sampler.get_batch_indices(step)[self._rows], self._sampler.get_epoch(step)
-        uniforms = draw_uniform(self._config.seed, Stream.GEOMETRY, epoch, indices, n=UNIFORMS_PER_IMAGE)
-        items, all_skipped = [], []
-        for index, uniform in zip(indices.tolist(), uniforms, strict=True):
-            image, used, skipped = load_or_next(self._samples, index)
-            all_skipped += skipped
-            items.append(self._transform(image, self._samples.load_target(used), uniform))
-        return self._collate(items), all_skipped
-
     def _record_skipped(self, skipped: SkippedImages) -> None:
         for index, reason in skipped:
             self._bad.add(self._samples.source.get_name(index), reason)
+
+
+def _build_batch(
+    samples: DenseDataset, sampler: Sampler, rows: slice, transform: Transform, collate: Collate, seed: int, step: int
+) -> tuple[Any, SkippedImages]:
+    indices, epoch = sampler.get_batch_indices(step)[rows], sampler.get_epoch(step)
+    uniforms = draw_uniform(seed, Stream.GEOMETRY, epoch, indices, n=UNIFORMS_PER_IMAGE)
+    items, all_skipped = [], []
+    for index, uniform in zip(indices.tolist(), uniforms, strict=True):
+        image, used, skipped = load_or_next(samples, index)
+        all_skipped += skipped
+        items.append(transform(image, samples.load_target(used), uniform))
+    return collate(items), all_skipped
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from relicctl.data.decoding import BadImageError, BadImages
 from relicctl.data.loader import LoaderConfig
 from relicctl.data.sampler import Sampler
 from relicctl.errors import DataError
+from relicctl.evaluation.dense import data
 from relicctl.evaluation.dense.data import CachedDenseDataset, DenseLoader
 from relicctl.evaluation.dense.segmentation import SegmentationTask, SegmentationTransform
 from relicctl.evaluation.dense.segmentation_data import ShapesSegmentationDataset
@@ -45,6 +48,15 @@ def test_workers_memory_and_the_step_it_starts_from_change_nothing():
     for other in (batches(samples(), workers=2), batches(CachedDenseDataset(samples()))):
         assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], batches(samples(), 4), strict=True))
+
+
+def test_spawned_workers_get_all_by_pickle(monkeypatch):
+    whole, load_in_workers = batches(samples()), data.load_in_workers
+    monkeypatch.setattr(
+        data, "load_in_workers", lambda load, *a, **kw: load_in_workers(pickle.loads(pickle.dumps(load)), *a, **kw)
+    )
+    told = BadImages(12, 0.5, lambda name, reason: None)  # as a run's: no pickle holds what tells of bad images
+    assert all(torch.equal(a, b) for a, b in zip(whole, batches(samples(), bad=told), strict=True))
 
 
 def test_two_processes_have_the_rows_of_one():
