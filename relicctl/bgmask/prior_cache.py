@@ -7,7 +7,8 @@ from the next page on the maps (uint8 ``[N, P, S, S]``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -111,9 +112,7 @@ class PriorCache:
                 raise RunFailed(what, "Free disk space and use --resume: what was computed is saved.") from None
             show(int(self.done.sum()))
 
-        load = partial(_compute_chunk, source, self.size)
-        # Sums depend on the number of threads in their last bits.
-        with threadpool_limits(1), load_in_workers(load, shard(world, chunks), workers) as results:
+        with closing(_iter_chunks(source, shard(world, chunks), self.size, workers)) as results:
             gather_in_order(world, len(chunks), results, write_chunk)
         self._reload()
 
@@ -135,6 +134,15 @@ def _make_layout(start: int, count: int, size: int) -> TableLayout:
         Column("maps", "u1", (len(PRIOR_NAMES), size, size), aligned=True),
     )
     return TableLayout(start, count, columns)
+
+
+def _iter_chunks(
+    source: ImageDataset, chunks: Sequence[np.ndarray], size: int, workers: int
+) -> Generator[WorkResult, None, None]:
+    """Yield ``_compute_chunk`` of each; workers start with the first one, where a failure is told to other ranks."""
+    # Sums depend on the number of threads in their last bits.
+    with threadpool_limits(1), load_in_workers(partial(_compute_chunk, source, size), chunks, workers) as results:
+        yield from results
 
 
 def _compute_chunk(source: ImageDataset, size: int, indices: np.ndarray) -> WorkResult:
