@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -256,7 +256,10 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *sections, leaf = name.split(".")
-        reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[leaf] = value
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
     return tree
 
 

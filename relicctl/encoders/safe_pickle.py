@@ -140,9 +140,11 @@ class _StackMachine:
             case "ADDITEMS":
                 items = self.pop_to_mark()
                 _check_type(stack[-1], set).update(map(_check_key, items))
-            case "SETITEM" | "SETITEMS":
-                items = [stack.pop(), stack.pop()][::-1] if opcode == "SETITEM" else self.pop_to_mark()
-                self.update(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self.update([key, value])
+            case "SETITEMS":
+                self.update(self.pop_to_mark())
             case "POP":
                 stack.pop()
             case "POP_MARK":

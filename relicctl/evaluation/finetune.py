@@ -49,9 +49,10 @@ class GridSearch:
 
     def __call__(self, split: Split) -> ProtocolResult:
         finetune, console = self.config.finetune, self.extractor.context.console
-        axes = [("rate", finetune.lrs), ("decay", finetune.weight_decays), ("epochs", finetune.epochs)]
-        names, values = zip(*((name, values) for name, values in axes if values), strict=True)
-        grid: list[HyperParams] = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
+        axes: dict[str, tuple[float, ...]] = {"rate": finetune.lrs, "decay": finetune.weight_decays}
+        if finetune.epochs:
+            axes["epochs"] = finetune.epochs
+        grid: list[HyperParams] = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
         candidates, warnings = [], []
         for number, hyper in enumerate(grid, 1):
             console.info(f"fine-tuning {number} of {len(grid)}: {_format_params(hyper)}")

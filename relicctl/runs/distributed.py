@@ -155,8 +155,8 @@ class SharedBadImages:
     def _find_still_bad(self, source: ImageDataset) -> list[str]:
         if not (listed := self._run.read_bad_images()):
             return []
-        names = enumerate(map(source.get_name, range(len(source))))
-        repaired = {name for row, name in names if name in listed and is_decodable(source, row)}
+        numbered = enumerate(map(source.get_name, range(len(source))))
+        repaired = {name for row, name in numbered if name in listed and is_decodable(source, row)}
         if repaired:
             self._run.remove_bad_images(repaired)
         return sorted(listed - repaired)
