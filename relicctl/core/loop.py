@@ -6,13 +6,12 @@ only to log, evaluate or save, so an ordinary step waits for nothing.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,10 @@ from torch import nn
 from relicctl.core import checkpoint
 from relicctl.core.distributed import SINGLE_PROCESS, StopConsensus, World
 from relicctl.core.hardware import release_freed_memory
+from relicctl.core.stop_signals import StopRequested, StopSignals
 from relicctl.errors import Diverged, Interrupted
+
+STOP_GRACE_SECONDS = 5.0  # how long one of several ranks waits for its batch after a signal
 
 
 class Batches(Protocol):
@@ -102,6 +104,7 @@ class TrainState:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     steps_since_log: int = 0
     eval_metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation_pending: bool = False  # a signal ended the evaluation of this step
 
 
 def train(
@@ -130,42 +133,119 @@ def train(
         Diverged: a loss, gradient or weight was not finite; it was not saved.
         Interrupted: a signal asked to stop; everything was saved.
     """
-    bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-    meter, consensus, saved_at = ThroughputMeter(state.step, batches), StopConsensus(world), time.monotonic()
-
-    def write(metrics: dict[str, Any]) -> None:
-        record = {"step": state.step, "epoch": round(state.step / config.steps_per_epoch, 4), **metrics}
-        if world.is_main:
-            logger.write_metrics(record)
-        on_log(state.step, record)
-
+    loop = _Loop(task, batches, config, logger, state, device, world, evaluate, on_log)
     with StopSignals() as signals:
-        for batch in batches.iter_from_step(state.step, config.total):
-            bad_step = _train_step(task, batch, state, bad_step)
-            if config.is_due(state.step, config.log_every):
-                _raise_if_diverged(bad_step, logger, config)
-                write(_pop_log_metrics(task, state, world) | meter.compute_rates(state.step, config))
-            if evaluate and config.is_due(state.step, config.evaluate_every):
-                _check_weights(task, state, bad_step, logger, config)
-                metrics = evaluate(state.step)
-                state.eval_metrics.update(metrics)
-                write(metrics)
-                release_freed_memory()
-                meter.reset(state.step)
-            stopping = consensus.all_reduce_max(signals.received or 0)
-            late = config.checkpoint_minutes and time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
-            if config.is_due(state.step, config.checkpoint_every) or late or stopping:
-                _check_weights(task, state, bad_step, logger, config)
-                _reduce_sums(state, world)
-                if world.is_main:
-                    logger.save(state.step, *snapshot_state(task, state))
-                saved_at = time.monotonic()
-            if stopping and state.step < config.total:
-                consensus.close()  # a launcher kills all as soon as one process has ended: not before all is saved
-                what = f"Stopped by a signal after step {state.step} of {config.total}; everything is saved."
-                raise Interrupted(what, f"Resume with: {config.resume_command}", stopping)
-    consensus.close()
+        loop.run(signals)
     return state
+
+
+@dataclass
+class _Loop:
+    """One call of ``train``: its arguments, and what it keeps track of."""
+
+    task: Task
+    batches: Batches
+    config: LoopConfig
+    logger: RunLogger
+    state: TrainState
+    device: torch.device
+    world: World
+    evaluate: Callable[[int], dict[str, Any]] | None
+    on_log: Callable[[int, dict[str, Any]], None]
+
+    def __post_init__(self) -> None:
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._meter, self._consensus = ThroughputMeter(self.state.step, self.batches), StopConsensus(self.world)
+        self._saved_at = time.monotonic()
+
+    def run(self, signals: StopSignals) -> None:
+        """Train to the end. Raises what ``train`` raises."""
+        state, config = self.state, self.config
+        if state.evaluation_pending:
+            self._evaluate(signals)
+            self._save_or_stop(signals)
+        batches = self.batches.iter_from_step(state.step, config.total)
+        while (batch := self._wait_for_batch(batches, signals)) is not None:
+            self._bad_step = _train_step(self.task, batch, state, self._bad_step)
+            if config.is_due(state.step, config.log_every):
+                _raise_if_diverged(self._bad_step, self.logger, config)
+                rates = self._meter.compute_rates(state.step, config)
+                self._write(_pop_log_metrics(self.task, state, self.world) | rates)
+            if self.evaluate and config.is_due(state.step, config.evaluate_every):
+                self._evaluate(signals)
+            self._save_or_stop(signals)
+        self._consensus.close()
+
+    def _wait_for_batch(self, batches: Iterator[Any], signals: StopSignals) -> Any:
+        """Return the next batch, or None after the last. A signal meanwhile ends the run.
+
+        Other ranks may have their batch already and be in the next step. This one waits a little for its own, so that
+        all can stop after that step; if there is none, the main rank saves what the step before left.
+        """
+        grace_seconds = 0.0 if self.world.size == 1 else STOP_GRACE_SECONDS
+        try:
+            with signals.interruptible(grace_seconds):
+                return next(batches, None)
+        except StopRequested:
+            if self.world.size == 1:
+                self._save()
+            elif self.world.is_main:
+                self._save_state()
+            raise self._make_interrupted(signals.received) from None
+
+    def _evaluate(self, signals: StopSignals) -> None:
+        """Evaluate. A signal meanwhile ends it, to be done on resume; with several ranks it is finished first."""
+        assert self.evaluate is not None
+        self._check_weights()
+        try:
+            with signals.interruptible() if self.world.size == 1 else nullcontext():
+                metrics = self.evaluate(self.state.step)
+        except StopRequested:
+            self.state.evaluation_pending = True
+            return
+        self.state.evaluation_pending = False
+        self.state.eval_metrics.update(metrics)
+        self._write(metrics)
+        release_freed_memory()
+        self._meter.reset(self.state.step)
+
+    def _save_or_stop(self, signals: StopSignals) -> None:
+        """Save where it is due, or because a signal asks all ranks to stop."""
+        state, config = self.state, self.config
+        stopping = self._consensus.all_reduce_max(signals.received or 0)
+        late = config.checkpoint_minutes and time.monotonic() - self._saved_at >= 60 * config.checkpoint_minutes
+        if config.is_due(state.step, config.checkpoint_every) or late or stopping:
+            self._save()
+        if stopping and (state.step < config.total or state.evaluation_pending):
+            self._consensus.close()  # a launcher kills all as soon as one process has ended: not before all is saved
+            raise self._make_interrupted(stopping)
+
+    def _save(self) -> None:
+        self._check_weights()
+        _reduce_sums(self.state, self.world)
+        if self.world.is_main:
+            self._save_state()
+        self._saved_at = time.monotonic()
+
+    def _save_state(self) -> None:
+        self.logger.save(self.state.step, *snapshot_state(self.task, self.state))
+
+    def _check_weights(self) -> None:
+        """Raise Diverged if a loss or gradient so far was not finite, or a weight is not after the last step."""
+        bad_step = record_nonfinite(self._bad_step, self.state.step - 1, _list_parameters(self.task))
+        _raise_if_diverged(bad_step, self.logger, self.config)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        step = self.state.step
+        record = {"step": step, "epoch": round(step / self.config.steps_per_epoch, 4), **metrics}
+        if self.world.is_main:
+            self.logger.write_metrics(record)
+        self.on_log(step, record)
+
+    def _make_interrupted(self, signum: int | None) -> Interrupted:
+        step, config = self.state.step, self.config
+        what = f"Stopped by a signal after step {step} of {config.total}; everything is saved."
+        return Interrupted(what, f"Resume with: {config.resume_command}", signum or signal.SIGINT)
 
 
 def _train_step(task: Task, batch: Any, state: TrainState, bad_step: torch.Tensor) -> torch.Tensor:
@@ -192,7 +272,8 @@ def snapshot_state(task: Task, state: TrainState) -> tuple[dict[str, torch.Tenso
     tensors = {f"state.{name}": t for name, t in task.model.state_dict().items()}
     tensors |= {f"optim.{name}": t for name, t in checkpoint.flatten_optimizer_state(task.optimizer).items()}
     tensors |= {f"sums.{name}": t for name, t in state.sums.items()}
-    return tensors, {"step": state.step, "since": state.steps_since_log, "facts": state.eval_metrics}
+    header = {"step": state.step, "since": state.steps_since_log, "facts": state.eval_metrics}
+    return tensors, header | ({"evaluation_pending": True} if state.evaluation_pending else {})
 
 
 def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str, Any], where: str) -> TrainState:
@@ -214,41 +295,8 @@ def restore_state(task: Task, tensors: dict[str, torch.Tensor], header: dict[str
     checkpoint.load_optimizer_state(task.optimizer, select("optim."))
     device = next(iter(expected.values())).device
     sums = {name: t.to(device) for name, t in select("sums.").items()}
-    return TrainState(header["step"], sums, header["since"], header["facts"])
-
-
-class StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop after the step; a second signal ends the process at once.
-
-    A scheduler may send SIGTERM to a job's processes more than once: two within REPEAT_SECONDS count as one. torchrun
-    forwards to its workers what the scheduler has sent to them already: under it no second signal counts, and it kills
-    workers that take too long itself.
-    """
-
-    REPEAT_SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._received_at = 0.0
-        self._previous_handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._previous_handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received == number == signal.SIGTERM and now - self._received_at < self.REPEAT_SECONDS:
-            return
-        if self.received is not None:
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                return
-            os._exit(128 + number)
-        self.received, self._received_at = number, now
+    pending = header.get("evaluation_pending", False)
+    return TrainState(header["step"], sums, header["since"], header["facts"], pending)
 
 
 class ThroughputMeter:
@@ -288,13 +336,6 @@ def record_nonfinite(bad_step: torch.Tensor, step: int, tensors: Iterable[torch.
 
 def _list_parameters(task: Task) -> list[nn.Parameter]:
     return [p for group in task.optimizer.param_groups for p in group["params"]]
-
-
-def _check_weights(
-    task: Task, state: TrainState, bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig
-) -> None:
-    """Raise Diverged if a loss or gradient so far was not finite, or a weight is not after the last step."""
-    _raise_if_diverged(record_nonfinite(bad_step, state.step - 1, _list_parameters(task)), logger, config)
 
 
 def _raise_if_diverged(bad_step: torch.Tensor, logger: RunLogger, config: LoopConfig) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relicctl.core.distributed import World
-from relicctl.core.loop import StopSignals
+from relicctl.core.stop_signals import StopSignals
 from relicctl.errors import RelicError, RunFailed, Terminated
 
 T = TypeVar("T")

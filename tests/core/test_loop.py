@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from relicctl.config.resolve import resolve_config
-from relicctl.core import loop
 from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, snapshot_state, train
+from relicctl.core.stop_signals import StopRequested, StopSignals
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImages
 from relicctl.data.loader import LoaderConfig, ViewLoader
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.views import CropSpec, ViewSpec
-from relicctl.errors import Diverged, UsageError
+from relicctl.errors import Diverged, Interrupted, UsageError
 from relicctl.pretraining.task import PretrainTask, Schedule
 
 CPU = torch.device("cpu")
@@ -186,7 +189,7 @@ def tiny_pretraining() -> tuple[PretrainTask, ViewLoader]:
 def test_a_second_signal_ends_the_process_at_once():
     script = (
         "import os, signal\n"
-        "from relicctl.core.loop import StopSignals\n"
+        "from relicctl.core.stop_signals import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('one', signals.received, flush=True)\n"
@@ -195,14 +198,14 @@ def test_a_second_signal_ends_the_process_at_once():
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (130, "one 15\n")
-    assert loop.StopSignals().received is None
+    assert StopSignals().received is None
 
 
 def test_a_scheduler_and_torchrun_may_both_send_sigterm():
     """Two at nearly the same time are one request: what the first asked to save must not be lost by the second."""
     script = (
         "import os, signal, time\n"
-        "from relicctl.core.loop import StopSignals\n"
+        "from relicctl.core.stop_signals import StopSignals\n"
         "now = [100.0]\n"
         "time.monotonic = lambda: now[0]\n"
         "with StopSignals() as signals:\n"
@@ -215,3 +218,77 @@ def test_a_scheduler_and_torchrun_may_both_send_sigterm():
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout) == (143, "one 15\n")
+
+
+class StoppedBatches(Batches):
+    """Sends a signal while step ``stop_at`` waits for its batch, which never comes."""
+
+    def __init__(self, stop_at):
+        self.stop_at = stop_at
+
+    def iter_from_step(self, step, stop):
+        for number, batch in enumerate(super().iter_from_step(step, stop), step):
+            if number == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1000)
+            yield batch
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 19])
+def test_a_signal_while_waiting_for_data_saves_and_stops_at_once(step):
+    whole, cut, rest = Journal(), Journal(), Journal()
+    task, first, second = Line(), Line(), Line()
+    run(task, whole)
+    with pytest.raises(Interrupted, match=f"after step {step} of 20") as stopped:
+        train(first, StoppedBatches(step), plan(), cut, state=TrainState(), device=CPU)
+    assert stopped.value.code == 143
+    run(second, rest, restore_state(second, *cut.saved[step], "here"))
+    assert all(torch.equal(a, b) for a, b in zip(task.model.parameters(), second.model.parameters(), strict=True))
+    assert cut.records + rest.records == whole.records
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_an_evaluation_that_a_signal_ends_is_done_on_resume(step):
+    """Also that of the last step: metrics, weights and the state that is saved are those of a run never stopped."""
+
+    def evaluate(at):
+        return {"knn": at / 100}
+
+    def evaluate_until_stopped(at):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1000)
+        return evaluate(at)
+
+    def go_on(task, journal, state, evaluate):
+        config = plan(evaluate_every=5)
+        return train(task, Batches(), config, journal, state=state, device=CPU, evaluate=evaluate)
+
+    whole, cut, rest = Journal(), Journal(), Journal()
+    task, first, second = Line(), Line(), Line()
+    go_on(task, whole, TrainState(), evaluate)
+    with pytest.raises(Interrupted, match=f"after step {step} of 20") as stopped:
+        go_on(first, cut, TrainState(), evaluate_until_stopped)
+    assert stopped.value.code == 130
+    assert cut.saved[step][1]["evaluation_pending"]
+    go_on(second, rest, restore_state(second, *cut.saved[step], "here"), evaluate)
+    assert cut.records + rest.records == whole.records
+    assert rest.saved[20][1] == whole.saved[20][1]
+    for name, tensor in whole.saved[20][0].items():
+        assert torch.equal(tensor, rest.saved[20][0][name]), name
+
+
+def test_waiting_is_given_up_a_grace_after_the_signal():
+    """What arrives within it is still used; a signal from before the block counts too."""
+    with StopSignals() as signals:
+        with signals.interruptible(grace_seconds=30):
+            os.kill(os.getpid(), signal.SIGTERM)
+            arrived = True
+        assert arrived
+        began = time.monotonic()
+        with pytest.raises(StopRequested), signals.interruptible(grace_seconds=0.2):
+            time.sleep(1000)
+        assert time.monotonic() - began > 0.15
+        with pytest.raises(StopRequested), signals.interruptible():
+            raise AssertionError("never entered")
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
