@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relicctl.core.distributed import World
-from relicctl.core.stop_signals import StopSignals
+from relicctl.core.stop_signals import StopRequested, StopSignals
 from relicctl.errors import RelicError, RunFailed, Terminated
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def gather_in_order(
     """Pass the results of all ``count`` items to ``consume``, on the main process; ``results`` are this rank's.
 
     On return all have been consumed. If one rank fails, all end: that one with its error, the others with its exit
-    code. A signal to one rank ends all of them after the current item, by KeyboardInterrupt or Terminated.
+    code. A signal to one rank ends all of them, after the items that the others are at, by KeyboardInterrupt or Terminated.
     """
     iterator = iter(results)
     if world.size == 1:
@@ -55,7 +55,10 @@ def gather_in_order(
                 result = WorkResult()
                 if failure is None and first + world.rank < count:
                     try:
-                        result = next(iterator)
+                        with signals.interruptible():
+                            result = next(iterator)
+                    except StopRequested:
+                        pass  # its exit code follows
                     except FAILURES as error:
                         failure = error
                 shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in result.tensors]
