@@ -41,7 +41,7 @@ def gather_in_order(
     """Pass the results of all ``count`` items to ``consume``, on the main process; ``results`` are this rank's.
 
     On return all have been consumed. If one rank fails, all end: that one with its error, the others with its exit
-    code. A signal to one rank ends all of them, after the items that the others are at, by KeyboardInterrupt or Terminated.
+    code. A signal to one rank ends all, once the others have their current items, by KeyboardInterrupt or Terminated.
     """
     iterator = iter(results)
     if world.size == 1:
