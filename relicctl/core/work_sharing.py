@@ -19,7 +19,7 @@ from relicctl.core.stop_signals import StopRequested, StopSignals
 from relicctl.errors import RelicError, RunFailed, Terminated
 
 T = TypeVar("T")
-FAILURES = (Exception, KeyboardInterrupt, Terminated)  # of an item, told to the other ranks
+FAILURES = (Exception, KeyboardInterrupt, Terminated)  # of an item, reported to the other ranks
 
 
 @dataclass(frozen=True)
