@@ -61,7 +61,9 @@ def main() -> None:
     """The console entry point: every failure ends here, as two sentences and an exit code."""
     _open_standard_streams()
     _raise_on_sigterm()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written: a late signal must not change the exit code
+    sys.exit(code)
 
 
 def _open_standard_streams() -> None:
