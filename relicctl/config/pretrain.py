@@ -22,6 +22,11 @@ class HeadConfig(Section):
 
 class ModelConfig(base.EncoderConfig):
     bn_momentum: float = key(0.1, "weight of a batch in BatchNorm's running statistics", gt=0, le=1)
+    bn_batch: Literal["size", "view"] = key(
+        "size",
+        "what BatchNorm normalises over: all views of one size together, heads over all views (our choice), "
+        "or each view by itself, as in the authors' pseudo-code",
+    )
     projector: HeadConfig = key(HeadConfig(), "linear, batch norm, ReLU, linear; on both networks")
     predictor: HeadConfig = key(HeadConfig(), "built like the projector; on the online network only")
 
@@ -49,6 +54,11 @@ class ViewsConfig(Section):
     large: LargeViewsConfig = key(LargeViewsConfig(), "views that both networks see")
     small: SmallViewsConfig = key(SmallViewsConfig(), "views that only the online network sees")
     ratio: PositivePair = key((0.75, 1.3333333), "range of a crop's width / height, drawn log-uniformly")
+    oversized: Literal["redraw", "clamp"] = key(
+        "redraw",
+        "a drawn crop larger than the image is drawn again, ten times at most, as torchvision does; "
+        "or cut to the image's sides, as in the authors' code",
+    )
     augment: AugmentationConfig = key(AugmentationConfig(), "flip, colour and blur")
 
 
@@ -65,7 +75,11 @@ class LossConfig(Section):
 
 
 class TargetConfig(Section):
-    ema: Fraction = key(0.996, "decay of the target's moving average at the first step; it rises to 1")
+    ema: Fraction | Literal["auto"] = key(
+        0.996,
+        "decay of the target's moving average at the first step; it rises to 1; auto = steps / (steps + 1000) "
+        "of a run of so many steps (our choice)",
+    )
 
 
 class BackgroundRemovalConfig(Section):

@@ -7,6 +7,7 @@ first along the rows, then along the columns, clipped after each; uint8 on the h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,18 +20,22 @@ from relicctl.data.sampler import DrawKey
 # For each crop what changes its pixels in place, if anything does; it gets the crop's left and top.
 CropEdits = Sequence[Callable[[np.ndarray, int, int], None] | None]
 
+Oversized = Literal["redraw", "clamp"]
+
 CROP_TRIES = 10  # draws before the centred fallback, as in torchvision's RandomResizedCrop
 
 
 def draw_crop_boxes(
-    key: DrawKey, sizes: np.ndarray, views: range, area: tuple[float, float], ratio: tuple[float, float]
-) -> np.ndarray:
+    key: DrawKey, sizes: np.ndarray, views: range, area: tuple[float, float], ratio: tuple[float, float],
+    oversized: Oversized = "redraw",
+) -> np.ndarray:  # fmt: skip
     """Draw a box for each of B samples and each of V ``views`` (their numbers): int32 ``[B, V, 4]``.
 
     ``sizes``: the images' (height, width), int ``[B, 2]``. A box depends on its sample's key and size and on its view
-    alone. The distribution is that of torchvision's RandomResizedCrop: fraction of the area uniform in ``area``,
-    width / height log-uniform in ``ratio``, the first of ten draws that fits, else the largest centred box of
-    valid ratio.
+    alone. Its fraction of the image's area is uniform in ``area``, its width / height log-uniform in ``ratio``. A box
+    larger than the image is drawn again ("redraw", the distribution of torchvision's RandomResizedCrop: the first of
+    ten draws that fits, else the largest centred box of valid ratio), or cut to the image's sides ("clamp": BYOL's and
+    ReLICv2's public code).
     """
     numbers = np.arange(views.start, views.stop)
     u = draw_uniform(key.seed, Stream.GEOMETRY, key.epoch, key.samples[:, None], numbers, n=2 * CROP_TRIES + 2)
@@ -40,17 +45,28 @@ def draw_crop_boxes(
     log_low, log_high = np.log(ratio)
     ratios = np.exp(log_low + (log_high - log_low) * u[..., CROP_TRIES : 2 * CROP_TRIES])
     tried_w, tried_h = (np.rint(np.sqrt(side)).astype(np.int64) for side in (pixels * ratios, pixels / ratios))
+    if oversized == "clamp":
+        w, h = np.clip(tried_w[..., 0], 1, width), np.clip(tried_h[..., 0], 1, height)
+        any_fits = np.ones_like(w, dtype=bool)
+    else:
+        w, h, any_fits = _pick_first_fit(tried_w, tried_h, width, height, ratio)
+    left = np.where(any_fits, np.floor(u[..., -2] * (width - w + 1)), (width - w) // 2)
+    top = np.where(any_fits, np.floor(u[..., -1] * (height - h + 1)), (height - h) // 2)
+    return np.stack([left, top, w, h], axis=-1).astype(np.int32)
+
+
+def _pick_first_fit(
+    tried_w: np.ndarray, tried_h: np.ndarray, width: np.ndarray, height: np.ndarray, ratio: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return width and height of the first of the tries that fits, or of the centred fallback; and where one fits."""
     fits = (tried_w > 0) & (tried_w <= width[..., None]) & (tried_h > 0) & (tried_h <= height[..., None])
     first = fits.argmax(-1)[..., None]
-    any_fits = fits.any(-1)
-
+    any_fits: np.ndarray = fits.any(-1)
     chosen_w, chosen_h = (np.take_along_axis(tried, first, axis=-1)[..., 0] for tried in (tried_w, tried_h))
     shape = np.clip(width / height, *ratio)
     w = np.where(any_fits, chosen_w, np.clip(np.rint(height * shape), 1, width))
     h = np.where(any_fits, chosen_h, np.clip(np.rint(width / shape), 1, height))
-    left = np.where(any_fits, np.floor(u[..., -2] * (width - w + 1)), (width - w) // 2)
-    top = np.where(any_fits, np.floor(u[..., -1] * (height - h + 1)), (height - h) // 2)
-    return np.stack([left, top, w, h], axis=-1).astype(np.int32)
+    return w, h, any_fits
 
 
 def make_eval_box(height: int, width: int, crop_ratio: float) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from relicctl.data.background_removal import ViewFills
-from relicctl.data.crops import crop_on_host, draw_crop_boxes
+from relicctl.data.crops import Oversized, crop_on_host, draw_crop_boxes
 from relicctl.data.photometric import AugmentConfig
 from relicctl.data.sampler import DrawKey
 
@@ -28,12 +28,13 @@ class CropSpec:
 class ViewSpec:
     """All views of an image: the large ones first, then the small ones if there are any.
 
-    ``ratio``: range of width / height of a crop's box.
+    ``ratio``: range of width / height of a crop's box; ``oversized``: what becomes of a box larger than the image.
     """
 
     crops: tuple[CropSpec, ...]
     ratio: tuple[float, float]
     augment: AugmentConfig
+    oversized: Oversized = "redraw"
 
     @property
     def count(self) -> int:
@@ -52,7 +53,8 @@ def draw_view_boxes(spec: ViewSpec, key: DrawKey, sizes: np.ndarray) -> list[np.
     """Draw the boxes of all views, int32 ``[B, count, 4]`` per crop size, in images of ``sizes``, as in crops.py."""
     first, boxes = 0, []
     for crop in spec.crops:
-        boxes.append(draw_crop_boxes(key, sizes, range(first, first + crop.count), crop.area, spec.ratio))
+        views = range(first, first + crop.count)
+        boxes.append(draw_crop_boxes(key, sizes, views, crop.area, spec.ratio, spec.oversized))
         first += crop.count
     return boxes
 

@@ -19,7 +19,8 @@ class Siamese(nn.Module):
 
     The target starts as a copy of the online network and is never trained: ``update_target`` moves it.
     In train mode both run BatchNorm on the batch, each with separate running statistics.
-    The batch of a BatchNorm is our choice: all views of one size in the encoders, all views in the heads.
+    BatchNorm's batch is all views of one size in the encoders and all views in the heads (our choice), or with
+    ``per_view`` each view by itself in both, as in ReLICv2's published pseudo-code.
 
     With ``microbatch`` so many images pass at a time and only their outputs are saved; the backward pass computes each
     microbatch again. The loss still sees the whole batch and its gradient is exact, but BatchNorm's statistics are
@@ -29,6 +30,7 @@ class Siamese(nn.Module):
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, target: bool) -> None:
         super().__init__()
         self.microbatch: int | None = None
+        self.per_view = False
         self.online = nn.ModuleDict({"encoder": encoder, "projector": projector})
         self.target = copy.deepcopy(self.online).requires_grad_(False) if target else None
         if predictor is not None:
@@ -48,7 +50,7 @@ class Siamese(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Online: ``views``, one [V_i, B, 3, s_i, s_i] per size -> features [V, B, F], outputs [V, B, D].
 
-        V is the sum of the V_i. One encoder forward per size; the memory format of the views is preserved.
+        V is the sum of the V_i. One encoder forward per BatchNorm batch; the views' memory format is preserved.
         """
         parts = self._split_microbatches(views)
         if len(parts) == 1:
@@ -58,19 +60,31 @@ class Siamese(nn.Module):
         return torch.cat(features, 1), torch.cat(outputs, 1)
 
     def _forward_online_part(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        features = torch.cat([self._encode("online", view.flatten(0, 1)) for view in views])
-        outputs = self.online["projector"](features)
-        if "predictor" in self.online:
-            outputs = self.online["predictor"](outputs)
-        batch = views[0].shape[1]
-        return features.unflatten(0, (-1, batch)), outputs.unflatten(0, (-1, batch))
+        features = [self._encode("online", batch) for batch in self._list_norm_batches(*views)]
+        outputs = [self._project_online(batch) for batch in (features if self.per_view else [torch.cat(features)])]
+        images = views[0].shape[1]
+        return torch.cat(features).unflatten(0, (-1, images)), torch.cat(outputs).unflatten(0, (-1, images))
+
+    def _project_online(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.online["projector"](features)
+        return self.online["predictor"](outputs) if "predictor" in self.online else outputs
+
+    def _list_norm_batches(self, *views: Tensor) -> list[Tensor]:
+        """Return the images [N, 3, s, s] that each BatchNorm batch of the encoder consists of."""
+        if self.per_view:
+            return [view for size in views for view in size]
+        return [size.flatten(0, 1) for size in views]
 
     @torch.no_grad()
     def forward_target(self, large: Tensor) -> Tensor:
         """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
         assert self.target is not None, "this objective has no target network"
-        parts = [part.flatten(0, 1) for (part,) in self._split_microbatches([large])]
-        projections = [self.target["projector"](self._encode("target", part)) for part in parts]
+        projections = [
+            torch.cat(
+                [self.target["projector"](self._encode("target", batch)) for batch in self._list_norm_batches(part)]
+            )
+            for (part,) in self._split_microbatches([large])
+        ]
         return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
 
     def _split_microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

@@ -165,4 +165,4 @@ def check_same_images(images: ImageDataset, world: World) -> None:
 def build_view_plan(config: PretrainConfig) -> ViewSpec:
     views = config.views
     sizes = tuple(CropSpec(view.count, view.size, view.area) for view in (views.large, views.small) if view.count)
-    return ViewSpec(sizes, views.ratio, AugmentConfig(**views.augment.model_dump()))
+    return ViewSpec(sizes, views.ratio, AugmentConfig(**views.augment.model_dump()), views.oversized)
