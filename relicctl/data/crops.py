@@ -61,7 +61,7 @@ def _pick_first_fit(
     """Return width and height of the first of the tries that fits, or of the centred fallback; and where one fits."""
     fits = (tried_w > 0) & (tried_w <= width[..., None]) & (tried_h > 0) & (tried_h <= height[..., None])
     first = fits.argmax(-1)[..., None]
-    any_fits: np.ndarray = fits.any(-1)
+    any_fits = np.asarray(fits.any(-1))
     chosen_w, chosen_h = (np.take_along_axis(tried, first, axis=-1)[..., 0] for tried in (tried_w, tried_h))
     shape = np.clip(width / height, *ratio)
     w = np.where(any_fits, chosen_w, np.clip(np.rint(height * shape), 1, width))

@@ -19,11 +19,12 @@ from relicctl.data.sampler import DrawKey
 LARGE, SMALL, ASPECT = (0.14, 1.0), (0.05, 0.14), (3 / 4, 4 / 3)
 
 
-def boxes_of(indices, heights, widths, *, seed=3, epoch=5, first_view=0, count=4, area=LARGE, aspect=ASPECT):
+def boxes_of(
+    indices, heights, widths, *, seed=3, epoch=5, first_view=0, count=4, area=LARGE, aspect=ASPECT, oversized="redraw"
+):
     sizes = np.stack([heights, widths], axis=-1)
-    return draw_crop_boxes(
-        DrawKey(seed, epoch, np.asarray(indices)), sizes, range(first_view, first_view + count), area, aspect
-    )
+    key, views = DrawKey(seed, epoch, np.asarray(indices)), range(first_view, first_view + count)
+    return draw_crop_boxes(key, sizes, views, area, aspect, oversized)
 
 
 def literal_box(seed, epoch, index, height, width, view, area, aspect):
@@ -41,6 +42,16 @@ def literal_box(seed, epoch, index, height, width, view, area, aspect):
     elif width / height > max(aspect):
         w = round(height * max(aspect))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def literal_clamped_box(seed, epoch, index, height, width, view, area, aspect):
+    """The crop of BYOL's and ReLICv2's public code, fed with the counted draws: one draw, cut to the image's sides."""
+    u = draw_uniform(seed, Stream.GEOMETRY, epoch, index, view, n=22)
+    target = height * width * (area[0] + (area[1] - area[0]) * u[0])
+    ratio = math.exp(math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * u[10])
+    w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+    w, h = max(1, min(w, width)), max(1, min(h, height))
+    return int(u[20] * (width - w + 1)), int(u[21] * (height - h + 1)), w, h
 
 
 def two_pass_pillow(image, boxes, size):
@@ -82,26 +93,30 @@ def test_seed_epoch_and_view_each_give_other_boxes(other):
     assert same.mean() < 0.05
 
 
+@pytest.mark.parametrize(("oversized", "literal"), [("redraw", literal_box), ("clamp", literal_clamped_box)])
 @pytest.mark.parametrize(("area", "aspect"), [(LARGE, ASPECT), (SMALL, ASPECT), ((0.9, 1.0), (1.9, 2.1))])
-def test_boxes_are_random_resized_crops(area, aspect):
+def test_boxes_follow_their_reference(area, aspect, oversized, literal):
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(1, 600, (2, 200))
-    boxes = boxes_of(np.arange(200), heights, widths, count=3, first_view=2, area=area, aspect=aspect)
+    boxes = boxes_of(
+        np.arange(200), heights, widths, count=3, first_view=2, area=area, aspect=aspect, oversized=oversized
+    )
     assert boxes.dtype == np.int32
     assert boxes.shape == (200, 3, 4)
     for row in range(200):
         for k in range(3):
-            expected = literal_box(3, 5, row, int(heights[row]), int(widths[row]), 2 + k, area, aspect)
+            expected = literal(3, 5, row, int(heights[row]), int(widths[row]), 2 + k, area, aspect)
             assert tuple(boxes[row, k]) == expected
 
 
 @given(
     height=st.integers(1, 5000), width=st.integers(1, 5000), index=st.integers(0, 2**40),
     low=st.floats(1e-4, 1.0), aspect=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 10.0)),
+    oversized=st.sampled_from(["redraw", "clamp"]),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
-def test_boxes_lie_inside_any_image(height, width, index, low, aspect):
-    boxes = boxes_of([index], [height], [width], area=(low, 1.0), aspect=aspect)[0]
+def test_boxes_lie_inside_any_image(height, width, index, low, aspect, oversized):
+    boxes = boxes_of([index], [height], [width], area=(low, 1.0), aspect=aspect, oversized=oversized)[0]
     left, top, w, h = boxes.T
     assert min(left.min(), top.min()) >= 0
     assert min(w.min(), h.min()) >= 1
@@ -118,6 +133,13 @@ def test_area_and_log_aspect_and_place_are_uniform():
     for uniform in (shares, aspects, left / (2000 - w), top / (2000 - h)):
         distance = np.abs(np.sort(uniform) - (np.arange(count) + 0.5) / count).max()
         assert distance < 1.63 / math.sqrt(count)  # Kolmogorov-Smirnov at 1 %
+
+
+@pytest.mark.parametrize(("oversized", "mean_area"), [("redraw", 0.464), ("clamp", 0.547)])
+def test_clamped_boxes_cover_more_of_a_photo(oversized, mean_area):
+    count = 20_000
+    boxes = boxes_of(np.arange(count), np.full(count, 375), np.full(count, 500), count=1, oversized=oversized)[:, 0]
+    assert (boxes[:, 2] * boxes[:, 3] / (375 * 500)).mean() == pytest.approx(mean_area, abs=0.005)
 
 
 def test_an_evaluation_box_is_the_centre_of_the_resized_image():

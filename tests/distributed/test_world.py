@@ -30,6 +30,7 @@ HEADS = [*PROJECTOR, "model.predictor.hidden=16", "model.predictor.out=8"]
 CASES = {
     "relicv2 sampled": ["loss.negatives=3", *HEADS],
     "relicv2 all, swapped": ["loss.negatives=all", "loss.invariance=swapped", *HEADS],
+    "relicv2, BatchNorm per view": ["loss.negatives=3", "model.bn_batch=view", *HEADS],
     "relic": ["objective=relic", *HEADS],
     "byol": ["objective=byol", *HEADS],
     "simclr": ["objective=simclr", *PROJECTOR],

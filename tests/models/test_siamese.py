@@ -9,11 +9,11 @@ from relicctl.models.resnet import build_encoder
 from relicctl.models.siamese import MLPHead, Siamese
 
 
-def pair(predictor=True, target=True, seed=0):
+def pair(predictor=True, target=True, seed=0, per_view=False):
     with fork_seeded_rng(seed):
         encoder = build_encoder("resnet18", 0.125, "cifar")
         projector = MLPHead(encoder.feature_dim, 16, 8)
-        return Siamese(encoder, projector, MLPHead(8, 16, 8) if predictor else None, target)
+        return Siamese(encoder, projector, MLPHead(8, 16, 8) if predictor else None, target, per_view=per_view)
 
 
 def views(count, size, batch=3, seed=0):
@@ -106,6 +106,22 @@ def test_one_encoder_forward_per_size_and_one_head_forward():
         net.online[name].register_forward_hook(lambda m, args, out, seen=seen: seen.append(len(args[0])))
     net([views(2, 16), views(3, 8)])
     assert batches == {"encoder": [6, 9], "projector": [15], "predictor": [15]}
+
+
+def test_per_view_every_view_passes_the_networks_by_itself():
+    """As in ReLICv2's pseudo-code: outputs, running statistics and the target's projections are those of a loop."""
+    net, literal = pair(per_view=True), pair()
+    large, small = views(2, 16), views(3, 8, seed=1)
+    features, outputs = net.forward_online([large, small])
+    for number, view in enumerate([*large, *small]):
+        encoded = literal.online["encoder"](view)
+        assert torch.equal(features[number], encoded)
+        assert torch.equal(outputs[number], literal.online["predictor"](literal.online["projector"](encoded)))
+    projections = torch.stack([literal.target["projector"](literal.target["encoder"](view)) for view in large])
+    assert torch.equal(net.forward_target(large), projections)
+    for (name, ours), theirs in zip(net.named_buffers(), literal.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not torch.allclose(outputs, pair().forward_online([large, small])[1]), "statistics of all views differ"
 
 
 def test_target_forward_uses_the_batch_and_statistics_of_its_own():

@@ -13,7 +13,7 @@ from relicctl.core.hardware import count_elements
 from relicctl.errors import UsageError
 from relicctl.models.resnet import build_encoder
 from relicctl.pretraining.estimate import estimate_pretrain, format_pretrain_dry_run
-from relicctl.pretraining.task import build_networks
+from relicctl.pretraining.task import Schedule, build_networks
 from relicctl.runs.resume import TrainingOptions
 
 DATA = "shapes:train=1000,val=100"
@@ -50,6 +50,26 @@ def test_steps_and_schedules() -> None:
     assert schedule["warmed up"]["lr"] == pytest.approx(0.1)
     assert schedule["middle"]["ema"] == pytest.approx(0.95)
     assert schedule["end"] == {"lr": pytest.approx(0.0), "ema": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs", "ema"),
+    [(1000, 50, 50, 0.5), (1000, 25, 50, 2 / 3), (1000, 50, 450, 0.9)],
+)
+def test_an_automatic_decay_follows_the_steps_of_the_run(images: int, batch: int, epochs: int, ema: float) -> None:
+    sets = [f"optim.batch_size={batch}", f"optim.epochs={epochs}", "target.ema=auto", "optim.max_steps=30"]
+    options = {"data": f"shapes:train={images},val=100"}
+    resolved = resolve_config("demo", sets=sets, options=options)
+    assert estimate_pretrain(resolved.config)["schedule"]["start"]["ema"] == pytest.approx(ema)
+    assert f"ema {ema:.6g}" in format_pretrain_dry_run(resolved, TrainingOptions())
+
+
+@pytest.mark.parametrize(("epochs", "published"), [(1000, 0.996), (300, 0.99)])
+def test_the_automatic_decay_is_close_to_byols_published_values(epochs: int, published: float) -> None:
+    """ImageNet in batches of 4096; the window over which the target averages agrees within a third."""
+    config = resolve_config("r50-1000ep", sets=["target.ema=auto", f"optim.epochs={epochs}"]).config
+    decay = Schedule(config, 1_281_167 // 4096).initial_ema
+    assert (1 - published) / (1 - decay) == pytest.approx(1, abs=1 / 3)
 
 
 def test_a_run_cut_short_keeps_its_schedule() -> None:
