@@ -79,13 +79,11 @@ class Siamese(nn.Module):
     def forward_target(self, large: Tensor) -> Tensor:
         """Large views [L, B, 3, s, s] -> projections [L, B, D], without gradient."""
         assert self.target is not None, "this objective has no target network"
-        projections = [
-            torch.cat(
-                [self.target["projector"](self._encode("target", batch)) for batch in self._list_norm_batches(part)]
-            )
-            for (part,) in self._split_microbatches([large])
-        ]
-        return torch.cat([p.unflatten(0, (len(large), -1)) for p in projections], 1)
+        projections = []
+        for (part,) in self._split_microbatches([large]):
+            projected = [self.target["projector"](self._encode("target", b)) for b in self._list_norm_batches(part)]
+            projections.append(torch.cat(projected).unflatten(0, (len(large), -1)))
+        return torch.cat(projections, 1)
 
     def _split_microbatches(self, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Split the views along their images."""

@@ -13,7 +13,9 @@ def pair(predictor=True, target=True, seed=0, per_view=False):
     with fork_seeded_rng(seed):
         encoder = build_encoder("resnet18", 0.125, "cifar")
         projector = MLPHead(encoder.feature_dim, 16, 8)
-        return Siamese(encoder, projector, MLPHead(8, 16, 8) if predictor else None, target, per_view=per_view)
+        networks = Siamese(encoder, projector, MLPHead(8, 16, 8) if predictor else None, target)
+    networks.per_view = per_view
+    return networks
 
 
 def views(count, size, batch=3, seed=0):
@@ -112,7 +114,7 @@ def test_per_view_every_view_passes_the_networks_by_itself():
     """As in ReLICv2's pseudo-code: outputs, running statistics and the target's projections are those of a loop."""
     net, literal = pair(per_view=True), pair()
     large, small = views(2, 16), views(3, 8, seed=1)
-    features, outputs = net.forward_online([large, small])
+    features, outputs = net.forward([large, small])
     for number, view in enumerate([*large, *small]):
         encoded = literal.online["encoder"](view)
         assert torch.equal(features[number], encoded)
@@ -121,7 +123,7 @@ def test_per_view_every_view_passes_the_networks_by_itself():
     assert torch.equal(net.forward_target(large), projections)
     for (name, ours), theirs in zip(net.named_buffers(), literal.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
-    assert not torch.allclose(outputs, pair().forward_online([large, small])[1]), "statistics of all views differ"
+    assert not torch.allclose(outputs, pair().forward([large, small])[1]), "statistics of all views differ"
 
 
 def test_target_forward_uses_the_batch_and_statistics_of_its_own():
