@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from relicctl.data.datasets.open import open_dataset
-from relicctl.data.mask_bank import MASK_SIDE, MaskBank
+from relicctl.data.mask_bank import MASK_SIDE, MaskBankWriter
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mixed_backgrounds.py"
 BACKGROUNDS = {"cat": (200, 40, 40), "dog": (40, 40, 200)}
@@ -46,7 +46,7 @@ def make_bank(path: Path, photos: Path, empty: int | None = None) -> None:
     mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=bool)
     low, high = (round(edge * MASK_SIDE / SIDE) for edge in (LEFT, RIGHT))
     mask[low:high, low:high] = True
-    with MaskBank.create(path, images, made_by="test") as bank:
+    with MaskBankWriter(path, images, "test") as bank:
         for index in range(len(images)):
             bank.write_mask(index, mask & (index != empty))
 
