@@ -46,7 +46,7 @@ def make_bank(path: Path, photos: Path, empty: int | None = None) -> None:
     mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=bool)
     low, high = (round(edge * MASK_SIDE / SIDE) for edge in (LEFT, RIGHT))
     mask[low:high, low:high] = True
-    with MaskBankWriter(path, images, "test") as bank:
+    with MaskBankWriter(path, images, made_by="test") as bank:
         for index in range(len(images)):
             bank.write_mask(index, mask & (index != empty))
 

@@ -139,7 +139,7 @@ def _make_layout(start: int, count: int, size: int) -> TableLayout:
 def _iter_chunks(
     source: ImageDataset, chunks: Sequence[np.ndarray], size: int, workers: int
 ) -> Generator[WorkResult, None, None]:
-    """Yield ``_compute_chunk`` of each; workers start with the first one, where a failure is reported to other ranks."""
+    """Yield ``_compute_chunk`` of each; workers start with the first, where a failure is reported to other ranks."""
     # Sums depend on the number of threads in their last bits.
     with threadpool_limits(1), load_in_workers(partial(_compute_chunk, source, size), chunks, workers) as results:
         yield from results
