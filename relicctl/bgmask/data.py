@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 
+from relicctl.config.base import DecodingConfig
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
+from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
@@ -25,11 +28,14 @@ from relicctl.data.datasets.archives import split_spec
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.decoding import BadImageError
+from relicctl.data.decoding import BadImageError, convert_to_rgb, decode_image, read_values
 from relicctl.errors import DataError, UsageError
 from relicctl.runs.resume import make_record, read_resumable_record
 
 IMAGES, MASKS = "images", "masks"  # folders of a data set with true masks
+SILENT = Console(quiet=True)
+VOID = 255  # of class indices: pixels to ignore
+MAX_CHROMA = 16  # largest difference between the channels of a grey
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,21 @@ class BgmaskData:
     masks_for_is_prefix: bool
 
 
-def open_bgmask_data(config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS) -> BgmaskData:
+def open_bgmask_data(
+    config: BgmaskConfig, download: bool, world: World = SINGLE_PROCESS, console: Console = SILENT
+) -> BgmaskData:
     """Open all images of a run. Raises DataError for what cannot be used, UsageError where no data are given."""
     if download and world.size > 1:
-        world.run_on_main(lambda: _open_datasets(config, download))  # one rank downloads
-    return _open_datasets(config, download)
+        world.run_on_main(lambda: _open_datasets(config, download, SILENT))  # one rank downloads
+    return _open_datasets(config, download, console)
 
 
-def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
+def _open_datasets(config: BgmaskConfig, download: bool, console: Console) -> BgmaskData:
     specs = config.data.train
     if not specs:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    sources = [open_dataset(spec, split="train", download=download) for spec in specs]
+    decoding = config.data.decoding
+    sources = [open_dataset(spec, split="train", download=download, decoding=decoding) for spec in specs]
     train: ImageDataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
     if len(train) < 2:
         raise DataError(f"{train.spec} holds only one image, and training takes many.", "Give more images.")
@@ -66,12 +75,14 @@ def _open_datasets(config: BgmaskConfig, download: bool) -> BgmaskData:
         train = train.select(rows)
     masks_for = sources[0]
     if config.data.mask_data is not None:
-        masks_for = open_dataset(config.data.mask_data, split="train", download=download)
+        masks_for = open_dataset(config.data.mask_data, split="train", download=download, decoding=decoding)
     truth = None
     if config.data.eval is not None:
         for spec in filter(None, (*specs, config.data.mask_data)):
             check_no_leak(config.data.eval, spec)
-        truth = open_ground_truth(config.data.eval, config.data.max_eval_images, config.seed, download=download)
+        truth = open_ground_truth(
+            config.data.eval, config.data.max_eval_images, config.seed, console, download=download, decoding=decoding
+        )
     return BgmaskData(train, masks_for, truth, all_used and config.data.mask_data is None)
 
 
@@ -102,11 +113,20 @@ class GroundTruth:
     load_mask: Callable[[int], np.ndarray]
 
 
-def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool = False) -> GroundTruth:
+def open_ground_truth(
+    spec: str,
+    max_images: int,
+    seed: int,
+    console: Console = SILENT,
+    *,
+    download: bool = False,
+    decoding: DecodingConfig = DecodingConfig(),  # noqa: B008 (immutable)
+) -> GroundTruth:
     """Open ``spec``: ``shapes``, whose test split is taken, or a folder or archive with images/ and masks/.
 
     At most ``max_images`` are taken, the first of a shuffle by ``seed``, in their original order. Every mask is read
-    once. Raises DataError when a folder, an image or a mask is missing, or a mask is not of its image's size.
+    once. Raises DataError when a folder, an image or a mask is missing, a mask is not of its image's size, or all masks
+    are empty.
     """
     if spec.partition(":")[0] == "shapes":
         shapes = open_dataset(spec, split="val", download=download)
@@ -114,16 +134,15 @@ def open_ground_truth(spec: str, max_images: int, seed: int, *, download: bool =
         shapes = shapes.select(_sample_rows(len(shapes), max_images, seed))
         return GroundTruth(shapes, shapes.load_mask)
     try:
-        images, masks = (open_dataset(_make_part_spec(spec, folder)) for folder in (IMAGES, MASKS))
+        images, masks = (open_dataset(_make_part_spec(spec, part), decoding=decoding) for part in (IMAGES, MASKS))
     except DataError as reason:
         fix = f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
         raise DataError(reason.what, fix) from None
     sample = _sample_rows(len(images), max_images, seed)
-    masks = masks.select(_match_masks(images, masks)[sample])
-    truth = GroundTruth(images.select(sample), partial(_load_mask, masks))
+    images, masks = images.select(sample), masks.select(_match_masks(images, masks)[sample])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
-        list(pool.map(lambda index: _check_mask_size(truth, index), range(len(truth.images))))
-    return truth
+        counts = np.array(list(pool.map(partial(_check_mask_file, images, masks), range(len(images)))))
+    return GroundTruth(images, partial(_load_mask, masks, _choose_threshold(counts, masks, console)))
 
 
 def check_no_leak(truth: str, images: str) -> None:
@@ -172,24 +191,82 @@ def _match_masks(images: ImageDataset, masks: ImageDataset) -> np.ndarray:
     return np.array([stems[stem] for stem in image_stems])
 
 
-def _load_mask(masks: ImageDataset, index: int) -> np.ndarray:
+def _load_mask(masks: ImageDataset, threshold: int, index: int) -> np.ndarray:
     """Return bool ``[H, W]``. Raises DataError when the file cannot be decoded."""
+    values = _load_mask_values(masks, index)
+    if threshold:
+        return np.asarray(values > (threshold if values.max() > 1 else 0))  # or class numbers 0 and 1
+    return (values > 0) & (values < VOID)
+
+
+def _load_mask_values(masks: ImageDataset, index: int) -> np.ndarray:
+    """Return uint8 ``[H, W]`` as ``_read_mask_values``. Raises DataError when the file cannot be decoded."""
     try:
-        grey = masks.load(index).max(axis=2)
-    except BadImageError as bad:
-        what = f"The true mask {masks.get_name(index)} of {masks.spec} cannot be read: {bad.reason}."
+        data = masks.read(index)
+        assert isinstance(data, bytes)
+        return decode_image(data, _read_mask_values, max_pixels=masks.decode.max_pixels)
+    except DataError:
+        raise
+    except Exception as bad:  # on damaged files Pillow's plugins raise almost anything
+        reason = "no image in a known format" if isinstance(bad, UnidentifiedImageError) else f"{bad}"
+        what = f"The true mask {masks.get_name(index)} of {masks.spec} cannot be read: {reason}."
         raise DataError(what, "Repair it, or remove it and its image.") from None
-    return np.asarray(grey > (127 if grey.max() > 1 else 0))  # white is 255, or 1 in masks saved as class numbers
 
 
-def _check_mask_size(truth: GroundTruth, index: int) -> None:
-    name = truth.images.get_name(index)
+def _read_mask_values(image: Image.Image) -> np.ndarray:
+    """Return the brightness, or the class index as 0 or 255 where colours stand for indices."""
+    if image.mode == "P" and _is_class_palette(image):
+        indices = read_values(image)
+        return np.where((indices > 0) & (indices < VOID), np.uint8(255), np.uint8(0))
+    if image.mode.startswith("I") and (values := read_values(image)).max() <= 255 and values.min() >= 0:
+        return values.astype(np.uint8)  # 8 bits saved in 16: scaled as an image they would be black
+    return np.asarray(convert_to_rgb(image).max(axis=2))
+
+
+def _is_class_palette(image: Image.Image) -> bool:
+    """Return whether a palette gives classes their colours, and the background black: some of them may be dark."""
+    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    used = palette[np.flatnonzero(image.histogram()[: len(palette)])]
+    return bool(palette[0].max() <= MAX_CHROMA and (used.max(axis=1) - used.min(axis=1)).max() > MAX_CHROMA)
+
+
+def _check_mask_file(images: ImageDataset, masks: ImageDataset, index: int) -> np.ndarray:
+    """Return the mask's number of pixels of each value, int64 ``[256]``. Raises DataError for another size."""
+    name = images.get_name(index)
     try:
-        height, width = truth.images.load(index).shape[:2]
+        height, width = images.load(index).shape[:2]
     except BadImageError as bad:
-        what = f"The image {name} of {truth.images.spec} cannot be read: {bad.reason}."
+        what = f"The image {name} of {images.spec} cannot be read: {bad.reason}."
         raise DataError(what, "Repair it, or remove it and its mask.") from None
-    mask = truth.load_mask(index)
-    if mask.shape != (height, width):
-        what = f"The true mask of {name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}."
+    values = _load_mask_values(masks, index)
+    if values.shape != (height, width):
+        what = (
+            f"The true mask of {name} has {values.shape[1]} x {values.shape[0]} pixels, its image {width} x {height}."
+        )
         raise DataError(what, "Give masks of the same size as their images.")
+    return np.bincount(values.ravel(), minlength=256)
+
+
+def _choose_threshold(counts: np.ndarray, masks: ImageDataset, console: Console) -> int:
+    """Return the value above which a pixel belongs to the object; 0 for masks of class indices.
+
+    ``counts``: int64 ``[N, 256]``, the pixels of each value. Such masks have no value from 128 to 254, and more pixels
+    from 1 to 127 than of 255, which is ignored in them. Raises DataError when all masks are empty.
+    """
+    half, beyond_one = 127, counts[:, 2:].any(axis=1)
+    total = counts[beyond_one].sum(axis=0)
+    is_indexed = total[1 : half + 1].sum() > total[VOID] and not total[half + 1 : VOID].any()
+    first = np.where(beyond_one & (not is_indexed), half + 1, 1)
+    last = VOID if is_indexed else VOID + 1
+    empty = [not row[start:last].any() for row, start in zip(counts, first.tolist(), strict=True)]
+    if all(empty):
+        raise DataError(f"All true masks of {masks.spec} are empty.", "Give masks in which the object is 255, or 1.")
+    if is_indexed:
+        console.info(
+            f"The true masks of {masks.spec} hold class indices (up to {np.flatnonzero(total[:VOID]).max()}): 1 to 254 "
+            "count as the object, 0 and 255 as the background."
+        )
+    if any(empty):
+        name = masks.get_name(empty.index(True))
+        console.info(f"{sum(empty)} of {len(empty)} true masks of {masks.spec} are empty, {name} among them.")
+    return 0 if is_indexed else half

@@ -14,6 +14,7 @@ from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.bgmask.self_training import count_total_steps, list_stages
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
+from relicctl.console import Console
 from relicctl.core.hardware import count_elements, format_bytes, get_free_memory, pick_precision
 from relicctl.data.mask_bank import MASK_SIDE
 from relicctl.runs.distributed import Session, resolve_device
@@ -32,13 +33,13 @@ from relicctl.runs.resume import TrainingOptions, resolve_run
 def format_bgmask_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
     resolved, _ = resolve_run(resolved, options)
-    estimate = estimate_bgmask(resolved.config, options.download)
+    estimate = estimate_bgmask(resolved.config, options.download, Console(options.quiet))
     return format_dry_run(resolved, estimate, _describe_estimate(estimate), options.json)
 
 
-def estimate_bgmask(config: BgmaskConfig, download: bool) -> dict[str, Any]:
+def estimate_bgmask(config: BgmaskConfig, download: bool, console: Console) -> dict[str, Any]:
     """Return images, stages, steps and bytes of a run as plain data."""
-    device, data = resolve_device(config.runtime.device), open_bgmask_data(config, download)
+    device, data = resolve_device(config.runtime.device), open_bgmask_data(config, download, console=console)
     precision, images = pick_precision(config.runtime.precision, device), len(data.train)
     net, processes = init_saliency_net(config), int(os.environ.get("WORLD_SIZE", "1"))
     trainings = [f"{stage.name} ({stage.epochs} epochs)" for stage in list_stages(config, images)]

@@ -30,7 +30,9 @@ def doctor(resolved: ResolvedConfig, data: str | None, *, quiet: bool, download:
     run_parent = Path("runs") if Path("runs").is_dir() else Path()
 
     def open_or_default(open_default: Callable[[], ImageDataset]) -> ImageDataset:
-        return open_dataset(data, split="train", download=download) if data is not None else open_default()
+        if data is None:
+            return open_default()
+        return open_dataset(data, split="train", download=download, decoding=config.data.decoding)
 
     checks: dict[str, Callable[[], CheckResult]] = {
         "python": environment.check_python,

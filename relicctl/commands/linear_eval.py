@@ -165,6 +165,7 @@ def add_run_values(resolved: ResolvedConfig, run: Path | None, options: LinearOp
     if resolved.origin["data.train"] == "default":
         keys = ("train", "val", "subset", "max_corrupt_fraction")
         values |= {f"data.{name}": getattr(config.data, name) for name in keys}
+        values |= {f"data.decoding.{name}": value for name, value in config.data.decoding}
         values |= {"seed": config.seed, "eval.val_fraction": config.eval.val_fraction}
     return replace_defaults(resolved, values)
 
@@ -180,7 +181,9 @@ def open_linear_data(config: LinearEvalConfig, job: LinearJob, download: bool, s
     def open_datasets() -> LinearData:
         train, test = open_train_test(config, download, session.console)
         extra_tests = {
-            name: match_classes(open_dataset(spec, split="val", download=download), train.classes)
+            name: match_classes(
+                open_dataset(spec, split="val", download=download, decoding=config.data.decoding), train.classes
+            )
             for name, spec in job.tests.items()
         }
         return train, test, extra_tests

@@ -14,6 +14,7 @@ from relicctl.bgmask.self_training import count_total_steps
 from relicctl.commands.common import choose_results_folder, save_config
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.data.mask_bank import MaskBank
+from relicctl.data.value_range import warn_unused_range
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite
 from relicctl.runs.resume import TrainingOptions, resolve_run
@@ -33,7 +34,8 @@ def _run_bgmask(
     resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | None, session: Session
 ) -> dict[str, Any]:
     config, world = resolved.config, session.world
-    data = open_bgmask_data(config, options.download, world)
+    data = open_bgmask_data(config, options.download, world, session.console)
+    warn_unused_range(data.train, session.console.warn)
     out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
     for spec in (*config.data.train, config.data.mask_data):
         check_outside_data(out, spec)

@@ -66,6 +66,19 @@ class EncoderConfig(Section):
     )
 
 
+class DecodingConfig(Section):
+    """From image files to pixels."""
+
+    white_point: PositiveFloat | None = key(
+        None,
+        "value of white in images of more than 8 bits, such as 4095 for 12 bits in 16; null = the largest of 16 bits, "
+        "of 32 bits and floats the smallest of 1, 255, 65535 and their maximum that holds them",
+    )
+    max_pixels: PositiveInt = key(
+        178_956_970, "most pixels of an image; one that claims more is not decoded (a decompression bomb)"
+    )
+
+
 class DataConfig(Section):
     train: str | None = key(None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)")
     val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
@@ -74,6 +87,7 @@ class DataConfig(Section):
     )
     subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    decoding: DecodingConfig = key(DecodingConfig(), "how image files are read")
 
 
 class CropConfig(Section):

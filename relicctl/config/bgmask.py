@@ -99,6 +99,7 @@ class MaskDataConfig(Section):
     max_train_images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
     max_eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    decoding: base.DecodingConfig = key(base.DecodingConfig(), "how image files are read")
 
 
 class BgmaskConfig(base.CommandConfig):

@@ -17,6 +17,8 @@ SamplesPerClass = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_le
 LAMBDAS = tuple(float(f"{10 ** (-6 + 11 * k / 44):.6g}") for k in range(45))  # log-spaced from 1e-6 to 1e5
 Milestones = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Strict(False)]
 AnchorSizes = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=5, max_length=5)]
+MaskValue = Annotated[int, Field(ge=0, le=65535)]
+ClassIndex = Annotated[int, Field(ge=0, le=255)]
 OPTION_KEYS = {**base.CommandConfig.option_keys, "data": "data.datasets"}
 
 
@@ -33,11 +35,17 @@ class DenseDataConfig(Section):
     datasets: dict[str, str] = key({}, "data by name, each with train and val (also --data NAME=DATA)")
     cache: Literal["auto", "none", "memory"] = key("auto", "keep decoded images in memory; auto = where they fit")
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images or bad boxes above which the run stops")
+    decoding: base.DecodingConfig = key(base.DecodingConfig(), "how image files are read")
 
 
 class SegmentationDataConfig(DenseDataConfig):
     classes: dict[str, PositiveInt] = key(
         {}, "number of classes by name of data, background among them; else 21 for VOC, or the largest index + 1"
+    )
+    mask_values: dict[str, dict[MaskValue, ClassIndex]] = key(
+        {},
+        "class of each value in the masks by name of data, such as {0: 0, 255: 1}, other values being ignored; else a "
+        "value is its class, and 255 is ignored",
     )
     voc_train: str = key("train", "list in ImageSets/Segmentation of VOC-style data to train on")
     voc_val: str = key("val", "list in ImageSets/Segmentation of VOC-style data to test on")
@@ -147,6 +155,7 @@ class TransferDataConfig(Section):
         "auto", "keep decoded images while fine-tuning, in host memory or on the device; auto = where they fit"
     )
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    decoding: base.DecodingConfig = key(base.DecodingConfig(), "how image files are read")
 
 
 class EvalCropConfig(Section):

@@ -14,8 +14,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,6 @@ from relicctl.core.counter_rng import Stream, derive_seed, draw_uniform
 from relicctl.data.constants import IMAGENET_MEAN
 from relicctl.data.crops import crop_on_device
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import decode_rgb
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.sampler import DrawKey
 
@@ -82,7 +81,7 @@ class AlphaMasks(MaskSource):
 
     def get_image_source(self, source: ImageDataset) -> ImageDataset:
         source = copy.copy(source)
-        source.decode = partial(decode_rgb, keep_alpha=True)
+        source.decode = replace(source.decode, keep_alpha=True)
         return source
 
     def read(self, index: int, image: np.ndarray) -> np.ndarray | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +22,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by c
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is treated as a decompression bomb
+WHITE_16 = 65535  # the largest value of 16 bits
+Decoded = TypeVar("Decoded")
 SkippedImages = list[tuple[int, str]]  # (index, reason) of images that cannot be decoded
 _EXIF_KEYS = {"exif", "xmp", "Raw profile type exif"}
 _ORIENTATION_TAG = 0x0112
@@ -30,6 +36,13 @@ _ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG_TEXTS_WITH_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_OTHER_ORDER = {"B": "L", "L": "B", "N": {"little": "B", "big": "L"}[sys.byteorder]}  # of bytes in Pillow's raw modes
+_SWAPPED_RAWMODES = {
+    f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA") for order, other in _OTHER_ORDER.items()
+}
 
 
 class BadImageError(Exception):
@@ -40,24 +53,28 @@ class BadImageError(Exception):
         self.reason = reason
 
 
-def decode_rgb(data: bytes, *, keep_alpha: bool = False) -> np.ndarray:
-    """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable.
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes the files of a data set as ``decode_rgb`` does with these settings."""
 
-    With ``keep_alpha`` an image with transparency becomes ``[H, W, 4]``, its alpha last. The EXIF orientation is
-    applied. Transparent pixels are composited on white. Grey values of 16 bits and more are scaled to 8, palettes
-    resolved, CMYK converted without its colour profile.
-    Raises BadImageError for anything but a complete image of IMAGE_FORMATS with at most MAX_PIXELS.
+    white_point: float | None = None
+    max_pixels: int = MAX_PIXELS
+    keep_alpha: bool = False
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        return decode_rgb(data, keep_alpha=self.keep_alpha, white_point=self.white_point, max_pixels=self.max_pixels)
+
+
+def decode_rgb(
+    data: bytes, *, keep_alpha: bool = False, white_point: float | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decode the (first) image in ``data`` into uint8 ``[H, W, 3]``, contiguous and writable, as ``convert_to_rgb``.
+
+    Raises BadImageError for anything but a complete image of IMAGE_FORMATS with at most ``max_pixels``.
     """
     try:
-        image: Image.Image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-        if not 0 < image.width * image.height <= MAX_PIXELS:
-            raise BadImageError(f"{image.width} x {image.height} pixels, outside 1 to {MAX_PIXELS}")
-        image.load()
-        turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
-        rgb = _to_rgb(image)
-        if keep_alpha and image.has_transparency_data:
-            rgb.putalpha(image.convert("RGBA").getchannel("A"))
-        return np.array(rgb if turn is None else rgb.transpose(turn))
+        convert = partial(convert_to_rgb, keep_alpha=keep_alpha, white_point=white_point)
+        return decode_image(data, convert, max_pixels=max_pixels)
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -66,8 +83,110 @@ def decode_rgb(data: bytes, *, keep_alpha: bool = False) -> np.ndarray:
         raise BadImageError(f"{error}" or type(error).__name__) from error
 
 
+def convert_to_rgb(image: Image.Image, *, keep_alpha: bool = False, white_point: float | None = None) -> np.ndarray:
+    """Convert an image into uint8 ``[H, W, 3]``, upright by its EXIF orientation.
+
+    With ``keep_alpha`` an image with transparency becomes ``[H, W, 4]``, its alpha last. Transparent pixels are
+    composited on white. Values of more than 8 bits are scaled to 8 so that ``white_point`` becomes 255 (None: the
+    largest of their type, or the smallest usual one), palettes are resolved, CMYK is converted without its colour
+    profile.
+    """
+    channels = _read_16_bit_channels(image) if white_point is not None else None
+    image.load()
+    turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
+    if channels is not None and white_point is not None:
+        image = Image.fromarray(
+            np.dstack([_scale_to_uint8(channels[..., :3], white_point), (channels[..., 3:] >> 8).astype(np.uint8)])
+        )
+    rgb = _to_rgb(image, white_point)
+    if keep_alpha and image.has_transparency_data:
+        rgb.putalpha(image.convert("RGBA").getchannel("A"))
+    return np.array(rgb if turn is None else rgb.transpose(turn))
+
+
+def read_values(image: Image.Image) -> np.ndarray:
+    """Return the values that an image stores, upright: of a palette the indices, not its colours."""
+    image.load()
+    turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
+    return np.array(image if turn is None else image.transpose(turn))
+
+
+def decode_image(
+    data: bytes,
+    convert: Callable[[Image.Image], Decoded],
+    *,
+    formats: tuple[str, ...] = IMAGE_FORMATS,
+    max_pixels: int = MAX_PIXELS,
+) -> Decoded:
+    """Open an image file by its header, and return what ``convert`` makes of it.
+
+    Raises BadImageError for more than ``max_pixels``; for a file that is damaged or no image almost anything.
+    """
+    try:
+        return convert(_open_image(data, formats, max_pixels))
+    except ValueError:  # texts or a profile longer than Pillow reads are no reason to do without the picture
+        shorter = _drop_png_texts(data)
+        if len(shorter) == len(data):
+            raise
+        return convert(_open_image(shorter, formats, max_pixels))
+
+
+def read_value_range(image: Image.Image) -> tuple[float, float] | None:
+    """Return the largest value in an image of more than 8 bits, and the value of white; None for other images."""
+    if _is_wide_grey(image):
+        values = np.asarray(image)
+        return float(np.nan_to_num(values, posinf=0, neginf=0).max()), _find_white_point(image, values)
+    channels = _read_16_bit_channels(image)
+    return None if channels is None else (float(channels[..., :3].max()), WHITE_16)
+
+
+def read_upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width of the upright image from its header."""
+    # Pillow gives the upright size of a TIFF whose own tag says how it is turned
+    stored = not isinstance(image, TiffImagePlugin.TiffImageFile) or image.tag_v2.get(_ORIENTATION_TAG, 1) < 5
+    return image.size if stored and _read_orientation(image) >= 5 else (image.height, image.width)
+
+
+def _open_image(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+    _silence_pillow()
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit for the whole process; raised, never lowered
+    try:
+        image = Image.open(BytesIO(data), formats=formats)
+    except Image.DecompressionBombError:
+        raise BadImageError(f"more than {max_pixels} pixels (data.decoding.max_pixels)") from None
+    if not 0 < image.width * image.height <= max_pixels:
+        size = f"{image.width} x {image.height} pixels"
+        raise BadImageError(f"{size}, outside 1 to {max_pixels} (data.decoding.max_pixels)")
+    return image
+
+
+@cache
+def _silence_pillow() -> None:
+    """Silence Pillow's warnings, in this process: what matters of them is that an image can be decoded, or not.
+
+    They are about metadata, and about sizes within our own limit; every data worker would print them.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _drop_png_texts(data: bytes) -> bytes:
+    """Return a PNG without its texts and colour profile, except those that may tell its orientation."""
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    kept, place = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        chunk = data[place : place + 12 + length]
+        if kind not in _PNG_TEXTS or chunk[8:].startswith(_PNG_TEXTS_WITH_ORIENTATION):
+            kept.append(chunk)
+        place += 12 + length
+    return b"".join(kept)
+
+
 def _read_orientation(image: Image.Image) -> int:
-    if _EXIF_KEYS.isdisjoint(image.info):
+    """Return the EXIF orientation that still has to be applied: after its header is read, or its pixels too."""
+    if _EXIF_KEYS.isdisjoint(image.info):  # Pillow turns a TIFF by itself, and its size with it
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
@@ -75,29 +194,57 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, white_point: float | None) -> Image.Image:
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
         return canvas.convert("RGB")
-    if image.mode == "F" or image.mode.startswith("I"):
-        sixteen_bits = image.mode != "F" and (image.mode != "I" or image.format == "PNG")
-        grey = _to_uint8(np.asarray(image), white=65535 if sixteen_bits else None)
-        image = Image.fromarray(grey)
+    if _is_wide_grey(image):
+        values = np.asarray(image)
+        image = Image.fromarray(_scale_to_uint8(values, white_point or _find_white_point(image, values)))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_uint8(values: np.ndarray, white: int | None) -> np.ndarray:
-    """Scale ``[H, W]`` linearly so that ``white`` becomes 255.
+def _is_wide_grey(image: Image.Image) -> bool:
+    """Return whether it is a grey image of more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _find_white_point(image: Image.Image, values: np.ndarray) -> float:
+    """Return the value of white in a grey image of more than 8 bits, whose ``values`` are ``[H, W]``.
 
     Files of 32-bit integers or floats do not say what white is: it is taken to be the smallest of 1 (floats
     only), 255, 65535 and the values' maximum that no value exceeds.
     """
-    grey = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    if white is None:
-        usual = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
-        white = next((w for w in usual if grey.max() <= w), grey.max())
-    return np.rint(grey.clip(0, white) * (255 / white)).astype(np.uint8)
+    if image.mode != "F" and (image.mode != "I" or image.format == "PNG"):
+        return WHITE_16
+    top = float(np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0).max())
+    usual = (1, 255, WHITE_16) if values.dtype.kind == "f" else (255, WHITE_16)
+    return next((white for white in usual if top <= white), top)
+
+
+def _scale_to_uint8(values: np.ndarray, white: float) -> np.ndarray:
+    """Scale linearly so that ``white`` becomes 255, and what is brighter too; NaN is black."""
+    finite = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    return np.rint(finite.clip(0, white) * (255 / white)).astype(np.uint8)
+
+
+def _read_16_bit_channels(image: Image.Image) -> np.ndarray | None:
+    """Return uint16 ``[H, W, C]`` of a file with 16 bits per colour, before its pixels are loaded; None of others.
+
+    Pillow keeps the high byte of every value. The low bytes are what it keeps of the same file with the bytes said to
+    be in the other order.
+    """
+    tiles = getattr(image, "tile", [])
+    rawmodes = [tile.args if isinstance(tile.args, str) else (tile.args or [None])[0] for tile in tiles]
+    if not rawmodes or not all(rawmode in _SWAPPED_RAWMODES for rawmode in rawmodes):
+        return None
+    other: Any = Image.open(image.fp, formats=[image.format])  # type: ignore[attr-defined, list-item]
+    other.tile = [
+        tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))
+        for tile, swapped in zip(tiles, map(_SWAPPED_RAWMODES.get, rawmodes), strict=True)
+    ]
+    return np.asarray(np.asarray(image).astype(np.uint16) << 8 | np.asarray(other))
 
 
 class ImageSource(Protocol):

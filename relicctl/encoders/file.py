@@ -8,6 +8,7 @@ own ResNet weights can be read too.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from relicctl.config.base import EncoderConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import crop_on_host, make_eval_box
+from relicctl.data.decoding import convert_to_rgb
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ARCHITECTURES, ResNet, build_encoder
 from relicctl.version import __version__
@@ -38,23 +40,29 @@ FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a tor
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Prepare an image for an encoder: centre square, resized (antialiased bicubic), normalised.
+    """Prepare an image for an encoder: read as in training, centre square, resized (antialiased bicubic), normalised.
 
     Args:
         size: side in pixels of the result.
         crop_ratio: side of the centre square / the image's short side.
         mean: of each channel, RGB in [0, 1].
         std: of each channel.
+        white_point: value of white in images of more than 8 bits; None: the largest of their type.
     """
 
     size: int
     crop_ratio: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    white_point: float | None = None
 
     def __call__(self, image: Image | np.ndarray) -> Tensor:
-        """Return a PIL image (converted to RGB) or uint8 [H, W, 3] as float32 [3, size, size]; else ValueError."""
-        pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+        """Return a PIL image of any mode or uint8 [H, W, 3] as float32 [3, size, size]; else ValueError.
+
+        A PIL image becomes what the file's pixels are in training: upright by its EXIF orientation, transparency
+        composited on white, 16 bits and floats scaled.
+        """
+        pixels = image if isinstance(image, np.ndarray) else convert_to_rgb(image, white_point=self.white_point)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         box = make_eval_box(pixels.shape[0], pixels.shape[1], self.crop_ratio)
@@ -75,10 +83,11 @@ def describe_network(network: ResNet | EncoderConfig) -> dict[str, str]:
     return {name: str(getattr(network, name)) for name in EncoderConfig.model_fields}
 
 
-def describe_transform(size: int = 224, crop_ratio: float = 0.875) -> dict[str, str]:
+def describe_transform(size: int = 224, crop_ratio: float = 0.875, white_point: float | None = None) -> dict[str, str]:
     """Return the metadata that say how to prepare an image."""
     mean, std = json.dumps(IMAGENET_MEAN), json.dumps(IMAGENET_STD)
-    return {"size": str(size), "crop_ratio": str(crop_ratio), "mean": mean, "std": std}
+    white = {} if white_point is None else {"white_point": str(white_point)}
+    return {"size": str(size), "crop_ratio": str(crop_ratio), "mean": mean, "std": std, **white}
 
 
 def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
@@ -118,9 +127,11 @@ def build_encoder_from_tensors(tensors: dict[str, Tensor], metadata: dict[str, s
         with torch.device("meta"):
             encoder = build_encoder(metadata["arch"], float(metadata["width"]), metadata["stem"], metadata["padding"])
         mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
-        transform = EvalTransform(int(metadata["size"]), float(metadata["crop_ratio"]), mean, std)
+        white = float(metadata["white_point"]) if "white_point" in metadata else None
+        transform = EvalTransform(int(metadata["size"]), float(metadata["crop_ratio"]), mean, std, white)
         channels = {len(transform.mean), len(transform.std)}
-        if transform.size < 1 or not 0 < transform.crop_ratio <= 1 or channels != {3}:
+        ranges_hold = transform.size >= 1 and 0 < transform.crop_ratio <= 1 and (white is None or 0 < white < math.inf)
+        if not ranges_hold or channels != {3}:
             raise ValueError("it does not say how to prepare an image")
     except (KeyError, ValueError, TypeError, OverflowError) as reason:
         raise UsageError(f"The metadata of {path} are damaged ({reason}).", FILE_FIX) from None

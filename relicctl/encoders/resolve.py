@@ -123,7 +123,9 @@ def _extract_encoder(tensors: dict[str, Tensor], run: Path, network: str, path: 
         raise UsageError(f"{path} has no {network} encoder (objective {config.objective}).", "Give --network online.")
     origin = {"version": str(record.get("version", "")), "preset": str(record.get("preset") or "")}
     metadata = {**describe_network(config.model), **origin, "objective": config.objective, "network": network}
-    metadata |= describe_transform(config.eval.size or config.views.large.size, config.eval.crop_pct)
+    metadata |= describe_transform(
+        config.eval.size or config.views.large.size, config.eval.crop_pct, config.data.decoding.white_point
+    )
     return build_encoder_from_tensors(encoder_tensors, metadata, path)
 
 

@@ -15,6 +15,7 @@ from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import open_dataset
+from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError, UsageError
 
 PER_CLASS = re.compile(r"([1-9]\d*)-per-class")
@@ -134,10 +135,10 @@ def open_train_test(
     data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
         raise UsageError("No data is given, and the encoder belongs to no run that has data.", "Give --data and --val.")
-    train = open_dataset(data.train, split="train", download=download)
+    train = open_dataset(data.train, split="train", download=download, decoding=data.decoding)
     _check_labelled(train)
     if data.val is not None:
-        test = open_dataset(data.val, split="val", download=download)
+        test = open_dataset(data.val, split="val", download=download, decoding=data.decoding)
         _check_labelled(test)
         if set(test.classes) != set(train.classes):
             difference = _format_class_difference(train.classes, test.classes)
@@ -160,6 +161,7 @@ def open_train_test(
         if part.missing_classes:
             what = f"{_format_class_names(part.missing_classes)} of {part.source.spec} has no image to {name} on."
             raise DataError(what, "Add images, remove the class everywhere, or use more of the data.")
+    warn_unused_range(matched_train.source, console.warn)
     return matched_train, matched_test
 
 

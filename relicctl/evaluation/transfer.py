@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from relicctl.config.renamed import restore_old_names
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.distributed import World
+from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import UsageError
 from relicctl.evaluation.cells import Cell, LoadedEncoder, TransferTask, compute_digest, load_or_compute_cell
 from relicctl.evaluation.features import (
@@ -56,6 +57,7 @@ class ClassificationTransfer(TransferTask):
         self._datasets = open_datasets()
         for data in self._datasets:
             resolve_metric(data, config)
+            warn_unused_range(data.trainval.source, session.console.warn)
         for labels in map(format_labels, config.labels):
             for data in self._datasets:
                 split = split_trainval(data, labels, config.data.val_fraction, config.seed)

@@ -15,6 +15,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -90,18 +91,20 @@ def _open_splits(
     name: str, spec: str, config: TransferConfig, test_split: str, download: bool
 ) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
     """Return train, val and test; None for what is not there."""
+    decoding = config.data.decoding
     if samples_per_class := config.data.samples_per_class.get(name, ()):
-        source = open_dataset(spec, download=download)
+        source = open_dataset(spec, download=download, decoding=decoding)
         drawn_train, drawn_test = draw_train_test(name, source, samples_per_class, config.seed)
         return drawn_train, None, drawn_test
     if spec.partition(":")[0] == "shapes":
         return open_dataset(spec, split="train"), None, open_dataset(spec, split="val")
     spec = find_voc_folder(spec, download) or spec
-    found = _open_image_split(spec, SPLIT_FOLDERS["train"], (), download)
+    open_images = partial(open_dataset, download=download, decoding=decoding)
+    found = _open_image_split(spec, SPLIT_FOLDERS["train"], (), open_images)
     if isinstance(found, DataError):
         raise found
     val_names = tuple(word for word in SPLIT_FOLDERS["val"] if word != test_split)
-    others = [_open_image_split(spec, words, found.classes, download) for words in (val_names, (test_split,))]
+    others = [_open_image_split(spec, words, found.classes, open_images) for words in (val_names, (test_split,))]
     val, test = (None if isinstance(other, DataError) else other for other in others)
     return found, val, test
 
@@ -185,18 +188,18 @@ def _assign_folder_class(source: ImageDataset, classes: tuple[str, ...]) -> Imag
 
 
 def _open_image_split(
-    spec: str, words: tuple[str, ...], classes: tuple[str, ...], download: bool
+    spec: str, words: tuple[str, ...], classes: tuple[str, ...], open_images: Callable[..., ImageDataset]
 ) -> ImageDataset | DataError:
     """Open the first of a split's names that is there; return the first error if none is."""
     errors: list[DataError] = []
     for word in words:
         place = spec.replace("{split}", word) if "{split}" in spec else join_spec(spec, word)
-        multilabel = open_multilabel(spec, place, word, classes)
+        multilabel = open_multilabel(spec, place, word, classes, open_images)
         if multilabel is not None:
             return multilabel
         try:
             split: DatasetSplit = "train" if word in SPLIT_FOLDERS["train"] else "val"
-            return _assign_folder_class(open_dataset(place, split=split, download=download), classes)
+            return _assign_folder_class(open_images(place, split=split), classes)
         except DataError as error:
             errors.append(error)
     return errors[0]
@@ -220,7 +223,9 @@ class MultiLabelDataset(Subset):
         return digest.hexdigest()
 
 
-def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) -> MultiLabelDataset | None:
+def open_multilabel(
+    spec: str, place: str, word: str, classes: tuple[str, ...], open_images: Callable[..., ImageDataset] = open_dataset
+) -> MultiLabelDataset | None:
     """Open split ``word`` of VOC-style data at ``spec``, or the folder or archive ``place`` of that split.
 
     Returns None if neither is multi-label. ``classes``: those of train, where this is another split; further ones
@@ -228,12 +233,13 @@ def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) 
     """
     files = _open_file_reader(spec)
     if files is not None and (listed := files.read(f"ImageSets/Main/{word}.txt")) is not None:
-        voc = read_voc(files, parse_first_words(listed), classes or None, spec)
+        images = open_images(join_spec(spec, "JPEGImages"))
+        voc = read_voc(files, images, parse_first_words(listed), classes or None, spec)
         easy, boxes = ~voc.boxes.ignored, voc.boxes
         labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
         labels[voc.image_indices, boxes.labels] = 0
         labels[voc.image_indices[easy], boxes.labels[easy]] = 1
-        return _open_listed_images(join_spec(spec, "JPEGImages"), voc.files, voc.classes, labels)
+        return _select_listed_images(images, voc.files, voc.classes, labels)
     if (files := _open_file_reader(place)) is not None and (content := files.read(LABELS_FILE)) is not None:
         table = _read_label_table(content, f"{LABELS_FILE} in {place}")
         number = {name: index for index, name in enumerate(classes)}
@@ -242,7 +248,7 @@ def open_multilabel(spec: str, place: str, word: str, classes: tuple[str, ...]) 
         labels = np.full((len(table), len(number)), -1, dtype=np.int8)
         for row, names in enumerate(table.values()):
             labels[row, [number[name] for name in names]] = 1
-        return _open_listed_images(place, list(table), tuple(number), labels)
+        return _select_listed_images(open_images(place), list(table), tuple(number), labels)
     return None
 
 
@@ -281,15 +287,14 @@ def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
     return table
 
 
-def _open_listed_images(
-    place: str, names: list[str], classes: tuple[str, ...], labels: np.ndarray
+def _select_listed_images(
+    images: ImageDataset, names: list[str], classes: tuple[str, ...], labels: np.ndarray
 ) -> MultiLabelDataset:
     if not names:
-        raise DataError(f"A list of {place} is empty.", "Write one image name per line.")
-    images = open_dataset(place)
+        raise DataError(f"A list of {images.spec} is empty.", "Write one image name per line.")
     rows = {images.get_name(row): row for row in range(len(images))}
     missing = [name for name in names if name not in rows]
     if missing:
-        what = f"{place} lacks listed images: {summarize_names(missing)}, of {len(names)}."
+        what = f"{images.spec} lacks listed images: {summarize_names(missing)}, of {len(names)}."
         raise DataError(what, "Add them, or remove them from the list, which has no header.")
     return MultiLabelDataset(images.select([rows[name] for name in names]), classes, labels)

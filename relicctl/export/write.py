@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from relicctl.config.base import DecodingConfig
 from relicctl.config.resolve import load_run_config
 from relicctl.core.atomic_io import to_os_error
 from relicctl.data.datasets.open import open_dataset
@@ -37,10 +38,11 @@ def sample_images(reference: ResolvedEncoder) -> tuple[Tensor, str]:
             data = load_run_config(run / "config.yaml").data
             for spec, split in ((data.val, "val"), (data.train, "train")):
                 if spec is not None:
-                    return _load_sample_images(transform, spec, split), f"{NUM_IMAGES} images of {spec}"
+                    images = _load_sample_images(transform, spec, split, data.decoding)
+                    return images, f"{NUM_IMAGES} images of {spec}"
         except RelicError:
             pass  # moved, or of another machine
-    images = _load_sample_images(transform, "shapes", "val")
+    images = _load_sample_images(transform, "shapes", "val", DecodingConfig())
     return images, f"{NUM_IMAGES} images of the demo data, as the run's data cannot be read here"
 
 
@@ -62,8 +64,8 @@ def format_padding_change(original: torch.nn.Module, changed: ExportBundle, imag
     return f"mean cosine {cosine:.4f} to the original features, mean relative difference {relative.mean():.1%}"
 
 
-def _load_sample_images(transform: Callable[[Any], Tensor], spec: str, split: Any) -> Tensor:
-    source = open_dataset(spec, split=split)
+def _load_sample_images(transform: Callable[[Any], Tensor], spec: str, split: Any, decoding: DecodingConfig) -> Tensor:
+    source = open_dataset(spec, split=split, decoding=decoding)
     chosen = np.linspace(0, len(source) - 1, NUM_IMAGES).astype(int)
     return torch.stack([transform(load_or_next(source, int(index))[0]) for index in chosen])
 

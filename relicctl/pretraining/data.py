@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.data.decoding import BadImageError, BadImages
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.photometric import AugmentConfig
+from relicctl.data.value_range import warn_unused_range
 from relicctl.data.views import CropSpec, ViewSpec
 from relicctl.encoders.resolve import read_path_from_stdin
 from relicctl.errors import DataError, UsageError
@@ -118,9 +120,10 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     """Return the images to train on and, if there are labelled ones, those to evaluate on."""
     if config.data.train is None:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    train, val = open_dataset(config.data.train, split="train", download=download), None
+    open_split = partial(open_dataset, download=download, decoding=config.data.decoding)
+    train, val = open_split(config.data.train, split="train"), None
     if config.data.val is not None:
-        val = open_dataset(config.data.val, split="val", download=download)
+        val = open_split(config.data.val, split="val")
     elif config.eval.every_epochs and config.eval.val_fraction and len(train.classes) > 1:
         train, val = split_holdout(train, config.eval.val_fraction, config.seed)
         console.info(f"{len(val)} labelled images are held out for evaluation (eval.val_fraction).")
@@ -132,6 +135,7 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     if config.objective == "supervised" and train.labels is None:
         what = f"{config.data.train} has no labels, which supervised training needs."
         raise DataError(what, "Give one folder per class.")
+    warn_unused_range(train, console.warn)
     return PretrainData(train, val)
 
 

@@ -12,9 +12,8 @@ from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml
 from relicctl.core import checkpoint
 from relicctl.core.loop import TrainState, restore_state
-from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.loader import resolve_cache
-from relicctl.encoders.file import save_encoder
+from relicctl.encoders.file import describe_transform, save_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.pretraining.data import PretrainData
 from relicctl.pretraining.task import PretrainTask, load_initial_weights, resolve_precision
@@ -88,10 +87,9 @@ def save_results(run: RunFolder, task: PretrainTask, config: PretrainConfig, res
         "preset": preset or "",
         "objective": config.objective,
         "network": "online",
-        "size": str(config.eval.size or config.views.large.size),
-        "crop_ratio": str(config.eval.crop_pct),
-        "mean": str(list(IMAGENET_MEAN)),
-        "std": str(list(IMAGENET_STD)),
+        **describe_transform(
+            config.eval.size or config.views.large.size, config.eval.crop_pct, config.data.decoding.white_point
+        ),
     }
     save_encoder(run.encoder_path, task.encoder, metadata)
     run.write_json(run.results_path, results)

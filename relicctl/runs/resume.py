@@ -20,10 +20,11 @@ MUTABLE_KEYS = {
     # content.
     "pretrain": (
         "runtime.", "checkpoint.", "eval.", "optim.max_steps", "optim.base_lr", "data.train", "data.val",
-        "data.max_corrupt_fraction", "bgmask.bank",
+        "data.max_corrupt_fraction", "data.decoding.max_pixels", "bgmask.bank",
     ),
     "train-bgmask": (
         "runtime.", "checkpoint.", "data.train", "data.eval", "data.mask_data", "data.max_corrupt_fraction",
+        "data.decoding.max_pixels",
     ),
     "linear-eval": ("runtime.", "checkpoint.", "optim.max_steps", "analysis.", "data."),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from relicctl.bgmask.data import open_ground_truth
+from relicctl.console import Console
 from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError
 
@@ -107,6 +108,80 @@ def test_what_cannot_be_measured_on_is_refused_with_a_reason(pairs):
     shutil.rmtree(pairs / "masks")
     assert "has no folder masks" in refusal(pairs)
     assert "There is no" in refusal(pairs / "nowhere")
+
+
+def draw_true_masks(pairs: Path, draw) -> list[np.ndarray]:
+    """Draw every true mask anew by ``draw`` from where the object is; return that, bool [H, W] each."""
+    objects = []
+    for number in range(5):
+        inside = np.zeros((10 + number, 16), dtype=bool)
+        inside[2 : 4 + number, 3:9] = True
+        for old in (pairs / "masks").glob(f"{number}.*"):
+            old.unlink()
+        image = draw(inside)
+        image.save(pairs / "masks" / f"{number}.{'tif' if image.mode == 'F' else 'png'}")
+        objects.append(inside)
+    return objects
+
+
+def with_void(inside: np.ndarray, index: int) -> np.ndarray:
+    """An object of a class index, with a strip at its border that is ignored."""
+    values = inside.astype(np.uint8) * np.uint8(index)
+    values[1] = 255
+    return values
+
+
+def to_palette(inside: np.ndarray) -> Image.Image:
+    """VOC's colours: those of cat (8) are dark, those of ignored pixels (255) bright."""
+    image = Image.fromarray(with_void(inside, 8))
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[8], palette[255] = (64, 0, 0), (224, 224, 192)
+    image.putpalette(palette.ravel().tolist())
+    return image
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda inside: Image.fromarray(inside.astype(np.uint8) * 3),
+        lambda inside: Image.fromarray(inside.astype(np.uint8) * np.where(np.arange(16) < 6, 7, 20).astype(np.uint8)),
+        lambda inside: Image.fromarray(with_void(inside, 100)),
+        lambda inside: Image.fromarray(inside.astype(np.uint16) * 3),
+        lambda inside: Image.fromarray(inside.astype(np.uint16) * 255),
+        lambda inside: Image.fromarray(inside.astype(np.uint16) * 65535),
+        lambda inside: Image.fromarray(inside.astype(np.float32)),
+        to_palette,
+    ],
+    ids=["index", "indices", "index and void", "16 bits", "255 of 16", "white of 16", "fraction", "palette"],
+)
+def test_class_indices_are_objects_whatever_they_are(pairs, draw):
+    objects = draw_true_masks(pairs, draw)
+    truth = open_ground_truth(str(pairs), 100, 0)
+    for index, inside in enumerate(objects):
+        np.testing.assert_array_equal(truth.load_mask(index), inside)
+
+
+def test_soft_masks_are_cut_at_half(pairs):
+    shades = np.arange(16, dtype=np.uint8) * 17
+    draw_true_masks(pairs, lambda inside: Image.fromarray(np.tile(shades // 2 + 20, (len(inside), 1))))
+    truth = open_ground_truth(str(pairs), 100, 0)
+    np.testing.assert_array_equal(truth.load_mask(0), np.tile(shades // 2 + 20 > 127, (10, 1)))
+
+
+def test_what_is_read_as_indices_or_empty_is_told_and_nothing_but_empty_masks_is_refused(pairs, capsys):
+    draw_true_masks(pairs, lambda inside: Image.fromarray(inside.astype(np.uint8) * (len(inside) != 12) * 3))
+    open_ground_truth(str(pairs), 100, 0, Console())
+    told = capsys.readouterr().err
+    assert "class indices (up to 3)" in told
+    assert "1 of 5 true masks" in told
+    assert "2.png" in told
+    draw_true_masks(pairs, lambda inside: Image.fromarray(inside.astype(np.uint8) * 0))
+    assert "are empty" in refusal(pairs)
+
+
+def test_usual_true_masks_need_no_word(pairs, capsys):
+    open_ground_truth(str(pairs), 100, 0, Console())
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.realdata

@@ -5,14 +5,16 @@ import pickle
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from relicctl.config.base import DecodingConfig
 from relicctl.data import decoding
-from relicctl.data.decoding import BadImageError, decode_rgb
+from relicctl.data.decoding import BadImageError, Decoder, decode_image, decode_rgb, read_upright_size, read_values
 
 LOSSLESS = {
     "PNG": {},
@@ -129,6 +131,41 @@ def test_no_number_is_black():
     assert np.array_equal(grey_of(encode(Image.fromarray(values), "TIFF")), [[0, 0], [0, 255]])
 
 
+TWELVE_BITS = np.linspace(0, 4095, 256).reshape(16, 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")]
+)
+def test_a_white_point_spreads_the_values_it_bounds_over_all_grey_levels(kind, form):
+    data = encode(Image.fromarray(TWELVE_BITS.astype(kind)), form)
+    decoded = decode_rgb(data, white_point=4095)
+    assert np.array_equal(decoded, np.repeat(np.rint(TWELVE_BITS * (255 / 4095))[..., None], 3, -1))
+    assert len(np.unique(decoded)) == 256
+    assert decode_rgb(data, white_point=2047.5).max() == 255  # what is brighter is white
+    grey = encode(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)), "PNG")
+    assert np.array_equal(decode_rgb(grey, white_point=4095), decode_rgb(grey))  # 8 bits have their own
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", "deflated.tif"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_white_point_holds_for_16_bits_per_colour(channels, suffix):
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, channels), np.uint16)
+    compression = [cv2.IMWRITE_TIFF_COMPRESSION, 8 if suffix.startswith("deflated") else 1]
+    in_opencvs_order = values[..., [2, 1, 0, 3][:channels]]
+    written, data = cv2.imencode(suffix[-4:], in_opencvs_order, compression if suffix.endswith("tif") else [])
+    assert written
+    decoded = decode_rgb(data.tobytes(), white_point=4095, keep_alpha=True)
+    expected = np.rint(values[..., :3] * (255 / 4095))
+    if channels == 4:
+        alpha = (values[..., 3:] >> 8) / 255
+        assert np.array_equal(decoded[..., 3], values[..., 3] >> 8)
+        assert np.abs(decoded[..., :3] - (expected * alpha + 255 * (1 - alpha))).max() <= 1
+    else:
+        assert np.array_equal(decoded, expected)
+        assert decode_rgb(data.tobytes()).max() < 16
+
+
 # ---------------------------------------------------------------- orientation
 
 STORED_AS = {  # how a camera that held the sensor so has stored the upright picture
@@ -143,15 +180,26 @@ STORED_AS = {  # how a camera that held the sensor so has stored the upright pic
 }
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED_AS)
 def test_pictures_stand_upright(pixels, form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](pixels)))
-    decoded = decode_rgb(encode(stored, form, exif=exif, **LOSSLESS.get(form, {"quality": 100, "subsampling": 0})))
-    assert decoded.shape == pixels.shape
+    data = encode(stored, form, exif=exif, **LOSSLESS.get(form, {"quality": 100, "subsampling": 0}))
+    decoded = decode_rgb(data)
+    assert decode_image(data, read_upright_size) == decoded.shape[:2] == pixels.shape[:2]
+    assert np.array_equal(decode_image(data, read_values), decoded)
     assert np.abs(decoded.astype(int) - pixels).max() <= (4 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("by_tag", [False, True])
+def test_a_tiff_with_xmp_stands_upright_too(pixels, by_tag):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    tags = {700: xmp} | ({0x0112: 6} if by_tag else {})
+    data = encode(Image.fromarray(np.ascontiguousarray(STORED_AS[6](pixels))), "TIFF", tiffinfo=tags)
+    assert np.array_equal(decode_rgb(data), pixels)
+    assert decode_image(data, read_upright_size) == pixels.shape[:2]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -159,6 +207,25 @@ def test_pictures_stand_upright(pixels, form, orientation):
 def test_damaged_metadata_do_not_cost_the_picture(pixels, exif):
     decoded = decode_rgb(encode(Image.fromarray(pixels), "JPEG", quality=95, exif=exif))
     assert np.abs(decoded.astype(int) - pixels).mean() < 3
+
+
+def with_text(data: bytes, at_the_end: bool) -> bytes:
+    """A PNG with a text that is longer than Pillow reads."""
+    body = b"comment\0\0" + zlib.compress(bytes(3_000_000))
+    text = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    at = data.rindex(b"IEND") - 4 if at_the_end else data.index(b"IDAT") - 4
+    return data[:at] + text + data[at:]
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_long_text_does_not_cost_the_picture_nor_its_orientation(pixels, at_the_end):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[6](pixels)))
+    data = with_text(encode(stored, "PNG", exif=exif), at_the_end)
+    with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
+        Image.open(io.BytesIO(data)).load()
+    assert np.array_equal(decode_rgb(data), pixels)
 
 
 # ---------------------------------------------------------------- bad files
@@ -215,15 +282,38 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
-def test_bombs_are_refused_by_their_header(pixels, monkeypatch):
+def test_bombs_are_refused_by_their_header(pixels):
     with pytest.raises(BadImageError, match="pixels"):
         decode_rgb(png_claiming(60000, 60000))
     data = encode(Image.fromarray(pixels), "PNG")
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 40)
-    assert decode_rgb(data).shape == (60, 40, 3)
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 40 - 1)
-    with pytest.raises(BadImageError, match="40 x 60 pixels"):
+    assert decode_rgb(data, max_pixels=60 * 40).shape == (60, 40, 3)
+    with pytest.raises(BadImageError, match=r"40 x 60 pixels.*data\.decoding\.max_pixels"):
+        decode_rgb(data, max_pixels=60 * 40 - 1)
+
+
+def test_a_raised_limit_of_pixels_is_pillows_too(pixels, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = encode(Image.fromarray(pixels), "PNG")
+    with pytest.raises(BadImageError, match=r"data\.decoding\.max_pixels"):
+        decode_rgb(data, max_pixels=200)
+    assert np.array_equal(decode_rgb(data, max_pixels=60 * 40), pixels)
+
+
+def test_the_settings_of_a_config_are_the_decoders():
+    assert Decoder(**DecodingConfig().model_dump()) == Decoder()
+
+
+def test_no_warning_of_pillow_is_shown(pixels, monkeypatch, recwarn):
+    decoding._silence_pillow.cache_clear()  # the filter is set once in a process, and pytest removes it
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 40 - 1)
+    large = encode(Image.fromarray(pixels), "PNG")
+    damaged = encode(Image.fromarray(pixels), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(large))
+    recwarn.clear()
+    for data in (large, damaged):
         decode_rgb(data)
+    assert not recwarn.list
 
 
 def test_a_reason_survives_the_way_from_a_worker():

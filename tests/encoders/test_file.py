@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import relicctl
 from relicctl.core.counter_rng import fork_seeded_rng
-from relicctl.encoders.file import EvalTransform, load_encoder, save_encoder
+from relicctl.data.decoding import decode_rgb
+from relicctl.encoders.file import EvalTransform, describe_transform, load_encoder, save_encoder
 from relicctl.errors import UsageError
 from relicctl.models.resnet import build_encoder
 
@@ -163,6 +165,50 @@ def test_transform_is_the_centre_resized_and_normalised():
         transform(np.zeros((3, 8, 8), np.float32))
 
 
+def as_files() -> dict[str, bytes]:
+    """One picture in files that Pillow alone does not make the training's pixels of."""
+    pixels = np.array(Image.linear_gradient("L").resize((60, 40)).convert("RGB"))
+    pixels[:20, :30, 0] = 255
+    picture, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6
+    transparent = picture.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize((60, 40)).rotate(180))
+    grey = pixels[..., 0].astype(np.float64) / 255
+    images: dict[str, tuple[Image.Image, str, dict]] = {
+        "plain": (picture, "PNG", {}),
+        "turned": (picture, "JPEG", {"exif": exif}),
+        "turned tiff": (picture, "TIFF", {"exif": exif}),
+        "alpha": (transparent, "PNG", {}),
+        "palette": (picture.quantize(16), "PNG", {"transparency": 3}),
+        "16 bits": (Image.fromarray((grey * 65535).astype(np.uint16)), "PNG", {}),
+        "16 bits tiff": (Image.fromarray((grey * 4095).astype(np.uint16)), "TIFF", {}),
+        "floats": (Image.fromarray(grey.astype(np.float32)), "TIFF", {}),
+        "integers": (Image.fromarray((grey * 60000).astype(np.int32)), "TIFF", {}),
+        "cmyk": (picture.convert("CMYK"), "JPEG", {}),
+    }
+    files = {}
+    for name, (image, form, options) in images.items():
+        buffer = io.BytesIO()
+        image.save(buffer, form, **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("white_point", [None, 4095.0])
+@pytest.mark.parametrize("kind", as_files())
+def test_transform_prepares_a_picture_as_training_reads_its_file(kind, white_point):
+    data = as_files()[kind]
+    transform = EvalTransform(16, 0.8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), white_point)
+    assert torch.equal(transform(Image.open(io.BytesIO(data))), transform(decode_rgb(data, white_point=white_point)))
+
+
+def test_a_white_point_is_saved_with_the_encoder(tmp_path):
+    save_encoder(tmp_path / "e", trained(), METADATA | describe_transform(32, 0.875, 4095.0))
+    assert load_encoder(tmp_path / "e").transform.white_point == 4095
+    save_encoder(tmp_path / "f", trained(), METADATA | describe_transform(32, 0.875))
+    assert load_encoder(tmp_path / "f").transform.white_point is None
+
+
 def test_loaded_transform_fits_the_encoder(saved):
     loaded = load_encoder(saved[0])
     assert loaded.transform == EvalTransform(32, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -236,7 +282,7 @@ def test_wide_resnets_of_torchvision_are_refused(tmp_path):
     "damage",
     [
         {"arch": "resnet19"}, {"width": "wide"}, {"mean": "0.5,"}, {"size": ""}, {"std": "1"}, {"size": "-1"},
-        {"crop_ratio": "nan"}, {"mean": "[1, 2]"},
+        {"crop_ratio": "nan"}, {"mean": "[1, 2]"}, {"white_point": "0"}, {"white_point": "inf"},
     ],
 )  # fmt: skip
 def test_damaged_metadata_are_refused(saved, damage):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from relicctl.data.datasets.archives import Container, Member
-from relicctl.data.decoding import decode_rgb
+from relicctl.data.decoding import Decoder
 
 DatasetSplit = Literal["train", "val"]
 
@@ -30,7 +30,7 @@ class ImageDataset(ABC):
     namespace: str = ""
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
-    decode: Callable[[bytes], np.ndarray] = staticmethod(decode_rgb)
+    decode: Decoder = Decoder()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -57,12 +57,17 @@ class ImageDataset(ABC):
         return Subset(self, np.asarray(indices, dtype=np.int64))
 
     def compute_fingerprint(self) -> str:
-        """Return the SHA-256 (hex) over the samples' names, sizes and classes in their order; contents are not read."""
+        """Return the SHA-256 (hex) over the samples' names, sizes and classes in their order; contents are not read.
+
+        A white point that was set counts too.
+        """
         names = ("", *self.classes)
         labels = np.zeros(len(self), dtype=np.int64) if self.labels is None else self.labels + 1
         digest = hashlib.sha256()
         for index, label in enumerate(labels.tolist()):
             digest.update(f"{self.get_name(index)}\0{self.size(index)}\0{names[label]}\n".encode())
+        if self.decode.white_point is not None:  # other pixels from the same files
+            digest.update(f"white {self.decode.white_point}\n".encode())
         return digest.hexdigest()
 
 
@@ -72,6 +77,7 @@ class Subset(ImageDataset):
     def __init__(self, dataset: ImageDataset, indices: np.ndarray) -> None:
         self.dataset, self.indices = dataset, indices
         self.spec, self.namespace, self.classes = dataset.spec, dataset.namespace, dataset.classes
+        self.decode = dataset.decode
         self.labels = None if dataset.labels is None else dataset.labels[indices]
 
     def __len__(self) -> int:
@@ -140,6 +146,7 @@ class ConcatDataset(ImageDataset):
         self.datasets, self._splits, self.labels = tuple(datasets), tuple(splits), labels
         self.spec = datasets[0].spec if splits else ", ".join(dataset.spec for dataset in datasets)
         self.classes = datasets[0].classes if splits else ()
+        self.decode = datasets[0].decode
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:

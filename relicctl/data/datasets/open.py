@@ -21,9 +21,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from relicctl.config.base import DecodingConfig
 from relicctl.data.datasets.archives import Container, Folder, Member, convert_os_errors, open_container, split_spec
 from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames
-from relicctl.data.decoding import IMAGE_EXTENSIONS
+from relicctl.data.decoding import IMAGE_EXTENSIONS, Decoder
 from relicctl.errors import DataError
 
 MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
@@ -80,13 +81,20 @@ def _expand_brace(inside: str) -> Sequence[str]:
     return inside.split(",") if "," in inside else [f"{{{inside}}}"]
 
 
-def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = False) -> ImageDataset:
+def open_dataset(
+    spec: str,
+    *,
+    split: DatasetSplit = "train",
+    download: bool = False,
+    decoding: DecodingConfig = DecodingConfig(),  # noqa: B008 (immutable)
+) -> ImageDataset:
     """Open the data set that ``spec`` names; the module's docstring lists the forms of specs.
 
     Args:
         spec: A folder, an archive, a data set of torchvision or the demo data.
         split: Which part of torchvision's data sets and of the demo data; other specs name it themselves.
         download: Whether torchvision may download what is missing.
+        decoding: How image files are read.
 
     Returns:
         The data set. Its images are not read yet.
@@ -94,6 +102,12 @@ def open_dataset(spec: str, *, split: DatasetSplit = "train", download: bool = F
     Raises:
         DataError: For anything that cannot be used, with what to do about it.
     """
+    dataset = _open_spec(spec, split, download)
+    dataset.decode = Decoder(**decoding.model_dump())
+    return dataset
+
+
+def _open_spec(spec: str, split: DatasetSplit, download: bool) -> ImageDataset:
     kind, _, _ = spec.partition(":")
     if kind == "shapes":
         from relicctl.data.datasets.shapes import ShapesDataset

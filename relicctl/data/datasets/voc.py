@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torchvision import datasets
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from relicctl.data.datasets.archives import FileReader
+from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.datasets.torchvision import DEFAULT_ROOT, make_unavailable_error
 from relicctl.errors import DataError
 
@@ -67,7 +69,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class BoxAnnotations:
-    """Images by file name with their height and width; boxes with the rows of their images."""
+    """Images by file name with their height and width, 0 where not given; boxes with the rows of their images."""
 
     files: list[str]
     sizes: np.ndarray
@@ -76,9 +78,14 @@ class BoxAnnotations:
     classes: tuple[str, ...]
 
 
-def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | None, spec: str) -> BoxAnnotations:
-    """Read the boxes of ``Annotations/STEM.xml``, whose pixels count from 1; difficult ones are ignored."""
-    sizes, image_indices, corners, names, ignored = [], [], [], [], []
+def read_voc(
+    files: FileReader, images: ImageDataset, stems: list[str], classes: tuple[str, ...] | None, spec: str
+) -> BoxAnnotations:
+    """Read the boxes of ``Annotations/STEM.xml``, whose pixels count from 1; difficult ones are ignored.
+
+    ``images``: those of ``JPEGImages``, of any format.
+    """
+    sizes, image_indices, corners, names, ignored, filenames = [], [], [], [], [], []
     for image_index, stem in enumerate(stems):
         place = f"Annotations/{stem}.xml"
         content = files.read(place) if "/" not in stem else None
@@ -86,7 +93,8 @@ def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | Non
             raise DataError(f"{spec} has no {place}.", "Give one for every image that is listed.")
         try:
             tree = ElementTree.fromstring(content)
-            sizes.append([_parse_number(tree, f"size/{side}") for side in ("height", "width")])
+            sizes.append([_parse_number(tree, f"size/{side}", "0") for side in ("height", "width")])
+            filenames.append(posixpath.basename(tree.findtext("filename", "").strip()))
             for thing in tree.iter("object"):
                 image_indices.append(image_index)
                 box = (_parse_number(thing, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
@@ -102,7 +110,7 @@ def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | Non
     labels = np.array([known.index(name) for name in names], dtype=np.int64)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return BoxAnnotations(
-        [f"{stem}.jpg" for stem in stems],
+        _find_image_names(images, stems, filenames),
         np.array(sizes, dtype=np.int64).reshape(-1, 2),
         np.array(image_indices, dtype=np.int64),
         Boxes(boxes, labels, np.array(ignored, dtype=bool), area),
@@ -110,8 +118,20 @@ def read_voc(files: FileReader, stems: list[str], classes: tuple[str, ...] | Non
     )
 
 
-def _parse_number(tree: ElementTree.Element, place: str) -> float:
-    value = float(tree.findtext(place, ""))
+def _find_image_names(images: ImageDataset, stems: list[str], filenames: list[str]) -> list[str]:
+    """Return the name of every stem's image: that of the stem; of several STEM.jpg, or what the annotation says."""
+    by_stem: dict[str, list[str]] = {}
+    for name in map(images.get_name, range(len(images))):
+        by_stem.setdefault(posixpath.splitext(name)[0], []).append(name)
+    found = []
+    for stem, filename in zip(stems, filenames, strict=True):
+        named = by_stem.get(stem) or by_stem.get(posixpath.splitext(filename)[0], [])
+        found.append(next((name for name in (f"{stem}.jpg", filename) if name in named), (*named, f"{stem}.jpg")[0]))
+    return found
+
+
+def _parse_number(tree: ElementTree.Element, place: str, default: str = "") -> float:
+    value = float(tree.findtext(place, default).strip() or default)
     if not np.isfinite(value):
         raise ValueError(f"{place} is {value}")
     return value

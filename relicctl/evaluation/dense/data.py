@@ -15,10 +15,19 @@ import torch
 
 from relicctl.core.counter_rng import Stream, draw_uniform
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.decoding import BadImageError, BadImages, SkippedImages, UndecodableError, load_or_next
+from relicctl.data.decoding import (
+    BadImageError,
+    BadImages,
+    SkippedImages,
+    UndecodableError,
+    decode_image,
+    load_or_next,
+    read_upright_size,
+)
 from relicctl.data.loader import LoaderConfig
 from relicctl.data.sampler import Sampler
 from relicctl.data.workers import load_in_workers
+from relicctl.errors import DataError
 
 UNIFORMS_PER_IMAGE = 6  # at least as many as a transform uses; the draws depend on it
 # (image, target, uniforms [UNIFORMS_PER_IMAGE]) -> an item of the batch
@@ -137,6 +146,19 @@ class CachedDenseDataset(DenseDataset):
 
     def compute_fingerprint(self) -> str:
         return self._samples.compute_fingerprint()
+
+
+def read_image_size(source: ImageDataset, row: int) -> tuple[int, int] | None:
+    """Return height and width of an image from its header; None if that cannot be read."""
+    try:
+        data = source.read(row)
+        if isinstance(data, bytes):
+            return decode_image(data, read_upright_size, max_pixels=source.decode.max_pixels)
+        return data.shape[0], data.shape[1]
+    except DataError:
+        raise
+    except Exception:  # on damaged files Pillow's plugins raise almost anything; training skips and lists them
+        return None
 
 
 def iter_decodable(samples: DenseDataset, rows: Iterable[int], bad: dict[int, str]) -> Iterator[tuple[int, np.ndarray]]:

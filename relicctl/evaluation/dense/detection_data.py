@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from relicctl.config.base import DecodingConfig
 from relicctl.config.transfer import DetectionDataConfig
 from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
@@ -21,8 +22,9 @@ from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_wor
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
 from relicctl.data.decoding import BadImageError
+from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError
-from relicctl.evaluation.dense.data import DenseDataset
+from relicctl.evaluation.dense.data import DenseDataset, read_image_size
 from relicctl.evaluation.labelled_data import SPLIT_FOLDERS
 
 MIN_BOX_SIDE = 0.01  # pixels; smaller boxes vanish when images are resized
@@ -48,8 +50,8 @@ def read_annotations(
     chosen = config.voc_train if part == "train" else config.voc_val
     stems = files.read(f"ImageSets/Main/{chosen}.txt")
     if stems is not None:
-        annotations = read_voc(files, parse_first_words(stems), classes, spec)
-        source = open_dataset(join_spec(spec, "JPEGImages"))
+        source = open_dataset(join_spec(spec, "JPEGImages"), decoding=config.decoding)
+        annotations = read_voc(files, source, parse_first_words(stems), classes, spec)
     else:
         places = [(word, place.format(part=word)) for word in SPLIT_FOLDERS[part] for place in ANNOTATION_FILES]
         read = ((word, place, files.read(place)) for word, place in places)
@@ -57,7 +59,7 @@ def read_annotations(
         if content is None:
             raise DataError(f"{name} has no {part} split in {spec}.", f"Give {DETECTION_LAYOUTS}.")
         annotations = parse_coco(content, f"{place} in {spec}")
-        source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files)
+        source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files, config.decoding)
         annotations = replace(annotations, files=stripped)
     rows = {source.get_name(row): row for row in range(len(source))}
     missing = [file for file in annotations.files if file not in rows]
@@ -65,6 +67,7 @@ def read_annotations(
         what = f"{name} lacks images of {part}'s annotations: {summarize_names(missing)}, of {len(annotations.files)}."
         raise DataError(what, "Put the images where the annotations say, or in a folder of the split's name.")
     source, boxes = source.select([rows[file] for file in annotations.files]), annotations.boxes
+    annotations = replace(annotations, sizes=_fill_sizes(annotations.sizes, source))
     if classes is not None and annotations.classes != classes:
         number = {known: label for label, known in enumerate(classes)}
         unknown = sorted({annotations.classes[label] for label in np.unique(boxes.labels)} - set(classes))
@@ -89,7 +92,8 @@ def parse_coco(content: bytes, where: str) -> BoxAnnotations:
         label = {category["id"]: number for number, category in enumerate(categories)}
         row = {image["id"]: number for number, image in enumerate(images)}
         files = [str(image["file_name"]).lstrip("/") for image in images]
-        sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
+        sides = [(image.get("height") or 0, image.get("width") or 0) for image in images]
+        sizes = np.array(sides, dtype=np.int64).reshape(-1, 2)
         image_indices = np.array([row[a["image_id"]] for a in annotations], dtype=np.int64)
         labels = np.array([label[a["category_id"]] for a in annotations], dtype=np.int64)
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
@@ -111,7 +115,17 @@ def parse_coco(content: bytes, where: str) -> BoxAnnotations:
     return BoxAnnotations(files, sizes, image_indices, Boxes(boxes, labels, crowd, area), names)
 
 
-def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[ImageDataset, list[str]]:
+def _fill_sizes(sizes: np.ndarray, source: ImageDataset) -> np.ndarray:
+    """Return ``sizes``, those of 0 x 0 replaced by what the images' headers say."""
+    filled = sizes.copy()
+    for row in np.flatnonzero((sizes <= 0).any(1)).tolist():
+        filled[row] = read_image_size(source, row) or np.iinfo(np.int32).max  # a bad image is skipped when loaded
+    return filled
+
+
+def _find_images(
+    spec: str, word: str, beside: str, files: list[str], decoding: DecodingConfig
+) -> tuple[ImageDataset, list[str]]:
     """Return the data set of the listed images, and their names in it. Raises DataError if the first is not found."""
     if not files:
         raise DataError(f"{spec} lists no image in {word}.", "Give annotations with images.")
@@ -119,7 +133,7 @@ def _find_images(spec: str, word: str, beside: str, files: list[str]) -> tuple[I
     stripped = [posixpath.relpath(file, shared) if shared else file for file in files]
     for folder in dict.fromkeys([*(f.format(part=word) for f in IMAGE_FOLDERS), beside]):
         try:
-            source = open_dataset(join_spec(spec, posixpath.join(folder, shared)))
+            source = open_dataset(join_spec(spec, posixpath.join(folder, shared)), decoding=decoding)
         except DataError:
             continue
         if stripped[0] in {source.get_name(row) for row in range(len(source))}:
@@ -198,6 +212,7 @@ def open_detection_data(
     else:
         train = read_annotations(name, spec, "train", config, None, console.warn)
         val = read_annotations(name, spec, "val", config, train.classes, console.warn)
+    warn_unused_range(train.source, console.warn)
     train = train.select_with_boxes()
     for part, samples in (("train", train), ("val", val)):
         if not len(samples) or samples.boxes.ignored.all():

@@ -120,6 +120,68 @@ def test_vocs_xml_counts_from_one_and_difficult_ones_are_ignored(tmp_path):
         opened(root)
 
 
+def write_voc_image(root, part: str, file: str, annotation: str) -> None:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / f"ImageSets/Main/{part}.txt").write_text(f"{part}\n")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / "JPEGImages" / file)
+    box = "<bndbox><xmin>1</xmin><ymin>3</ymin><xmax>10</xmax><ymax>20</ymax></bndbox>"
+    (root / f"Annotations/{part}.xml").write_text(
+        f"<annotation>{annotation}<object><name>dog</name>{box}</object></annotation>"
+    )
+
+
+@pytest.mark.parametrize("filename", ["", "<filename>0001.jpg</filename>", "<filename>/home/me/train.png</filename>"])
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "JPG", "tif", "webp"])
+def test_vocs_images_may_be_of_any_format(tmp_path, suffix, filename):
+    for part in ("train", "val"):
+        write_voc_image(
+            tmp_path, part, f"{part}.{suffix}", filename + "<size><width>30</width><height>20</height></size>"
+        )
+    train, val = opened(tmp_path)
+    assert train.source.get_name(0) == f"train.{suffix}"
+    assert val.load_target(0).corners.tolist() == [[0, 2, 10, 20]]
+    assert val.load(0).shape == (20, 30, 3)
+
+
+def test_an_annotation_names_an_image_of_another_stem_or_one_of_several(tmp_path):
+    size = "<size><width>30</width><height>20</height></size>"
+    write_voc_image(tmp_path, "train", "photo.png", f"<filename>photo.png</filename>{size}")
+    write_voc_image(tmp_path, "val", "val.bmp", f"<filename>val.tif</filename>{size}")
+    Image.fromarray(np.full((20, 30, 3), 9, np.uint8)).save(tmp_path / "JPEGImages/val.tif")
+    train, val = opened(tmp_path)
+    assert (train.source.get_name(0), val.source.get_name(0)) == ("photo.png", "val.tif")
+    Image.fromarray(np.full((20, 30, 3), 9, np.uint8)).save(tmp_path / "JPEGImages/val.jpg")
+    assert opened(tmp_path)[1].source.get_name(0) == "val.jpg"  # as VOC itself has it
+    (tmp_path / "JPEGImages/photo.png").unlink()
+    with pytest.raises(DataError, match=r"train\.jpg"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["<size><width>0</width><height>0</height></size>", "<size/>", ""])
+def test_boxes_of_an_annotation_without_a_size_are_within_the_image(tmp_path, size):
+    for part in ("train", "val"):
+        write_voc_image(tmp_path, part, f"{part}.png", size)
+    train, val = opened(tmp_path)
+    for samples in (train, val):
+        assert samples.load_target(0).corners.tolist() == [[0, 2, 10, 20]]
+        assert samples.load(0).shape == (20, 30, 3)
+
+
+def test_cocos_images_without_a_size_have_that_of_their_file(coco):
+    expected = opened(coco)[0]
+    content = tree("train")
+    content["images"][0].update(width=0, height=0)
+    del content["images"][2]["width"]
+    write(coco, "train", content)
+    (coco / "train2017/train-1.png").write_bytes(b"no image")
+    content["images"][1].update(width=None)
+    write(coco, "train", content)
+    found = opened(coco)[0]
+    np.testing.assert_array_equal(found.boxes.corners, expected.boxes.corners)
+    assert found.load(0).shape == (20, 30, 3)
+
+
 def test_the_demo_datas_boxes_enclose_their_objects_closely():
     _, val = opened("shapes:size=32,train=20,val=20")
     source = ShapesDataset.from_spec("shapes:size=32,train=20,val=20", "val")

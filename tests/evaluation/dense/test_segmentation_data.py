@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from relicctl.config.transfer import SegmentationDataConfig
 from relicctl.console import Console
@@ -131,12 +131,12 @@ def spoilt(folders, what):
     [
         ("missing", "lacks the mask of 01"),
         ("size", "20 x 24, image 24 x 20"),
-        ("colour", "image in RGB"),
+        ("colour", "image of 3 channels"),
         ("beyond", "beyond its 3 classes: 04.png with 3"),
         ("wide", "class index 300"),
         ("broken", "01.png cannot be read"),
         ("jpeg", "01.jpg cannot be read"),
-        ("single", "only one class"),
+        ("single", "hold only the values 0 and 255"),
         ("no val", "no val split"),
         ("no masks", "has no folder train/masks"),
     ],
@@ -156,9 +156,91 @@ def test_255_is_no_class_and_a_given_number_is_held_to(folders):
     assert len(opened(folders, classes={"x": 5, "y": 2})[0].classes) == 5
 
 
-def test_an_image_turned_by_its_exif_goes_with_an_upright_mask(folders):
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_an_image_turned_by_its_exif_goes_with_an_upright_mask(folders, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.zeros((24, 20, 3), np.uint8)).save(folders / "train/images/00.jpg", exif=exif)
+    (folders / "train/images/00.jpg").unlink()
+    Image.fromarray(np.zeros((24, 20, 3), np.uint8)).save(folders / f"train/images/00.{suffix}", exif=exif)
     train, _ = opened(folders)
     assert train.load(0).shape[:2] == train.load_target(0).shape
+
+
+def test_a_mask_turned_by_its_exif_stands_upright(folders):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(mask(0)).copy()).save(folders / "train/masks/00.png", exif=exif)
+    np.testing.assert_array_equal(opened(folders)[0].load_target(0), mask(0))
+
+
+def draw_masks(folders, draw) -> None:
+    """Draw every mask anew from a disc: bool [20, 24]."""
+    y, x = np.mgrid[:20, :24]
+    for number, path in enumerate(sorted(folders.rglob("masks/*.png"))):
+        Image.fromarray(draw((y - 10) ** 2 + (x - 12) ** 2 < (5 + number) ** 2)).save(path)
+
+
+def blur(disc: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(disc.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(1)))
+
+
+def to_255(disc: np.ndarray) -> np.ndarray:
+    return disc.astype(np.uint8) * 255
+
+
+@pytest.mark.parametrize("config", [{}, {"classes": {"x": 2}}, {"classes": {"x": 256}}])
+def test_masks_of_0_and_255_are_recognised_and_their_key_is_named(folders, config):
+    draw_masks(folders, to_255)
+    with pytest.raises(DataError, match="0 and 255") as refused:
+        opened(folders, **config)
+    assert "data.mask_values={x: {0: 0, 255: 1}}" in refused.value.fix
+
+
+def test_shades_between_0_and_255_are_not_taken_for_classes(folders):
+    draw_masks(folders, blur)
+    with pytest.raises(DataError, match="shades") as refused:
+        opened(folders)
+    assert "data.mask_values={x: {0: 0, 255: 1}}" in refused.value.fix
+    with pytest.raises(DataError, match="beyond its 2 classes") as beyond:
+        opened(folders, classes={"x": 2})
+    assert "data.mask_values" in beyond.value.fix
+    train, val = opened(folders, mask_values={"x": {0: 0, 255: 1}})
+    assert train.classes == val.classes == ("0", "1")
+    disc, ignored = train.load_target(0) == 1, train.load_target(0) == 255
+    assert 0 < disc.sum() < (disc | ignored).sum() < 240
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_mask_values_are_mapped_to_classes(folders, kind):
+    before = opened(folders)[0].compute_fingerprint()
+    draw_masks(folders, lambda disc: np.where(disc, 128, 200).astype(kind))
+    values = {200: 0, 128: 1}
+    train, val = opened(folders, mask_values={"x": values, "y": {}})
+    assert train.classes == ("0", "1")
+    assert set(np.unique(train.load_target(0))) == set(np.unique(val.load_target(0))) == {0, 1}
+    assert train.load_target(0)[10, 12] == 1
+    other = opened(folders, mask_values={"x": {200: 1, 128: 0}})[0]
+    assert other.load_target(0)[10, 12] == 0
+    assert len({before, train.compute_fingerprint(), other.compute_fingerprint()}) == 3
+    assert len(opened(folders, mask_values={"x": values}, classes={"x": 7})[0].classes) == 7
+
+
+def find_warnings(folders, **config) -> list[str]:
+    console = Console(quiet=True)
+    warnings: list[str] = []
+    console.warn = warnings.append  # type: ignore[method-assign]
+    open_segmentation_data("x", str(folders), SegmentationDataConfig(**config), console)
+    return warnings
+
+
+def test_values_that_may_be_no_classes_are_told_once_and_usual_masks_are_not(folders):
+    assert not find_warnings(folders)
+    draw_masks(folders, lambda disc: disc.astype(np.uint8) * 128)
+    (told,) = find_warnings(folders)
+    assert "129 classes" in told
+    assert "data.mask_values" in told
+    assert not find_warnings(folders, classes={"x": 150})
+    draw_masks(folders, lambda disc: np.where(np.roll(disc, 2, 1) & disc, 255, disc).astype(np.uint8))
+    (told,) = find_warnings(folders)
+    assert "255, which is ignored" in told
+    assert "data.mask_values" in told
