@@ -30,5 +30,5 @@ def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
     return [
         "from relicctl import load_encoder",
         f"model = load_encoder({quote_python_string(path)}{argument})",
-        "prepare = model.transform  # PIL image -> tensor",
+        "prepare = model.transform  # PIL image of any mode -> tensor",
     ]

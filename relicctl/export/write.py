@@ -127,6 +127,9 @@ def format_model_card(
         "features": str(bundle.encoder.feature_dim),
         "input": f"RGB, short side to {round(bundle.size / bundle.crop_ratio)} px (bicubic), "
         f"centre {bundle.size} px, scaled to [0, 1], mean {bundle.mean}, std {bundle.std}",
+        "pixels": "upright by EXIF orientation, transparency composited on white, 16 bits scaled to 8 "
+        f"({metadata.get('white_point', 'the largest value')} becomes white); other libraries do not do this by "
+        "themselves",
         "trained with": f"relicctl {metadata['version']}, {origin}",
         "data fingerprint": metadata["data_fingerprint"] or "unknown",
         "licence of the weights": metadata["license"],
