@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
-CGROUP = Path("/sys/fs/cgroup")  # the limits of this container, if it is one
+CGROUP = Path("/sys/fs/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 
 def get_free_memory(device: torch.device) -> int:
@@ -21,19 +22,35 @@ def get_free_memory(device: torch.device) -> int:
 
 
 def get_free_host_memory() -> int:
-    """Return the free bytes of this machine or container."""
+    """Return the free bytes of this machine, or of the container or job that this process is in."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all memory, in use or not
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_list_free_bytes_of_control_groups()])
+
+
+def _list_free_bytes_of_control_groups() -> Iterator[int]:
+    """Yield what is left of each memory limit on this process: docker's, or that of a SLURM job, which is nested."""
     try:
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stats = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    cached = sum(int(stats.get(name, 0)) for name in ("active_file", "inactive_file"))  # freed when needed
-    return min(free, limit - used + cached)
+        groups = [line.split(":", 2)[1:] for line in PROCESS_CGROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for controllers, path in groups:
+        if controllers == "":  # version 2
+            root, names, prefix = CGROUP, ("max", "current"), ""
+        elif "memory" in controllers.split(","):
+            root, names, prefix = CGROUP / "memory", ("limit_in_bytes", "usage_in_bytes"), "total_"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in [parent for parent in (group, *group.parents) if parent.is_relative_to(root)]:
+            with suppress(OSError, ValueError):  # no limit here, or outside of what the container sees
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = sum(int(stats.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
+                yield limit - used + cached  # files in the page cache make room when needed
 
 
 def count_process_cores() -> int:

@@ -100,15 +100,28 @@ def test_free_memory_is_some_of_what_is_there() -> None:
     assert 2**20 < hardware.get_free_host_memory() < 2**50
 
 
-def test_a_container_s_limit_holds_and_files_read_are_not_counted_as_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("groups", "folder", "limit", "usage", "prefix"),
+    [
+        ("0::/\n", ".", "max", "current", ""),  # a container, version 2 of control groups
+        ("0::/system.slice/job_7/step_0\n", "system.slice/job_7", "max", "current", ""),  # a SLURM job
+        ("4:cpu:/x\n9:memory:/docker/abc\n0::/\n", "memory", "limit_in_bytes", "usage_in_bytes", "total_"),  # version 1
+        ("9:cpu,memory:/job\n", "memory/job", "limit_in_bytes", "usage_in_bytes", "total_"),
+    ],
+)
+def test_limits_of_containers_and_jobs_hold_and_files_read_are_not_counted_as_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, folder: str, limit: str, usage: str, prefix: str
 ) -> None:
-    files = {"max": "3000000", "current": "2900000", "stat": "anon 900000\ninactive_file 1500000\nactive_file 500000\n"}
-    for name, text in files.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    group = tmp_path / "cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "groups").write_text(groups)
+    stat = f"anon 900000\n{prefix}inactive_file 1500000\n{prefix}active_file 500000\n"
+    for name, text in {limit: "3000000", usage: "2900000", "stat": stat}.items():
+        (group / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(hardware, "PROCESS_CGROUPS", tmp_path / "groups")
     assert hardware.get_free_host_memory() == 2_100_000
-    (tmp_path / "memory.max").write_text("max")
+    (group / f"memory.{limit}").write_text("max")
     assert hardware.get_free_host_memory() > 2_100_000
 
 
