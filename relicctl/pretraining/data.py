@@ -69,8 +69,8 @@ def open_masking(
         if bank.fingerprint != images.compute_fingerprint():
             same = "as many images" if bank.count == len(images) else f"{bank.count:,} images"
             console.warn(
-                f"{bank.path} was made for {same} of which some differ from these in size, class or name: masks are "
-                "matched by file name; if these are different images with the same names, they will be wrong"
+                f"{bank.path} was made for {same} of which some differ from these in size, class, name or white point: "
+                "masks are matched by file name; if these are different images with the same names, they will be wrong"
             )
         info |= {"sha256": bank.identity, "made_by": bank.made_by}
     else:

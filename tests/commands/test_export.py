@@ -86,6 +86,7 @@ def test_metadata_and_card_say_where_the_weights_are_from(run, make_classifier, 
     assert json.loads(metadata["figures"]) == {"pretraining": {"knn20": 0.471}, "classifier": {"top1": 0.625}}
     card = Path(result["card"]).read_text("utf-8")
     assert all(text in card for text in ("mit", "f1e2d3", "0.471", "0.625", result["sha256"], "r18.safetensors"))
+    assert "upright by EXIF orientation" in card  # what other libraries leave to their users
     assert str(tmp_path) not in card
 
 

@@ -77,6 +77,19 @@ def test_folder_archive_and_torchvision_are_the_same(voc, tmp_path):
     assert len(prints) == 1
 
 
+def test_vocs_images_may_be_of_any_format(voc):
+    labels = opened(voc).trainval.labels
+    for number, path in enumerate(sorted((voc / "JPEGImages").glob("*.jpg"))):
+        Image.open(path).save(path.with_suffix((".png", ".JPEG", ".tif")[number % 3]))
+        path.unlink()
+    data = opened(voc)
+    assert data.trainval.labels.tolist() == labels.tolist()
+    assert [data.trainval.source.get_name(row) for row in (0, 4)] == ["train/1.png", "val/5.JPEG"]
+    (voc / "JPEGImages/1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.jpg"):
+        opened(voc)
+
+
 def test_rows_go_with_their_images_and_other_labels_are_other_data(voc):
     source = opened(voc).trainval.source
     some = source.select([5, 0]).select(np.array([1]))

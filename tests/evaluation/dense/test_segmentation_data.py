@@ -196,6 +196,15 @@ def test_masks_of_0_and_255_are_recognised_and_their_key_is_named(folders, confi
     assert "data.mask_values={x: {0: 0, 255: 1}}" in refused.value.fix
 
 
+def test_vocs_masks_of_0_and_255_are_recognised_too(voc):
+    for path in (voc / "SegmentationClass").iterdir():
+        Image.fromarray(to_255(mask(0) > 1)).save(path)
+    with pytest.raises(DataError, match="0 and 255"):
+        opened(voc)
+    train, _ = opened(voc, mask_values={"x": {0: 0, 255: 1}}, classes={"x": 2})
+    np.testing.assert_array_equal(train.load_target(0), mask(0) > 1)
+
+
 def test_shades_between_0_and_255_are_not_taken_for_classes(folders):
     draw_masks(folders, blur)
     with pytest.raises(DataError, match="shades") as refused:
