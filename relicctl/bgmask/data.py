@@ -65,7 +65,9 @@ def _open_datasets(config: BgmaskConfig, download: bool, console: Console) -> Bg
     if not specs:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
     decoding = config.data.decoding
-    sources = [open_dataset(spec, split="train", download=download, decoding=decoding) for spec in specs]
+    sources = [
+        open_dataset(spec, split="train", download=download, decoding=decoding, warn=console.warn) for spec in specs
+    ]
     train: ImageDataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
     if len(train) < 2:
         raise DataError(f"{train.spec} holds only one image, and training takes many.", "Give more images.")
@@ -75,7 +77,9 @@ def _open_datasets(config: BgmaskConfig, download: bool, console: Console) -> Bg
         train = train.select(rows)
     masks_for = sources[0]
     if config.data.mask_data is not None:
-        masks_for = open_dataset(config.data.mask_data, split="train", download=download, decoding=decoding)
+        masks_for = open_dataset(
+            config.data.mask_data, split="train", download=download, decoding=decoding, warn=console.warn
+        )
     truth = None
     if config.data.eval is not None:
         for spec in filter(None, (*specs, config.data.mask_data)):

@@ -34,10 +34,11 @@ from relicctl.evaluation.labelled_data import LabelledDataset, match_classes, op
 from relicctl.evaluation.linear import LinearClassifier, LinearTrainer, SweepResult
 from relicctl.evaluation.metrics import ClassificationMetrics
 from relicctl.runs.distributed import RunContext, Session, open_distributed_session, open_or_create_run_folder
-from relicctl.runs.folder import RunFolder
+from relicctl.runs.folder import RunFolder, check_outside_data
 from relicctl.runs.resume import LinearOptions, resume_config
 from relicctl.version import __version__
 
+TEST_FRACTION = 0.1  # of images that are given without others to test on
 # images to train on, to test on, and further test sets by name
 LinearData = tuple[LabelledDataset, LabelledDataset, dict[str, LabelledDataset]]
 
@@ -92,6 +93,8 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
     references = open_linear_encoders(job, resolved.config, session.console)
     config: LinearEvalConfig = add_run_values(resolved, references[0].run, options).config
     out = common.choose_results_folder(out, *get_default_folder(references[0], job), world)
+    if options.resume is None:
+        check_outside_data(out, (config.data.train, config.data.val, *job.tests.values()))
     if config.protocol == "imagenet":
         world.get_local_rows(config.optim.batch_size)  # raises UsageError before anything is computed
     train, test, extra_tests = open_linear_data(config, job, options.download, session)
@@ -156,18 +159,27 @@ def open_linear_encoders(job: LinearJob, config: LinearEvalConfig, console: Cons
 def add_run_values(resolved: ResolvedConfig, run: Path | None, options: LinearOptions) -> ResolvedConfig:
     """Return the config with the encoder's run in place of defaults: its network, and its data unless others are given.
 
-    A resumed evaluation has them in its own config.
+    A resumed evaluation has them in its own config. Of files without others to test on, a part is held out for that.
     """
-    if run is None or options.resume is not None:
+    if options.resume is not None:
         return resolved
-    config = load_run_config(run / "config.yaml")
-    values: dict[str, Any] = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
-    if resolved.origin["data.train"] == "default":
-        keys = ("train", "val", "subset", "max_corrupt_fraction")
-        values |= {f"data.{name}": getattr(config.data, name) for name in keys}
-        values |= {f"data.decoding.{name}": value for name, value in config.data.decoding}
-        values |= {"seed": config.seed, "eval.val_fraction": config.eval.val_fraction}
-    return replace_defaults(resolved, values)
+    values: dict[str, Any] = {}
+    if run is not None:
+        config = load_run_config(run / "config.yaml")
+        values = {f"model.{name}": getattr(config.model, name) for name in EncoderConfig.model_fields}
+        if resolved.origin["data.train"] == "default":
+            keys = ("train", "val", "subset", "max_corrupt_fraction")
+            values |= {f"data.{name}": getattr(config.data, name) for name in keys}
+            values |= {f"data.decoding.{name}": value for name, value in config.data.decoding}
+            values["seed"] = config.seed
+            if config.eval.val_fraction:
+                values["eval.val_fraction"] = config.eval.val_fraction
+    resolved = replace_defaults(resolved, values)
+    data = resolved.config.data
+    has_files = data.train is not None and data.train.partition(":")[0] not in ("shapes", "torchvision")
+    if has_files and data.val is None:
+        return replace_defaults(resolved, {"eval.val_fraction": TEST_FRACTION}, "no --val")
+    return resolved
 
 
 def get_default_folder(reference: ResolvedEncoder, job: LinearJob) -> tuple[Path, str]:
@@ -179,10 +191,12 @@ def get_default_folder(reference: ResolvedEncoder, job: LinearJob) -> tuple[Path
 
 def open_linear_data(config: LinearEvalConfig, job: LinearJob, download: bool, session: Session) -> LinearData:
     def open_datasets() -> LinearData:
+        warn = session.console.warn
         train, test = open_train_test(config, download, session.console)
         extra_tests = {
             name: match_classes(
-                open_dataset(spec, split="val", download=download, decoding=config.data.decoding), train.classes
+                open_dataset(spec, split="val", download=download, decoding=config.data.decoding, warn=warn),
+                train.classes,
             )
             for name, spec in job.tests.items()
         }

@@ -37,8 +37,7 @@ def _run_bgmask(
     data = open_bgmask_data(config, options.download, world, session.console)
     warn_unused_range(data.train, session.console.warn)
     out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
-    for spec in (*config.data.train, config.data.mask_data):
-        check_outside_data(out, spec)
+    check_outside_data(out, (*config.data.train, config.data.mask_data, config.data.eval))
     record = open_bgmask_record(resumed, resolved, data, session.device)
     total = count_total_steps(config, len(data.train))
     world.get_local_rows(config.optim.batch_size)  # refuses an uneven batch before anything is computed

@@ -22,7 +22,7 @@ from relicctl.evaluation.dense.transfer import DENSE_TASKS, DenseTransfer
 from relicctl.evaluation.labelled_data import check_label_subset
 from relicctl.evaluation.transfer import ClassificationTransfer, format_labels
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
-from relicctl.runs.folder import RunFolder
+from relicctl.runs.folder import RunFolder, check_outside_data
 from relicctl.runs.resume import TransferOptions
 from relicctl.version import __version__
 
@@ -122,7 +122,10 @@ def resolve_transfer_job(config: Any, options: TransferOptions, world: World) ->
         raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
     for labels in getattr(config, "labels", ()):  # dense tasks use all labels
         check_label_subset(format_labels(labels))
-    return job, choose_results_folder(out, Path("runs"), "transfer", world)
+    folder = choose_results_folder(out, Path("runs"), "transfer", world)
+    if options.resume is None:
+        check_outside_data(folder, config.data.datasets.values())
+    return job, folder
 
 
 def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:

@@ -31,7 +31,12 @@ class LinearOptimConfig(Section):
 
 
 class LinearTestConfig(Section):
-    val_fraction: float = key(0.0, "fraction of training images (5000 at most) to test on without data.val", ge=0, lt=1)
+    val_fraction: float = key(
+        0.0,
+        "fraction of training images (5000 at most) to test on without data.val (0.1 of files unless set)",
+        ge=0,
+        lt=1,
+    )
     size: int | None = key(None, "side in pixels of the images; null = what the encoder was trained for", ge=8)
     crop_pct: float | None = key(None, "centre crop's side / image's short side; null = the encoder's own", gt=0, le=1)
 

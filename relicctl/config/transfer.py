@@ -143,7 +143,7 @@ class TransferDataConfig(Section):
     datasets: dict[str, str] = key({}, "data by name, each with train, perhaps val, and test (also --data NAME=DATA)")
     metrics: dict[str, Metric] = key({}, "metric by name of data; where not given, what papers report on it, else top1")
     val_fraction: float = key(
-        0.2, "fraction of each class to validate on where val is missing (our choice)", gt=0, lt=1
+        0.2, "fraction of each class to validate on without val, and to test on without splits (our choice)", gt=0, lt=1
     )
     test_split: dict[str, str] = key({}, "split to test on by name of data; where not given, test")
     samples_per_class: dict[str, SamplesPerClass] = key(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from io import BytesIO
@@ -13,13 +15,36 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-# Importing a plugin registers its format; Pillow would otherwise load every plugin it has to find these two.
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+# Importing a plugin registers its format; Pillow would otherwise load every plugin it has to find these.
+from PIL import Image, Jpeg2KImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from relicctl.errors import DataError
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # recognised by content, whatever a file's name says
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HEIF_EXTENSIONS = {".heic", ".heif", ".hif"}
+_EXTENSIONS = {  # of the formats that Pillow always has; more are added below
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+}
+with suppress(ImportError):  # Pillow before 11.3 has no AVIF, and may be built without it
+    from PIL import AvifImagePlugin
+
+    if AvifImagePlugin.SUPPORTED:
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # data workers are as many as cores
+        _EXTENSIONS["AVIF"] = (".avif", ".avifs")
+with suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    pillow_heif.options.DECODE_THREADS = 1
+    _EXTENSIONS["HEIF"] = tuple(sorted(HEIF_EXTENSIONS))
+IMAGE_FORMATS = tuple(_EXTENSIONS)  # recognised by content, whatever a file's name says
+IMAGE_EXTENSIONS = tuple(itertools.chain(*_EXTENSIONS.values()))
 MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is treated as a decompression bomb
 WHITE_16 = 65535  # the largest value of 16 bits
@@ -216,7 +241,7 @@ def _find_white_point(image: Image.Image, values: np.ndarray) -> float:
     Files of 32-bit integers or floats do not say what white is: it is taken to be the smallest of 1 (floats
     only), 255, 65535 and the values' maximum that no value exceeds.
     """
-    if image.mode != "F" and (image.mode != "I" or image.format == "PNG"):
+    if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
         return WHITE_16
     top = float(np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0).max())
     usual = (1, 255, WHITE_16) if values.dtype.kind == "f" else (255, WHITE_16)

@@ -13,15 +13,12 @@ import numpy as np
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
-from relicctl.data.datasets.base import DatasetSplit, ImageDataset
-from relicctl.data.datasets.open import open_dataset
+from relicctl.data.datasets.base import ImageDataset, normalize_unicode
+from relicctl.data.datasets.open import decode_text, open_dataset
 from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError, UsageError
 
 PER_CLASS = re.compile(r"([1-9]\d*)-per-class")
-SPLIT_FOLDERS: dict[DatasetSplit, tuple[str, ...]] = {
-    "train": ("train", "trainval"), "val": ("val", "valid", "validation"),
-}  # fmt: skip
 MAX_NAMES_SHOWN = 5  # class names in a message
 MAX_HOLDOUT = 5000  # images; enough to measure half a point of accuracy
 
@@ -60,7 +57,9 @@ def select_labelled_rows(source: ImageDataset, labels: np.ndarray, text: str, se
     return _read_listed_rows(source, Path(text))
 
 
-def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_stratified(
+    labels: np.ndarray, fraction: float, seed: int, stream: Stream = Stream.HOLDOUT
+) -> tuple[np.ndarray, np.ndarray]:
     """Return rows to train on, and rows to choose on: ``fraction`` of each class, or of all multi-label images.
 
     It is at least one image of each class, unless that is the only one.
@@ -68,7 +67,7 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     labels = _get_strata(labels)
     counts = np.bincount(labels)
     wanted = np.minimum(np.maximum(1, np.rint(fraction * counts)), counts - 1)
-    held_out = sample_per_class(labels, wanted, seed, Stream.HOLDOUT)
+    held_out = sample_per_class(labels, wanted, seed, stream)
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
@@ -96,7 +95,11 @@ def _parse_fraction(text: str) -> float | None:
 
 def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
     """Read names as the data have them, or bare file names, as in SimCLR's lists of ImageNet."""
-    wanted = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        text = decode_text(path.read_bytes())
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text in UTF-8.", "Save it as UTF-8, one image name per line.") from None
+    wanted = [line.strip() for line in text.splitlines() if line.strip()]
     names = [source.get_name(row) for row in range(len(source))]
     bare = [posixpath.basename(name) for name in names]
     rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(names, range(len(names)), strict=True))
@@ -104,6 +107,8 @@ def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
     if ambiguous := [name for name in wanted if name in shared]:
         what = f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name."
         raise DataError(what, f"Write names as the data have them, such as {names[bare.index(ambiguous[0])]}.")
+    composed = {normalize_unicode(name): row for name, row in rows.items()}
+    rows = {name: composed[key] for name in wanted if (key := normalize_unicode(name)) in composed} | rows
     unknown = [name for name in wanted if name not in rows]
     if unknown or not wanted:
         what = f"{len(unknown)} names that are not in {source.spec}, such as {unknown[0]}" if wanted else "no names"
@@ -135,17 +140,17 @@ def open_train_test(
     data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
         raise UsageError("No data is given, and the encoder belongs to no run that has data.", "Give --data and --val.")
-    train = open_dataset(data.train, split="train", download=download, decoding=data.decoding)
+    train = open_dataset(data.train, split="train", download=download, decoding=data.decoding, warn=console.warn)
     _check_labelled(train)
     if data.val is not None:
-        test = open_dataset(data.val, split="val", download=download, decoding=data.decoding)
+        test = open_dataset(data.val, split="val", download=download, decoding=data.decoding, warn=console.warn)
         _check_labelled(test)
-        if set(test.classes) != set(train.classes):
+        if set(map(normalize_unicode, test.classes)) != set(map(normalize_unicode, train.classes)):
             difference = _format_class_difference(train.classes, test.classes)
             what = f"{train.spec} and {test.spec} have different classes: {difference}."
             raise DataError(what, "Give folders of the same names, or test on other images with --test NAME=DATA.")
     elif val_fraction:
-        train, test = split_holdout(train, val_fraction, config.seed)
+        train, test = _hold_out_test(train, val_fraction, config.seed)
         console.info(f"{len(test)} images of {train.spec} are held out for testing (eval.val_fraction).")
     else:
         what = f"There are no images to test on besides {train.spec}."
@@ -169,9 +174,10 @@ def match_classes(source: ImageDataset, classes: tuple[str, ...]) -> LabelledDat
     """Return the images of ``source`` whose class is one of ``classes``. Raises DataError when there is none."""
     _check_labelled(source)
     assert source.labels is not None
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number.get(name, -1) for name in source.classes], dtype=np.int64)[source.labels]
-    unknown = tuple(name for name in source.classes if name not in number)
+    number = {normalize_unicode(name): i for i, name in enumerate(classes)}
+    label = np.array([number.get(normalize_unicode(name), -1) for name in source.classes], dtype=np.int64)
+    labels = label[source.labels]
+    unknown = tuple(name for name, known in zip(source.classes, label, strict=True) if known < 0)
     if (labels < 0).all():
         difference = _format_class_difference(classes, source.classes)
         what = f"No class of {source.spec} is known to the classifier: {difference}."
@@ -192,7 +198,11 @@ def _check_labelled(source: ImageDataset) -> None:
 
 
 def _format_class_difference(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
-    sides = (("missing there", set(ours) - set(theirs)), ("only there", set(theirs) - set(ours)))
+    here, there = ({normalize_unicode(name): name for name in names} for names in (ours, theirs))
+    sides = (
+        ("missing there", {name for key, name in here.items() if key not in there}),
+        ("only there", {name for key, name in there.items() if key not in here}),
+    )
     return "; ".join(f"{where} {_format_class_names(tuple(sorted(names)))}" for where, names in sides if names)
 
 
@@ -208,15 +218,26 @@ def split_holdout(source: ImageDataset, fraction: float, seed: int) -> tuple[Ima
     return source.select(np.sort(order[count:])), source.select(np.sort(order[:count]))
 
 
+def _hold_out_test(source: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Return the images to train on, and those to test on: of each class where a draw of all misses a class."""
+    parts = split_holdout(source, fraction, seed)
+    if all(len(np.unique(part.labels)) == len(source.classes) for part in parts if part.labels is not None):
+        return parts
+    assert source.labels is not None
+    train, test = split_stratified(source.labels, min(fraction, MAX_HOLDOUT / len(source)), seed)
+    return source.select(train), source.select(test)
+
+
 def align_labels(train: ImageDataset, held_out: ImageDataset) -> np.ndarray:
     """Return ``held_out``'s labels as indices of ``train``'s classes, by name. Raises DataError for unknown classes."""
     if held_out.labels is None:
         what = f"{held_out.spec} has no labels, so there is nothing to evaluate on it."
         raise DataError(what, "Give --val one folder per class, or leave it out.")
-    number = {name: i for i, name in enumerate(train.classes)}
-    missing = [name for name in held_out.classes if name not in number]
+    number = {normalize_unicode(name): i for i, name in enumerate(train.classes)}
+    classes = [normalize_unicode(name) for name in held_out.classes]
+    missing = [name for name, known in zip(held_out.classes, classes, strict=True) if known not in number]
     if missing:
         what = f"{held_out.spec} has {len(missing)} classes that are not in {train.spec}, such as {missing[0]!r}."
         fix = "Give --val images of the same classes, in folders of the same names; or --set data.val=null."
         raise DataError(what, fix)
-    return np.asarray(np.array([number[name] for name in held_out.classes], dtype=np.int64)[held_out.labels])
+    return np.asarray(np.array([number[name] for name in classes], dtype=np.int64)[held_out.labels])

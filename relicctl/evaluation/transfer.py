@@ -121,6 +121,7 @@ class ClassificationTransfer(TransferTask):
                 "val": len(data.trainval.labels) - data.num_train or None,
                 "test": len(data.test.labels),
                 "draw": config.samples_per_class.get(data.name),
+                **({"test_split": data.draw} if data.draw else {}),
             }
             for data in self._datasets
         }
@@ -133,6 +134,7 @@ class ClassificationTransfer(TransferTask):
             for name, (train, *test) in config.data.samples_per_class.items()
             if name in config.data.datasets
         ]
+        sampling += [f"{data.name}: {data.draw}" for data in self._datasets if data.draw]
         chosen = [f"{c['data']}, {c['labels']} labels: chosen on {c['validation']}" for c in cells]
         warnings = [
             f"{c['encoder']} on {c['data']}, {c['protocol']}, {c['labels']} labels: {text}"

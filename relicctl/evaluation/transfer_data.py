@@ -1,11 +1,12 @@
 """A data set of a comparison: images to train on, to choose on, and to test on once; single-label or multi-label.
 
-A folder or ``photos.zip`` holds ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; ``{split}`` in a name,
-as in ``cifar10-{split}.zip``, is replaced by these words. torchvision's data sets bring their splits, the demo data
-are tested on their val split. Data without splits are split by seed, which is our choice and no published list.
+A folder or ``photos.zip`` holds ``train``, ``val`` and ``test``, or what else SPLIT_FOLDERS calls them; ``{split}`` in
+a name, as in ``cifar10-{split}.zip``, is replaced by these words. torchvision's data sets bring their splits, the demo
+data are tested on their val split. Data without splits are split by seed, which is our choice and no published list.
 
 Multi-label images are those of VOC-style folders, and of folders and archives with a table ``labels.csv``, one line
-``name.jpg,class;class`` for each image, without a header.
+``name.jpg,class;class`` for each image, without a header. Where a table has one class for every image, they are
+single-label.
 """
 
 from __future__ import annotations
@@ -13,21 +14,30 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.counter_rng import Stream
-from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import ConcatDataset, DatasetSplit, ImageDataset, Subset
-from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
+from relicctl.data.datasets.archives import FileReader, split_spec
+from relicctl.data.datasets.base import ConcatDataset, DatasetSplit, ImageDataset, Subset, normalize_unicode
+from relicctl.data.datasets.open import (
+    decode_text,
+    join_spec,
+    list_folders,
+    open_dataset,
+    parse_first_words,
+    summarize_names,
+)
+from relicctl.data.datasets.splits import SPLIT_FOLDERS, get_split, spell_split
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError
 from relicctl.evaluation.labelled_data import (
-    SPLIT_FOLDERS,
     LabelledDataset,
     match_classes,
     sample_per_class,
@@ -36,16 +46,21 @@ from relicctl.evaluation.labelled_data import (
 )
 
 LABELS_FILE = "labels.csv"
+NO_CLASSES = {"JPEGImages", "images", "masks", "annotations"}  # folders of other tasks' data
 
 
 @dataclass(frozen=True)
 class TransferDataset:
-    """``trainval``: all images outside the test split; the first ``num_train`` are train, the others val."""
+    """``trainval``: all images outside the test split; the first ``num_train`` are train, the others val.
+
+    ``draw`` says in words how the test images of data without splits were drawn, unless the config says how.
+    """
 
     name: str
     trainval: LabelledDataset
     num_train: int
     test: LabelledDataset
+    draw: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,9 @@ def open_transfer_dataset(
 
     Raises DataError when it has no train or test split, or they cannot make a classification.
     """
-    spec, test_split = config.data.datasets[name], config.data.test_split.get(name, "test")
-    train, val, test = _open_splits(name, spec, config, test_split, download)
+    train, val, test, draw = _open_splits(name, config, download, cache(warn))  # of several splits once
     if test is None:
-        raise DataError(
-            f"{name} has no {test_split} split in {spec}.",
-            "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
-            f"data.test_split={{{name}: val}} to test on another, or data.samples_per_class={{{name}: [30]}} to train "
-            "on 30 images of each class.",
-        )
+        raise _make_missing_split_error(name, config, config.data.test_split.get(name, "test"))
     trainval = _match_split_classes(name, "train", train, train.classes, warn)
     if not isinstance(train, MultiLabelDataset) and len(trainval.labels) < len(trainval.classes):
         what = f"{name} has {len(trainval.labels)} images to train on, fewer than its {len(trainval.classes)} classes."
@@ -84,29 +93,74 @@ def open_transfer_dataset(
     test_images = _match_split_classes(name, "test", test, trainval.classes, warn)
     if val is not None:
         trainval = _concat_labelled(trainval, _match_split_classes(name, "val", val, trainval.classes, warn))
-    return TransferDataset(name, trainval, num_train, test_images)
+    return TransferDataset(name, trainval, num_train, test_images, draw)
+
+
+def _make_missing_split_error(name: str, config: TransferConfig, split: str) -> DataError:
+    return DataError(
+        f"{name} has no {split} split in {config.data.datasets[name]}.",
+        "Give a folder or archive with train and test in it, a name with {split} where the two words go, or set "
+        f"data.test_split={{{name}: val}} to test on another, or data.samples_per_class={{{name}: [30]}} to train "
+        "on 30 images of each class.",
+    )
 
 
 def _open_splits(
-    name: str, spec: str, config: TransferConfig, test_split: str, download: bool
-) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
-    """Return train, val and test; None for what is not there."""
-    decoding = config.data.decoding
+    name: str, config: TransferConfig, download: bool, warn: Callable[[str], None]
+) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None, str]:
+    """Return train, val and test, None for what is not there; and how test was drawn, if the config does not say."""
+    spec, test_split = config.data.datasets[name], config.data.test_split.get(name, "test")
+    open_images = partial(open_dataset, download=download, decoding=config.data.decoding, warn=warn)
     if samples_per_class := config.data.samples_per_class.get(name, ()):
-        source = open_dataset(spec, download=download, decoding=decoding)
+        source = open_images(spec)
         drawn_train, drawn_test = draw_train_test(name, source, samples_per_class, config.seed)
-        return drawn_train, None, drawn_test
+        return drawn_train, None, drawn_test, ""
     if spec.partition(":")[0] == "shapes":
-        return open_dataset(spec, split="train"), None, open_dataset(spec, split="val")
+        return open_images(spec, split="train"), None, open_images(spec, split="val"), ""
     spec = find_voc_folder(spec, download) or spec
-    open_images = partial(open_dataset, download=download, decoding=decoding)
-    found = _open_image_split(spec, SPLIT_FOLDERS["train"], (), open_images)
-    if isinstance(found, DataError):
-        raise found
-    val_names = tuple(word for word in SPLIT_FOLDERS["val"] if word != test_split)
-    others = [_open_image_split(spec, words, found.classes, open_images) for words in (val_names, (test_split,))]
-    val, test = (None if isinstance(other, DataError) else other for other in others)
-    return found, val, test
+    folders = [] if "{split}" in spec else list_folders(spec)
+    open_split = partial(_open_image_split, spec, folders, open_images)
+    _, train = open_split(SPLIT_FOLDERS["train"], ())
+    if name not in config.data.test_split and _is_without_splits(folders, train):
+        return _draw_test(name, open_images(spec), config, warn)
+    if isinstance(train, DataError):
+        named = {get_split(posixpath.basename(folder)) for folder in folders}
+        raise _make_missing_split_error(name, config, "train") if folders and "train" not in named else train
+    test_names = (test_split, *SPLIT_FOLDERS.get(get_split(test_split) or "", ()))
+    tested, test = open_split(test_names, train.classes)
+    _, val = open_split([word for word in SPLIT_FOLDERS["val"] if word != tested], train.classes)
+    others = [None if isinstance(other, DataError) else other for other in (val, test)]
+    parts = [train, *(other for other in others if other is not None)]
+    as_single_label = len(train.classes) > 1 and config.data.metrics.get(name) != "map11"
+    if as_single_label and all(map(_has_one_class_each, parts)):
+        train = _convert_to_single_label(train)
+        others = [None if other is None else _convert_to_single_label(other) for other in others]
+    return train, others[0], others[1], ""
+
+
+def _is_without_splits(folders: Sequence[str], train: ImageDataset | DataError) -> bool:
+    """Return whether ``folders`` are those of classes, where ``train`` is what was found in a folder of this name."""
+    names = {posixpath.basename(folder) for folder in folders}
+    splits = set(map(get_split, names)) - {None}
+    if len(names) < 2 or names & NO_CLASSES:
+        return False
+    if isinstance(train, DataError):
+        return not splits
+    return splits == {"train"} and train.labels is None  # trains, the vehicles
+
+
+def _draw_test(
+    name: str, source: ImageDataset, config: TransferConfig, warn: Callable[[str], None]
+) -> tuple[ImageDataset, None, ImageDataset, str]:
+    """Draw the test images of class folders without splits: a part of each class that the seed chooses."""
+    if source.labels is None or len(source.classes) < 2:
+        what = f"{name} has neither splits such as train and test nor class folders in {source.spec}."
+        raise DataError(what, "Give a folder or archive with train and test in it, one folder per class in each.")
+    rows = split_stratified(source.labels, config.data.val_fraction, config.seed, Stream.EVAL)
+    train, test = map(source.select, rows)
+    draw = f"{config.data.val_fraction:.0%} of each class to test on, drawn by seed {config.seed}"
+    warn(f"{name}: {source.spec} has no splits; {len(test)} of its {len(source)} images, {draw} (data.val_fraction)")
+    return train, None, test, draw
 
 
 def draw_train_test(
@@ -188,21 +242,35 @@ def _assign_folder_class(source: ImageDataset, classes: tuple[str, ...]) -> Imag
 
 
 def _open_image_split(
-    spec: str, words: tuple[str, ...], classes: tuple[str, ...], open_images: Callable[..., ImageDataset]
-) -> ImageDataset | DataError:
-    """Open the first of a split's names that is there; return the first error if none is."""
+    spec: str, folders: Sequence[str], open_images: Callable[..., ImageDataset],
+    words: Sequence[str], classes: tuple[str, ...],
+) -> tuple[str, ImageDataset | DataError]:  # fmt: skip
+    """Open the first of a split's names that is there; return this name, or the first error if none is.
+
+    ``folders`` are those that ``spec`` has, and ``classes`` those of train, where this is another split.
+    """
     errors: list[DataError] = []
-    for word in words:
-        place = spec.replace("{split}", word) if "{split}" in spec else join_spec(spec, word)
+    for word in dict.fromkeys(words):
+        place = _locate_split(spec, word, folders)
         multilabel = open_multilabel(spec, place, word, classes, open_images)
         if multilabel is not None:
-            return multilabel
+            return word, multilabel
         try:
-            split: DatasetSplit = "train" if word in SPLIT_FOLDERS["train"] else "val"
-            return _assign_folder_class(open_images(place, split=split), classes)
+            split: DatasetSplit = "train" if get_split(word) == "train" else "val"
+            return word, _assign_folder_class(open_images(place, split=split), classes)
         except DataError as error:
             errors.append(error)
-    return errors[0]
+    return "", errors[0]
+
+
+def _locate_split(spec: str, word: str, folders: Sequence[str]) -> str:
+    """Return the spec of the split ``word`` in ``spec``, in the letter case in which it is there."""
+    if "{split}" in spec:
+        places = [spec.replace("{split}", spelling) for spelling in spell_split(word)]
+        return next((place for place in places if os.path.exists(split_spec(place)[0])), places[0])
+    names = {posixpath.basename(folder): folder for folder in folders}
+    same = [folder for name, folder in names.items() if name.lower() == word.lower()]
+    return join_spec(spec, names.get(word, same[0] if same else word))
 
 
 class MultiLabelDataset(Subset):
@@ -223,6 +291,22 @@ class MultiLabelDataset(Subset):
         return digest.hexdigest()
 
 
+class TableDataset(MultiLabelDataset):
+    """Labels from a table, which may have a single class for every image."""
+
+
+def _has_one_class_each(source: ImageDataset) -> bool:
+    return isinstance(source, TableDataset) and bool(((source.labels > 0).sum(1) == 1).all())
+
+
+def _convert_to_single_label(source: ImageDataset) -> ImageDataset:
+    """Return the images of a table that has one class for each, labelled as those in class folders are."""
+    assert isinstance(source, MultiLabelDataset)
+    single = Subset(source.images, np.arange(len(source)))
+    single.classes, single.labels = source.classes, source.labels.argmax(1)
+    return single
+
+
 def open_multilabel(
     spec: str, place: str, word: str, classes: tuple[str, ...], open_images: Callable[..., ImageDataset] = open_dataset
 ) -> MultiLabelDataset | None:
@@ -239,16 +323,18 @@ def open_multilabel(
         labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
         labels[voc.image_indices, boxes.labels] = 0
         labels[voc.image_indices[easy], boxes.labels[easy]] = 1
-        return _select_listed_images(images, voc.files, voc.classes, labels)
+        return MultiLabelDataset(_select_listed_images(images, voc.files), voc.classes, labels)
     if (files := _open_file_reader(place)) is not None and (content := files.read(LABELS_FILE)) is not None:
         table = _read_label_table(content, f"{LABELS_FILE} in {place}")
-        number = {name: index for index, name in enumerate(classes)}
+        known = {normalize_unicode(name): name for name in classes}
         for name in sorted(set().union(*table.values())):
-            number.setdefault(name, len(number))
+            known.setdefault(normalize_unicode(name), name)
+        number = {name: index for index, name in enumerate(known)}
         labels = np.full((len(table), len(number)), -1, dtype=np.int8)
         for row, names in enumerate(table.values()):
-            labels[row, [number[name] for name in names]] = 1
-        return _select_listed_images(open_images(place), list(table), tuple(number), labels)
+            labels[row, [number[normalize_unicode(name)] for name in names]] = 1
+        images = _select_listed_images(open_images(place), list(table))
+        return TableDataset(images, tuple(known.values()), labels)
     return None
 
 
@@ -275,7 +361,9 @@ def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
     """Return the classes of each image by its name."""
     table: dict[str, set[str]] = {}
     try:
-        for cells in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
+        text = decode_text(content)
+        tabs = "\t" in text.partition("\n")[0] and "," not in text.partition("\n")[0]  # as spreadsheets save Unicode
+        for cells in csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True):
             if not cells:
                 continue
             name, classes = cells  # ValueError unless they are two
@@ -287,14 +375,15 @@ def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
     return table
 
 
-def _select_listed_images(
-    images: ImageDataset, names: list[str], classes: tuple[str, ...], labels: np.ndarray
-) -> MultiLabelDataset:
+def _select_listed_images(images: ImageDataset, names: list[str]) -> ImageDataset:
+    """Return the images of these names, which may be composed otherwise and separate folders as Windows does."""
     if not names:
         raise DataError(f"A list of {images.spec} is empty.", "Write one image name per line.")
     rows = {images.get_name(row): row for row in range(len(images))}
-    missing = [name for name in names if name not in rows]
+    rows = {normalize_unicode(name): row for name, row in rows.items()} | rows
+    found = [rows.get(name, rows.get(normalize_unicode(name.replace("\\", "/")), -1)) for name in names]
+    missing = [name for name, row in zip(names, found, strict=True) if row < 0]
     if missing:
         what = f"{images.spec} lacks listed images: {summarize_names(missing)}, of {len(names)}."
         raise DataError(what, "Add them, or remove them from the list, which has no header.")
-    return MultiLabelDataset(images.select([rows[name] for name in names]), classes, labels)
+    return images.select(found)

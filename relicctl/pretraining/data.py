@@ -120,7 +120,7 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     """Return the images to train on and, if there are labelled ones, those to evaluate on."""
     if config.data.train is None:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    open_split = partial(open_dataset, download=download, decoding=config.data.decoding)
+    open_split = partial(open_dataset, download=download, decoding=config.data.decoding, warn=console.warn)
     train, val = open_split(config.data.train, split="train"), None
     if config.data.val is not None:
         val = open_split(config.data.val, split="val")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from relicctl.core import atomic_io, checkpoint
+from relicctl.data.datasets.open import find_data_folders
 from relicctl.errors import RunFailed, Terminated, UsageError
 from relicctl.runs.status import Status
 
@@ -274,8 +275,9 @@ def _acquire_lock(path: Path) -> int:
     return handle
 
 
-def check_outside_data(out: Path, data: str | None) -> None:
-    """Raise UsageError if ``out`` lies inside the data: a run's pictures would become its training images."""
-    folder = Path((data or "").partition("#")[0])
-    if data and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")
+def check_outside_data(out: Path, specs: Iterable[str | None]) -> None:
+    """Raise UsageError if ``out`` lies inside a folder of the data: a run's pictures would be taken for its images."""
+    for spec in filter(None, specs):
+        for folder in find_data_folders(spec):
+            if out.resolve().is_relative_to(Path(folder).resolve()):
+                raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")

@@ -315,3 +315,36 @@ def test_in_a_pipe_only_the_folder_comes_out_and_a_failing_stage_fails_it(run, t
     broken = bash(f"{relic} pretrain --preset no-such | {relic} linear-eval - {fast}")
     assert (broken.returncode, broken.stdout) == (2, "")
     assert "got none" in broken.stderr
+
+
+# Which images.
+
+
+def make_photos(folder: Path, each: int = 10) -> Path:
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(each):
+            Image.new("RGB", (16, 16), (number * 9, ord(name), 0)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_class_folders_without_others_to_test_on_are_divided_and_said_so(run, evaluate, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos")
+    assert relicctl(["linear-eval", str(run), "--data", str(photos), "--dry-run"]) == 0
+    assert "val_fraction: 0.1" in capsys.readouterr().out
+    told = ["--config", str(tmp_path / "fast"), "--out", str(tmp_path / "out"), "--data", str(photos)]
+    assert relicctl(["linear-eval", str(run), *told]) == 0
+    assert f"2 images of {photos} are held out for testing (eval.val_fraction)" in capsys.readouterr().err
+    assert results(tmp_path / "out")["protocol"]["test_images"] == 2
+    assert evaluate(run, "asked", "--data", str(photos), "--set", "eval.val_fraction=0") == 2
+    assert "no images to test on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["train", "val", "extra"])
+def test_results_are_never_written_into_the_images(run, evaluate, tmp_path, capsys, place):
+    for name in ("train", "val", "extra"):
+        make_photos(tmp_path / name, each=3)
+    told = ["--data", f"{tmp_path}/train", "--val", f"{tmp_path}/val", "--test", f"more={tmp_path}/extra"]
+    assert evaluate(run, f"{place}/results", *told) == 2
+    assert f"lies inside the data, {tmp_path}/{place}." in capsys.readouterr().err
+    assert not (tmp_path / place / "results").exists()

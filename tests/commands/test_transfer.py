@@ -345,3 +345,35 @@ def test_what_is_told_of_data_that_are_none_is_warned_of(encoders, tmp_path, cap
     told = ["--config", str(tmp_path / "fast.yaml"), "--out", str(tmp_path / "out"), "--data", f"one={DATA}"]
     assert relicctl(["transfer", encoders[0], *told, "--set", "data.metrics={onr: mean_per_class}"]) == 0
     assert "unknown data set onr" in capsys.readouterr().err
+
+
+def make_photos(folder: Path, splits=("train", "test")) -> Path:
+    for split in splits:
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(10):
+                Image.new("RGB", (16, 16), (number * 9, ord(name), 0)).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("spec", ["photos", "photos/{split}", "photos#test"])
+def test_results_are_never_written_into_the_images(encoders, compare, tmp_path, capsys, spec):
+    make_photos(tmp_path / "photos")
+    assert compare("photos/test/out", encoders[0], "--data", f"x={tmp_path}/{spec}") == 2
+    assert "lies inside the data" in capsys.readouterr().err
+    assert not (tmp_path / "photos/test/out").exists()
+
+
+def test_the_folder_that_is_chosen_is_outside_the_images_too(encoders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(make_photos(tmp_path / "photos", splits=("",)))
+    assert relicctl(["transfer", encoders[0], "--data", "x=."]) == 2
+    assert "runs/transfer lies inside the data" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_draw_without_splits_is_in_the_table_and_the_results(encoders, compare, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", splits=("",))
+    assert compare("out", encoders[0], "--data", f"x={photos}", "--protocol=knn") == 0
+    assert capsys.readouterr().err.count("has no splits; 4 of its 20 images") == 1
+    assert "x: 20% of each class to test on, drawn by seed 0" in (tmp_path / "out/table.md").read_text()
+    assert results(tmp_path / "out")["data"]["x"]["test_split"] == "20% of each class to test on, drawn by seed 0"

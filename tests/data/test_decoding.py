@@ -249,7 +249,7 @@ def test_a_cut_file_is_refused_or_whole(pixels, form):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damage_raises_nothing_but_bad_image(data):
-    form = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]))
+    form = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]))
     source = encode(Image.linear_gradient("L").resize((16, 16)).convert("RGB"), form)
     damaged = bytearray(source)
     for _ in range(data.draw(st.integers(1, 8))):
@@ -262,7 +262,7 @@ def test_damage_raises_nothing_but_bad_image(data):
     assert decoded.shape[2] == 3
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", b"GIF89a", b"\xff\xd8\xff", b"%PDF-1.4", b"P6 1 1 255\n123"])
+@pytest.mark.parametrize("data", [b"", b"no image", b"GIF89a", b"\xff\xd8\xff", b"%PDF-1.4", b"P6 1 1 255\n12"])
 def test_what_is_no_image_is_refused_with_a_stable_reason(data):
     reasons = set()
     for _ in range(2):

@@ -7,8 +7,9 @@ from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.config.resolve import replace_defaults, resolve_config
 from relicctl.console import Console
 from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.open import open_dataset
 from relicctl.errors import DataError, RelicError
-from relicctl.evaluation.labelled_data import match_classes, open_train_test
+from relicctl.evaluation.labelled_data import align_labels, match_classes, open_train_test, split_holdout
 
 
 class Named(ImageDataset):
@@ -37,6 +38,34 @@ def test_other_orders_missing_and_unknown_classes():
     assert (found.missing_classes, found.unknown_classes) == (("bee",), ("ant",))
 
 
+def test_composed_and_decomposed_names_are_one_class():
+    found = match_classes(Named(["cafe\u0301", "dog"], ["dog", "cafe\u0301"]), ("café", "dog"))
+    assert found.labels.tolist() == [1, 0]
+    assert (found.missing_classes, found.unknown_classes) == ((), ())
+    train, val = Named(["café", "dog"], ["dog", "café"]), Named(["cafe\u0301", "dog"], ["cafe\u0301"])
+    assert align_labels(train, val).tolist() == [0]
+
+
+def test_a_difference_names_what_differs_and_no_composition():
+    with pytest.raises(DataError, match="missing there 'bee'; only there 'dog'"):
+        match_classes(Named(["cafe\u0301", "dog"], ["dog"]), ("café", "bee"))
+
+
+def test_a_small_draw_holds_out_some_of_each_class():
+    """A draw of all images may miss a class; the draw of the others stays as it was."""
+    config = replace_defaults(
+        resolve_config(schema=LinearEvalConfig), {"data.train": "shapes:train=20", "eval.val_fraction": 0.1}
+    ).config
+    train, test = open_train_test(config, False, Console(quiet=True))
+    assert np.bincount(test.labels).tolist() == np.bincount(train.labels).tolist() == [1] * 10
+    config = replace_defaults(
+        resolve_config(schema=LinearEvalConfig), {"data.train": "shapes:train=400", "eval.val_fraction": 0.2}
+    ).config
+    train, test = open_train_test(config, False, Console(quiet=True))
+    _, expected = split_holdout(open_dataset("shapes:train=400"), 0.2, config.seed)
+    assert test.source.compute_fingerprint() == expected.compute_fingerprint()
+
+
 def test_nothing_in_common_is_refused_with_both_sides():
     with pytest.raises(DataError, match=r"'bee'.*'ant'"):
         match_classes(Named(["ant", "cow"], ["ant", "cow"]), ("bee", "cat"))
@@ -53,7 +82,7 @@ def test_unlabelled_and_single_class_data_are_refused():
         ({}, "No data is given"),
         ({"data.train": "shapes"}, "no images to test on"),
         ({"data.train": "shapes:train=5", "data.val": "shapes"}, "no image to train on"),
-        ({"data.train": "shapes:train=20", "eval.val_fraction": 0.1}, "no image to test on"),
+        ({"data.train": "shapes:train=11", "eval.val_fraction": 0.1}, "no image to test on"),
         ({"data.train": "shapes:train=20", "data.val": "shapes", "data.subset": 21}, "only 20 images"),
     ],
 )

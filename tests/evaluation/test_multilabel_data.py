@@ -12,6 +12,7 @@ from PIL import Image
 from relicctl.config.transfer import TransferConfig
 from relicctl.data.datasets.voc import VOC_CLASSES
 from relicctl.errors import DataError, UsageError
+from relicctl.evaluation.transfer import resolve_metric
 from relicctl.evaluation.transfer_data import open_transfer_dataset, split_trainval
 from tests.helpers.voc import write_voc
 
@@ -129,6 +130,31 @@ def test_a_table_names_images_and_their_classes(table):
     assert (
         opened(f"{spec}/{{split}}").trainval.source.compute_fingerprint() == data.trainval.source.compute_fingerprint()
     )
+
+
+def test_a_table_of_one_class_an_image_is_single_label(table):
+    table("train", "a.png,sea\nb.png,sun\nc.png,sea\n")
+    table("val", "a.png,sun\nb.png,sea\n")
+    spec = table("test", "b.png,sun\n")
+    data = opened(spec)
+    assert data.trainval.labels.tolist() == [0, 1, 0, 1, 0]
+    assert data.test.labels.tolist() == [1]
+    assert data.trainval.source.labels.tolist() == [0, 1, 0, 1, 0]
+    assert resolve_metric(data, TransferConfig()) == "top1"
+    assert opened(spec, metrics="map11").trainval.labels.tolist() == [[1, -1], [-1, 1], [1, -1], [-1, 1], [1, -1]]
+    table("test", "b.png,sun;sea\n")  # a single image of several classes, and all are multi-label
+    assert opened(spec).trainval.labels.ndim == 2
+
+
+@pytest.mark.parametrize("text", ["é.png,sea;sun\nb.png,sun\n", "é.png\tsea;sun\nb.png\tsun\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_are_read_as_spreadsheets_save_them(table, text, encoding):
+    spec = table("train", "", images=["é", "b"])
+    table("test", "", images=["e\u0301", "b"])  # as macOS spells the same name
+    for split in ("train", "test"):
+        (spec / split / "labels.csv").write_bytes(text.encode(encoding))
+    data = opened(spec)
+    assert data.trainval.labels.tolist() == data.test.labels.tolist() == [[1, 1], [-1, 1]]
 
 
 def test_classes_without_an_image_are_told(voc):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 
 import numpy as np
@@ -23,7 +24,7 @@ def photos(tmp_path):
                 for number in range(each):
                     path = tmp_path / root / split / name / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.new("RGB", (8, 8), (number, ord(name), len(split))).save(path)
+                    Image.new("RGB", (8, 8), (number, ord(name[0]), len(split))).save(path)
         return tmp_path / root
 
     return make
@@ -124,7 +125,7 @@ def test_classes_that_val_lacks_are_told(photos):
     ("splits", "says"),
     [
         ({"train": "abc"}, "no test split"),
-        ({"test": "abc"}, "no folder train"),
+        ({"test": "abc"}, "no train split"),
         ({"train": "a", "test": "a"}, "two classes"),
         ({"train": "ab", "test": "abc"}, "not in train"),
     ],
@@ -157,3 +158,74 @@ def test_a_split_of_a_single_class_is_one(photos, lacking):
     assert "2 classes have no image" in warnings[0]
     labels = data.test.labels if lacking == "test" else data.trainval.labels[data.num_train :]
     assert labels.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Valid", "Test"),
+        ("training", "validation", "testing"),
+        ("TRAIN", "VAL", "TEST"),
+        ("trainval", "", "test"),
+    ],
+)
+def test_splits_are_found_by_their_usual_names_in_any_case(photos, tmp_path, train, val, test):
+    folder = photos({name: "abc" for name in (train, val, test) if name})
+    make_zip = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "photos")  # photos/ encloses everything
+    for split in (train, val, test):
+        if split:
+            shutil.copytree(folder / split, tmp_path / f"x-{split}")
+    for spec in (folder, make_zip, f"{tmp_path}/x-{{split}}"):
+        data = opened(spec)
+        assert (data.num_train, len(data.trainval.labels), len(data.test.labels)) == (15, 30 if val else 15, 15)
+        assert data.test.source.load(0)[0, 0, 2] == len(test)
+
+
+def test_to_test_on_val_means_val_by_any_of_its_names(photos):
+    folder = photos({"Training": "abc", "Validation": "abc"})
+    with pytest.raises(DataError, match="no test split"):
+        opened(folder)
+    data = opened(folder, test_split="val")
+    assert (data.num_train, len(data.trainval.labels), len(data.test.labels)) == (15, 15, 15)
+    assert data.test.source.load(0)[0, 0, 2] == len("Validation")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_folders_without_splits_are_divided_and_said_so(photos, tmp_path, packed):
+    spec = photos({"": ["a", "b"]}, each=10)
+    if packed:
+        spec = shutil.make_archive(str(tmp_path / "packed"), "zip", spec)
+    warnings: list[str] = []
+    data = opened(spec, warnings)
+    assert len(warnings) == 1
+    assert "4 of its 20 images" in warnings[0]
+    assert "seed 0" in warnings[0]
+    assert "20% of each class" in data.draw
+    assert np.bincount(data.trainval.labels).tolist() == [8, 8]
+    assert np.bincount(data.test.labels).tolist() == [2, 2]
+    names = [{part.source.get_name(row) for row in range(len(part.labels))} for part in (data.trainval, data.test)]
+    assert len(names[0] | names[1]) == 20
+    assert opened(spec).test.source.compute_fingerprint() == data.test.source.compute_fingerprint()
+    assert opened(spec, seed=1).test.source.compute_fingerprint() != data.test.source.compute_fingerprint()
+    with pytest.raises(DataError, match="no train split"):  # what is asked for is not there
+        opened(spec, test_split="val")
+
+
+def test_trains_are_a_class_where_nothing_is_a_split(photos):
+    data = opened(photos({"": ["train", "bus", "plane"]}))
+    assert data.trainval.classes == ("bus", "plane", "train")
+    assert data.draw
+
+
+def test_folders_of_another_task_are_no_classes(photos):
+    with pytest.raises(DataError, match="no train split"):
+        opened(photos({"": ["images", "masks"]}))
+
+
+def test_composed_and_decomposed_classes_are_the_same(photos):
+    folder = photos({"train": ["café", "tea"], "val": ["cafe\u0301", "tea"], "test": ["cafe\u0301", "tea"]})
+    warnings: list[str] = []
+    data = opened(folder, warnings)
+    assert not warnings
+    assert sorted(np.bincount(data.test.labels).tolist()) == [5, 5]
+    assert data.trainval.classes == ("café", "tea")

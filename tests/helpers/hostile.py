@@ -65,7 +65,7 @@ def read_archive(data: bytes) -> None:
     path = written(data, "a.tar" if data[257:262] == b"ustar" else "a.zip")
     with contextlib.suppress(RelicError):
         container = open_container(str(path))
-        for name, member in container.iter_images():
+        for name, member in container.iter_files():
             assert not name.startswith("/")
             assert ".." not in name.split("/")
             with contextlib.suppress(BadImageError):

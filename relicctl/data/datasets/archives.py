@@ -7,6 +7,7 @@ devices skipped, sizes limited before anything is read.
 
 from __future__ import annotations
 
+import bz2
 import os
 import posixpath
 import stat
@@ -14,21 +15,31 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from io import FileIO
 from typing import IO, NamedTuple, Protocol
 
-from relicctl.data.decoding import IMAGE_EXTENSIONS, BadImageError
+from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
 
 MAX_FILE_BYTES = 256 << 20  # no photo's file is larger; a member that claims more is never read
 MAX_TEXT_BYTES = 2 << 30  # of annotations; COCO's largest list has half a billion
 NO_CRC = -1
 _COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_STORED, _DEFLATED, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, -1
+_OTHER_MAGIC = {
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!\x1a\x07": "a RAR archive", b"PAR1": "a Parquet table",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\xff\xd8\xff": "a single image",
+    b"\x89PNG\r\n\x1a\n": "a single image",
+}  # fmt: skip
+_STORED, _DEFLATED, _BZIP2, _ENCRYPTED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, -1
+READABLE_METHODS = (_STORED, _DEFLATED, _BZIP2)
+_METHOD_NAMES = {9: "Deflate64", 14: "LZMA", 20: "zstd", 93: "zstd", 95: "XZ", 98: "PPMd"}
+_MADE_ON_WINDOWS = (0, 10, 11, 14)  # FAT, NTFS and VFAT, as zips say where they were made
+# Files of a system in these folders are no images of the user: thumbnails, deleted files, what macOS adds to a zip.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "@__thumb", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information"}
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, ValueError, OverflowError, struct.error)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: ends with the lengths of its name and extra field
 _MAX_OPEN_FILES = 64  # archives held open at once: a thousand shards must not use up the descriptors
@@ -45,10 +56,10 @@ class Member(NamedTuple):
 
 
 class Container(Protocol):
-    """A place that holds image files."""
+    """A place that holds image files, and perhaps others."""
 
-    def iter_images(self) -> Iterator[tuple[str, Member]]:
-        """Yield every image by its safe name, relative and with ``/``. Raises DataError."""
+    def iter_files(self) -> Iterator[tuple[str, Member]]:
+        """Yield every file by its safe name, relative and with ``/``. Raises DataError."""
 
     def read(self, name: bytes, member: Member) -> bytes:
         """Return the file's bytes. Raises BadImageError, and DataError if the container itself is gone."""
@@ -60,7 +71,7 @@ class Folder:
 
     path: str
 
-    def iter_images(self) -> Iterator[tuple[str, Member]]:
+    def iter_files(self) -> Iterator[tuple[str, Member]]:
         yield from self._walk("", frozenset())
 
     def _walk(self, below: str, enclosing: frozenset[tuple[int, int]]) -> Iterator[tuple[str, Member]]:
@@ -74,14 +85,14 @@ class Folder:
                 entries = sorted(listing, key=lambda entry: entry.name)
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
                 continue
             mode, size = stat.S_IFREG, 0
             with suppress(OSError):  # a link to nowhere or in a circle: reading it says so
                 mode, size = entry.stat().st_mode, entry.stat().st_size
             if stat.S_ISDIR(mode):
                 yield from self._walk(name, enclosing | {identity})
-            elif stat.S_ISREG(mode) and (usable := normalize_image_name(name)):  # a pipe would wait for ever
+            elif stat.S_ISREG(mode) and (usable := normalize_file_name(name)):  # a pipe would wait for ever
                 yield usable, Member(0, size, size)
 
     def read(self, name: bytes, member: Member) -> bytes:
@@ -106,10 +117,10 @@ class Archive:
     def read(self, name: bytes, member: Member) -> bytes:
         _check_size(member)
         data = self._read_bytes(self._find_start(member), member.compressed_size)
-        if member.method == _DEFLATED:
-            data = _inflate(data, member.size)
+        if member.method in (_DEFLATED, _BZIP2):
+            data = _decompress(data, member.size, member.method)
         elif member.method != _STORED:
-            raise BadImageError("encrypted" if member.method == _ENCRYPTED else f"packed with method {member.method}")
+            raise BadImageError(describe_method(member.method))
         if len(data) != member.size:
             raise BadImageError(f"the archive ends after {len(data)} of {member.size} bytes")
         if member.crc not in (NO_CRC, zlib.crc32(data)):
@@ -131,29 +142,34 @@ class Archive:
 class Tar(Archive):
     """An uncompressed .tar."""
 
-    def iter_images(self) -> Iterator[tuple[str, Member]]:
+    def iter_files(self) -> Iterator[tuple[str, Member]]:
+        names: list[str] = []
+        members: list[Member] = []
         with _convert_archive_errors(self.path), tarfile.open(self.path, "r:") as tar:
             before = -1
             while (found := tar.next()) and tar.offset > before:
                 before = tar.offset  # a header whose size leads backwards would be read for ever
                 tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
-                name = normalize_image_name(found.name)
-                if name and found.isreg() and not found.issparse():
-                    yield name, _make_member(found.offset_data, found.size, found.size)
+                if found.isreg() and not found.issparse():
+                    names.append(found.name)
+                    members.append(_make_member(found.offset_data, found.size, found.size))
             # tarfile takes a damaged header for the end; there the file ends or zeros begin
             if not 0 <= tar.offset <= self.version[0] or any(self._read_bytes(tar.offset, tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError
+        for name, member in zip(_replace_backslashes(names), members, strict=True):
+            if usable := normalize_file_name(name):
+                yield usable, member
 
 
 class Zip(Archive):
-    """A .zip whose members are stored or deflated."""
+    """A .zip whose members are stored, deflated or packed with bzip2."""
 
-    def iter_images(self) -> Iterator[tuple[str, Member]]:
+    def iter_files(self) -> Iterator[tuple[str, Member]]:
         with _convert_archive_errors(self.path), zipfile.ZipFile(self.path) as archive:
             members = archive.infolist()
-        for found in members:
-            name = normalize_image_name(found.filename)
-            if name and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
+        for path, found in zip(_get_zip_names(members), members, strict=True):
+            name = normalize_file_name(path)
+            if name and not path.endswith("/") and stat.S_IFMT(found.external_attr >> 16) in (0, stat.S_IFREG):
                 method = _ENCRYPTED if found.flag_bits & 1 else found.compress_type
                 place = found.header_offset, found.compress_size, found.file_size
                 yield name, _make_member(*place, method, found.CRC)
@@ -180,6 +196,10 @@ def open_container(path: str) -> Container:
         if head.startswith(magic):
             what = f"{path} is compressed with {name}, so the images in it cannot be read in place."
             raise DataError(what, "Decompress it and give the plain .tar; compression does not make JPEG smaller.")
+    for magic, name in _OTHER_MAGIC.items():
+        if head.startswith(magic):
+            what = f"{path} is {name}, no zip or tar archive."
+            raise DataError(what, "Give the folder of the images, a .zip or an uncompressed .tar.")
     is_tar = head[257:262] == b"ustar" or path.lower().endswith(".tar")
     return (Tar if is_tar else Zip)(path, (found.st_size, found.st_mtime_ns))
 
@@ -237,12 +257,17 @@ def _check_size(member: Member) -> None:
         raise BadImageError(f"claims {claimed} bytes, more than the {MAX_FILE_BYTES} allowed")
 
 
-def _inflate(data: bytes, size: int) -> bytes:
+def describe_method(method: int) -> str:
+    """Say in words how a zip's member is packed."""
+    return "encrypted" if method == _ENCRYPTED else f"packed with {_METHOD_NAMES.get(method, f'method {method}')}"
+
+
+def _decompress(data: bytes, size: int, method: int) -> bytes:
     """Decompress ``data`` to ``size`` bytes, at most one more. Raises BadImageError if they are not so many."""
-    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    stream = zlib.decompressobj(-zlib.MAX_WBITS) if method == _DEFLATED else bz2.BZ2Decompressor()
     try:
         unpacked = stream.decompress(data, size + 1)
-    except zlib.error as error:
+    except (zlib.error, OSError) as error:
         raise BadImageError(f"cannot be unpacked: {error}") from error
     if len(unpacked) != size or not stream.eof:
         raise BadImageError(f"does not unpack to the {size} bytes it claims")
@@ -288,21 +313,39 @@ class FileReader:
     def _archive_openers(self) -> dict[str, Callable[[], IO[bytes] | None]]:
         if isinstance(self._container, Tar):
             tar = tarfile.TarFile(self._path)
-            members = {posixpath.normpath(member.name): member for member in tar.getmembers()}
-            return {name: partial(tar.extractfile, member) for name, member in members.items() if member.isreg()}
+            files = [member for member in tar.getmembers() if member.isreg()]
+            names = map(posixpath.normpath, _replace_backslashes([member.name for member in files]))
+            return {name: partial(tar.extractfile, member) for name, member in zip(names, files, strict=True)}
         archive = zipfile.ZipFile(self._path)
-        return {name: partial(archive.open, name) for name in archive.namelist()}
+        members = archive.infolist()
+        return {
+            name: partial(archive.open, member) for name, member in zip(_get_zip_names(members), members, strict=True)
+        }
 
 
-def normalize_image_name(name: str) -> str | None:
-    """Return the normalised relative name of an image in an archive or folder; None for what is not used.
+def _get_zip_names(members: Sequence[zipfile.ZipInfo]) -> list[str]:
+    """Return the members' names with ``/``, whatever the program that wrote them separates folders by."""
+    names = _replace_backslashes([member.filename for member in members])
+    return [
+        name.replace("\\", "/") if "/" not in name and member.create_system in _MADE_ON_WINDOWS else name
+        for name, member in zip(names, members, strict=True)
+    ]
 
-    Names that lead out of their root (absolute, drive letter, ``..``), hidden files, and other kinds of files
-    are not used.
+
+def _replace_backslashes(names: Sequence[str]) -> Sequence[str]:
+    """Return ``names`` with ``/`` for ``\\`` if not one has a ``/``: some programs on Windows separate folders so."""
+    return names if any("/" in name for name in names) else [name.replace("\\", "/") for name in names]
+
+
+def normalize_file_name(name: str) -> str | None:
+    """Return the normalised relative name of a file in an archive or folder; None for what is not used.
+
+    Names that lead out of their root (absolute, drive letter, ``..``), hidden files, and files in SYSTEM_FOLDERS are
+    not used.
     """
-    if not name.lower().endswith(IMAGE_EXTENSIONS) or name.startswith("/") or name[1:3] in (":/", ":\\"):
+    if name.startswith("/") or name[1:3] in (":/", ":\\"):
         return None
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):  # ".." among them
+    if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):  # ".." among them
         return None
     return "/".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -177,6 +178,11 @@ class ConcatDataset(ImageDataset):
             raise IndexError(index)
         place = int(np.searchsorted(self._ends, index, side="right"))
         return place, index - int(self._ends[place - 1] if place else 0)
+
+
+def normalize_unicode(name: str) -> str:
+    """Return ``name`` with composed letters: macOS writes é as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 class PackedNames:

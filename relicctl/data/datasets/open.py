@@ -4,56 +4,94 @@ photos/                         a folder tree; a .zip or a plain .tar
 shards/{000..012}.tar           several of them as one: a range or a comma list in braces
 photos.zip#train                only what lies in a folder of it
 torchvision:DTD[:ROOT][#SPLIT]  a data set of torchvision by its class's name
-shapes[:key=value,...]          the embedded demo data
+shapes[:key=value,...]          the embedded demo data; ./shapes is a folder of that name
 """
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import itertools
 import math
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from relicctl.config.base import DecodingConfig
-from relicctl.data.datasets.archives import Container, Folder, Member, convert_os_errors, open_container, split_spec
-from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames
-from relicctl.data.decoding import IMAGE_EXTENSIONS, Decoder
+from relicctl.data.datasets.archives import (
+    READABLE_METHODS,
+    Container,
+    Folder,
+    Member,
+    convert_os_errors,
+    describe_method,
+    normalize_file_name,
+    open_container,
+    split_spec,
+)
+from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames, normalize_unicode
+from relicctl.data.datasets.splits import SPLIT_FOLDERS, find_mixed_splits, get_split, spell_split
+from relicctl.data.decoding import HEIF_EXTENSIONS, IMAGE_EXTENSIONS, Decoder
 from relicctl.errors import DataError
 
 MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
+# Pictures and archives, which somebody may take for images that are used; other kinds of files are no surprise.
+_ARCHIVE_EXTENSIONS = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+_UNREAD_EXTENSIONS = _ARCHIVE_EXTENSIONS | {
+    *HEIF_EXTENSIONS, ".avif", ".jxl", ".psd", ".tga", ".pcx", ".svg", ".eps", ".ico", ".dds", ".exr", ".hdr", ".xcf",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".dcm", ".pfm", ".dib", ".qoi", ".sgi",
+}  # fmt: skip
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def infer_classes(names: Sequence[str], spec: str) -> tuple[tuple[str, ...], np.ndarray | None]:
+def infer_classes(
+    names: Sequence[str], spec: str, warn: Callable[[str], None]
+) -> tuple[tuple[str, ...], np.ndarray | None]:
     """Return the sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
 
     The class is the first folder level. Folders that enclose everything are removed first: ``photos/cat/1.jpg``
     and ``photos/dog/2.jpg`` are a cat and a dog, and a single folder of images is no class. As soon as one
-    image lies beside the class folders, the data count as unlabelled.
-    Raises DataError if the folders are splits such as train and test: together they would leak.
+    image lies beside the class folders, the data count as unlabelled. Names that differ only in how Unicode composes
+    a letter are one class.
+    Raises DataError if two of the folders are splits such as train and test: together they would leak.
     """
-    enclosing = posixpath.commonpath({name.rpartition("/")[0] for name in names})
+    parents = {name.rpartition("/")[0] for name in names}
+    enclosing = posixpath.commonpath(parents)
     start = len(enclosing) + 1 if enclosing else 0
     folders = [name[start : name.find("/", start)] if "/" in name[start:] else "" for name in names]
-    classes = sorted(set(folders))
-    if classes[0] == "":
+    for parent, splits in find_mixed_splits(parents).items():
+        if parent == enclosing:
+            raise _make_splits_error(spec, enclosing, splits, set(folders))
+        warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
+        break  # one says it all
+    present = sorted(set(folders))
+    if present[0] == "":
+        if len(present) > 2:
+            stray = summarize_names([name for name, folder in zip(names, folders, strict=True) if not folder])
+            warn(f"{spec} counts as unlabelled, as not all images are in class folders: {stray} lies beside them")
         return (), None
-    if SPLIT_NAMES.issuperset(map(str.lower, classes)):
-        first = min(classes, key=lambda name: not name.lower().startswith("train"))
-        inner = f"{enclosing}/{first}" if enclosing else first
-        what = f"The folders of {spec} are splits, not classes: {', '.join(classes)}."
-        raise DataError(what, f"Name one of them, for example {spec}#{inner}.")
-    number = {name: label for label, name in enumerate(classes)}
-    return tuple(classes), np.array([number[folder] for folder in folders], dtype=np.int64)
+    classes: dict[str, str] = {}
+    for folder in present:
+        classes.setdefault(normalize_unicode(folder), folder)
+    label = {name: number for number, name in enumerate(classes)}
+    number = {folder: label[normalize_unicode(folder)] for folder in present}
+    return tuple(classes.values()), np.array([number[folder] for folder in folders], dtype=np.int64)
+
+
+def _make_splits_error(spec: str, folder: str, splits: list[str], beside: set[str]) -> DataError:
+    first = min(splits, key=lambda name: not name.lower().startswith("train"))
+    place = join_spec(spec, posixpath.join(folder, first))
+    what = f"The folders of {spec} are splits, not classes: {', '.join(splits)}."
+    unless = "; if they are classes, rename them" if beside.difference(splits) else ""
+    return DataError(what, f"Name one of them, for example {place}{unless}.")
 
 
 def expand_braces(text: str) -> list[str]:
@@ -87,6 +125,7 @@ def open_dataset(
     split: DatasetSplit = "train",
     download: bool = False,
     decoding: DecodingConfig = DecodingConfig(),  # noqa: B008 (immutable)
+    warn: Callable[[str], None] = lambda text: None,
 ) -> ImageDataset:
     """Open the data set that ``spec`` names; the module's docstring lists the forms of specs.
 
@@ -95,6 +134,7 @@ def open_dataset(
         split: Which part of torchvision's data sets and of the demo data; other specs name it themselves.
         download: Whether torchvision may download what is missing.
         decoding: How image files are read.
+        warn: Is called with a sentence about files that are not read, and whatever else one may not expect.
 
     Returns:
         The data set. Its images are not read yet.
@@ -102,38 +142,46 @@ def open_dataset(
     Raises:
         DataError: For anything that cannot be used, with what to do about it.
     """
-    dataset = _open_spec(spec, split, download)
+    dataset = _open_spec(spec, split, download, warn)
     dataset.decode = Decoder(**decoding.model_dump())
     return dataset
 
 
-def _open_spec(spec: str, split: DatasetSplit, download: bool) -> ImageDataset:
+def _open_spec(spec: str, split: DatasetSplit, download: bool, warn: Callable[[str], None]) -> ImageDataset:
     kind, _, _ = spec.partition(":")
     if kind == "shapes":
         from relicctl.data.datasets.shapes import ShapesDataset
 
+        if os.path.exists(spec):
+            warn(f"{spec} is the embedded demo data, and not what has this name here: that is ./{spec}")
         return ShapesDataset.from_spec(spec, split)
-    if kind == "torchvision":
+    if kind == "torchvision" and not os.path.exists(spec):
         from relicctl.data.datasets.torchvision import open_torchvision  # imports torch
 
         return open_torchvision(spec, split, download)
-    return _open_files(spec)
+    return _open_files(spec, warn)
 
 
-def _open_files(spec: str) -> FileDataset:
-    texts = [spec] if os.path.lexists(spec) else expand_braces(spec)
-    places = list(dict.fromkeys(map(split_spec, texts)))
+def _open_files(spec: str, warn: Callable[[str], None]) -> FileDataset:
+    places = list(dict.fromkeys(map(split_spec, _expand_spec(spec))))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
     images: dict[str, tuple[str, int, Member]] = {}  # by name; of two members with one name the later counts
+    others: Counter[str] = Counter()
     for number, (path, folder) in enumerate(places):
-        container, entries = _index_container(path, folder)
+        container, entries, extensions = _index_container(path, folder)
+        others += extensions
         containers.append((prefixes[number], container))
         images.update((prefixes[number] + name, (name, number, member)) for name, member in entries)
     names = sorted(images)  # the same order for the same files, however they are packed
     members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
     dataset = FileDataset(spec, containers, PackedNames(names), members)
-    dataset.classes, dataset.labels = infer_classes([images[name][0] for name in names], spec)
+    dataset.classes, dataset.labels = infer_classes([images[name][0] for name in names], spec, warn)
+    if unread := {extension: number for extension, number in others.items() if extension in _UNREAD_EXTENSIONS}:
+        kinds = ", ".join(f"{number} {extension}" for extension, number in sorted(unread.items()))
+        warn(f"{sum(unread.values())} files of {spec} are not read: {kinds}{_get_heif_hint(unread)}")
+    if dataset.labels is None and others[".cls"]:
+        warn(f"{spec} counts as unlabelled: the labels in its {others['.cls']} .cls files are not read")
     return dataset
 
 
@@ -146,8 +194,11 @@ def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:
     return [os.path.relpath(path, shared).replace(os.sep, "/") + "/" for path in full]
 
 
-def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]]]:
-    """List the images at ``path``, or those in its ``folder``, named from there. Raises DataError if there are none."""
+def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str, Member]], Counter[str]]:
+    """List the images at ``path``, or those in its ``folder``, named from there, and count the endings of other files.
+
+    Raises DataError if there are no images, or none that can be unpacked.
+    """
     if not os.path.exists(path):
         parent, name = os.path.split(path.rstrip("/"))
         siblings: list[str] = []
@@ -158,25 +209,69 @@ def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str,
         raise DataError(f"There is no folder or archive '{path}'.", fix)
     container = open_container(path)
     if folder and isinstance(container, Folder):
-        inner = os.path.join(path, folder)
-        if not os.path.isdir(inner):
-            with convert_os_errors(path), os.scandir(path) as listing:
-                folders = sorted(entry.name for entry in listing if os.path.isdir(entry.path))
-            raise _make_missing_folder_error(path, folder, folders)
-        container = Folder(inner)
-    entries = list(container.iter_images())
+        container = Folder(_find_inner_folder(path, folder))
+    files = list(container.iter_files())
     if folder and not isinstance(container, Folder):
-        start = folder + "/"
-        inside = [(name[len(start) :], member) for name, member in entries if name.startswith(start)]
-        if entries and not inside:
-            parents = {str(parent) for name, _ in entries for parent in PurePosixPath(name).parents}
-            raise _make_missing_folder_error(path, folder, sorted(parents - {"."}))
-        entries = inside
+        files = _select_inner_files(path, folder, files)
+    entries = [entry for entry in files if is_image_name(entry[0])]
+    others = Counter(posixpath.splitext(name)[1].lower() for name, _ in files if not is_image_name(name))
     if not entries:
-        empty = isinstance(container, Folder) and not os.listdir(container.path)
-        what = f"{path}{'#' * bool(folder)}{folder} {'is empty' if empty else 'holds no images'}."
-        raise DataError(what, f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}.")
-    return container, entries
+        place = f"{path}{'#' * bool(folder)}{folder}"
+        if isinstance(container, Folder) and not os.listdir(container.path):
+            raise DataError(f"{place} is empty.", "Check the path, or put images there.")
+        raise _make_no_images_error(path, place, others)
+    methods = {member.method for _, member in entries}
+    if methods.isdisjoint(READABLE_METHODS):
+        what = f"The images in {path} are {describe_method(min(methods))}, which cannot be read."
+        raise DataError(what, "Pack it again, without a password and without compression: zip -0 -r.")
+    return container, entries, others
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file is read as an image, by the ending of its name."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _find_inner_folder(path: str, folder: str) -> str:
+    """Return the path of ``folder`` in the folder ``path``, however its name is composed. Raises DataError."""
+    inner = path
+    for part in folder.split("/"):
+        if not os.path.isdir(os.path.join(inner, part)):
+            with convert_os_errors(path), os.scandir(inner) as listing:
+                folders = sorted(entry.name for entry in listing if os.path.isdir(entry.path))
+            same = [name for name in folders if normalize_unicode(name) == normalize_unicode(part)]
+            if len(same) != 1:
+                raise _make_missing_folder_error(path, folder, folders if inner == path else [])
+            part = same[0]
+        inner = os.path.join(inner, part)
+    return inner
+
+
+def _select_inner_files(path: str, folder: str, files: list[tuple[str, Member]]) -> list[tuple[str, Member]]:
+    """Return the files in ``folder`` of the archive ``path``, named from there. Raises DataError."""
+    parents = {str(parent) for name, _ in files if is_image_name(name) for parent in PurePosixPath(name).parents}
+    same = [name for name in parents if normalize_unicode(name) == normalize_unicode(folder)]
+    start = f"{same[0] if folder not in parents and len(same) == 1 else folder}/"
+    inside = [(name[len(start) :], member) for name, member in files if name.startswith(start)]
+    if parents and not inside:
+        raise _make_missing_folder_error(path, folder, sorted(parents - {"."}))
+    return inside
+
+
+def _make_no_images_error(path: str, place: str, others: Counter[str]) -> DataError:
+    kinds = ", ".join(f"{extension} ({number})" for extension, number in others.most_common(3) if extension)
+    what = f"{place} holds no images{f', but files that end in {kinds}' * bool(kinds)}."
+    fix = f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}."
+    if others.keys() & HEIF_EXTENSIONS:
+        fix = "Install what reads HEIC: pip install 'relicctl[heif]'."
+    elif archives := sorted(others.keys() & {".tar", ".zip"}):
+        start, folder = ("Give", path) if os.path.isdir(path) else (f"Unpack {path}, and give", "FOLDER")
+        fix = f"{start} the archives in it, several as {os.path.join(folder, '{a,b}')}{archives[0]}."
+    return DataError(what, fix)
+
+
+def _get_heif_hint(extensions: Iterable[str]) -> str:
+    return "; pip install 'relicctl[heif]' to read HEIC" if HEIF_EXTENSIONS & set(extensions) else ""
 
 
 def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:
@@ -185,14 +280,66 @@ def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> Da
     return DataError(f"{path} has no folder {folder}.", fix)
 
 
+def find_data_folders(spec: str) -> list[str]:
+    """Return the paths of the folders that ``spec`` names; none for archives, the demo data and torchvision's."""
+    splits = itertools.chain(*map(spell_split, itertools.chain(*SPLIT_FOLDERS.values()))) if "{split}" in spec else [""]
+    texts = itertools.chain(*(_expand_spec(spec.replace("{split}", split)) for split in splits))
+    places = map(split_spec, texts)
+    return [os.path.join(path, folder) if folder else path for path, folder in places if os.path.isdir(path)]
+
+
+def _expand_spec(spec: str) -> list[str]:
+    """Expand the braces of ``spec``, unless a file has them in its name."""
+    return [spec] if os.path.lexists(spec) else expand_braces(spec)
+
+
+def list_folders(spec: str) -> list[str]:
+    """Return the folders at the top of the folder or archive ``spec``, as paths in it; none if it cannot be opened.
+
+    Where a single folder encloses everything and is no split by its name, they are those in it.
+    """
+    path, folder = split_spec(_expand_spec(spec)[0])
+    try:
+        if os.path.isdir(path):
+            list_level = partial(_list_subfolders, _find_inner_folder(path, folder) if folder else path)
+        else:
+            parents = {name.rpartition("/")[0] for name, _ in _index_container(path, folder)[1]}
+            list_level = partial(_list_children, parents)
+    except DataError:
+        return []
+    inner, names = "", list_level("")
+    while len(names) == 1 and get_split(names[0]) is None:
+        inner = posixpath.join(inner, names[0])
+        names = list_level(inner)
+    return [posixpath.join(inner, name) for name in names]
+
+
+def _list_subfolders(path: str, inner: str) -> list[str]:
+    names: list[str] = []
+    with suppress(OSError), os.scandir(os.path.join(path, inner)) as listing:
+        names = [entry.name for entry in listing if entry.is_dir() and normalize_file_name(entry.name)]
+    return sorted(names)
+
+
+def _list_children(folders: set[str], inner: str) -> list[str]:
+    start = f"{inner}/" if inner else ""
+    return sorted({folder[len(start) :].split("/")[0] for folder in folders if folder.startswith(start)} - {""})
+
+
 def join_spec(spec: str, folder: str) -> str:
     """Return the spec of ``folder`` within the data that ``spec`` names."""
     return f"{spec}{'/' if '#' in spec else '#'}{folder}" if folder else spec
 
 
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Decode UTF-8, or what the byte order mark at the beginning says. Raises UnicodeDecodeError."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+
+
 def parse_first_words(content: bytes) -> list[str]:
     """Return the first word of every line that has one."""
-    return [line.split()[0] for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
+    return [line.split()[0] for line in decode_text(content, "replace").splitlines() if line.strip()]
 
 
 def summarize_names(names: list[str]) -> str:

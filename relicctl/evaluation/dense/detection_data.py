@@ -20,12 +20,12 @@ from relicctl.data.datasets.archives import FileReader
 from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.datasets.splits import SPLIT_FOLDERS
 from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
 from relicctl.data.decoding import BadImageError
 from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError
 from relicctl.evaluation.dense.data import DenseDataset, read_image_size
-from relicctl.evaluation.labelled_data import SPLIT_FOLDERS
 
 MIN_BOX_SIDE = 0.01  # pixels; smaller boxes vanish when images are resized
 ANNOTATION_FILES = (

@@ -24,15 +24,15 @@ from relicctl.data.datasets.archives import FileReader
 from relicctl.data.datasets.base import DatasetSplit, ImageDataset
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.datasets.splits import SPLIT_FOLDERS
 from relicctl.data.datasets.voc import VOC_CLASSES
 from relicctl.data.decoding import IMAGE_FORMATS, MAX_PIXELS, decode_image, read_values
 from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError
 from relicctl.evaluation.dense.data import DenseDataset, read_image_size
-from relicctl.evaluation.labelled_data import SPLIT_FOLDERS
 
 IGNORE_INDEX = 255
-LOSSLESS_FORMATS = tuple(name for name in IMAGE_FORMATS if name not in ("JPEG", "WEBP"))
+LOSSLESS_FORMATS = tuple(name for name in IMAGE_FORMATS if name not in ("JPEG", "WEBP", "JPEG2000", "AVIF", "HEIF"))
 MAX_MASK_VALUE = 65535  # of 16 bits
 MIN_SHADES = 32  # values between 0 and 255 that are more likely a blurred edge than classes
 SEGMENTATION_LAYOUTS = (

@@ -44,13 +44,13 @@ def write_tar(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMA
 
 def contents(path: Path) -> dict[str, bytes]:
     container = open_container(str(path))
-    return {name: container.read(os.fsencode(name), member) for name, member in list(container.iter_images())}
+    return {name: container.read(os.fsencode(name), member) for name, member in list(container.iter_files())}
 
 
 def refusal(path: Path) -> str:
     """The one member's reason why it cannot be read."""
     container = open_container(str(path))
-    [(name, member)] = container.iter_images()
+    [(name, member)] = container.iter_files()
     with pytest.raises(BadImageError) as bad:
         container.read(os.fsencode(name), member)
     return bad.value.reason
@@ -59,7 +59,7 @@ def refusal(path: Path) -> str:
 # ---------------------------------------------------------------- what is packed comes out
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_zip_members_are_read_in_place(tmp_path, method):
     assert contents(write_zip(tmp_path / "a.zip", FILES, method)) == FILES
 
@@ -117,7 +117,7 @@ def test_threads_share_more_archives_than_may_be_open(tmp_path):
 def test_a_replaced_archive_is_noticed(tmp_path):
     path = write_zip(tmp_path / "a.zip", FILES)
     container = open_container(str(path))
-    name, member = next(iter(container.iter_images()))
+    name, member = next(iter(container.iter_files()))
     write_zip(path, {"other.jpg": b"longer than before" * 100})
     with pytest.raises(DataError, match="has changed"):
         container.read(os.fsencode(name), member)
@@ -132,14 +132,14 @@ def _png(number: int) -> bytes:
 # ---------------------------------------------------------------- names that lead astray
 
 ESCAPES = ["../up.jpg", "/etc/passwd.jpg", "a/../../up.jpg", "C:/x.jpg", "..", "."]
-UNWANTED = [".hidden.jpg", "a/._fork.jpg", ".git/x.jpg", "__MACOSX/x.jpg", "read.me", "jpg"]
+UNWANTED = [".hidden.jpg", "a/._fork.jpg", ".git/x.jpg", "__MACOSX/x.jpg", "a/@eaDir/x.jpg/thumb.jpg", "#recycle/x.jpg"]
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 def test_only_safe_names_are_listed(tmp_path, write):
     path = write(tmp_path / "a", dict.fromkeys([*ESCAPES, *UNWANTED], b"evil") | {"./b//ok.JPG": b"good"})
     container = open_container(str(path))
-    [(name, member)] = container.iter_images()
+    [(name, member)] = container.iter_files()
     assert name == "b/ok.JPG"
     assert container.read(os.fsencode(name), member) == b"good"
 
@@ -168,7 +168,7 @@ def test_folders_follow_links_but_not_in_circles(tmp_path):
     (tmp_path / "root/gone.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "root/pipe.jpg")
     container = open_container(str(tmp_path / "root"))
-    found = dict(container.iter_images())
+    found = dict(container.iter_files())
     assert "cats/inner/x.jpg" in found
     assert len(found) <= 6
     assert container.read(b"cats/inner/x.jpg", found["cats/inner/x.jpg"]) == b"x"
@@ -218,8 +218,8 @@ def test_a_member_without_its_header_is_refused(tmp_path):
 
 
 def test_other_packings_and_passwords_are_named(tmp_path):
-    path = write_zip(tmp_path / "a.zip", {"x.jpg": b"data" * 99}, zipfile.ZIP_BZIP2)
-    assert refusal(path) == "packed with method 12"
+    path = write_zip(tmp_path / "a.zip", {"x.jpg": b"data" * 99}, zipfile.ZIP_LZMA)
+    assert refusal(path) == "packed with LZMA"
     path = write_zip(tmp_path / "b.zip", {"x.jpg": b"data"})
     central = bytearray(path.read_bytes())
     central[central.index(b"PK\1\2") + 8] |= 1
@@ -247,7 +247,7 @@ def test_a_damaged_header_does_not_hide_the_rest_of_a_tar(tmp_path):
 def test_what_is_no_archive_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as error:
-        list(open_container(str(tmp_path / name)).iter_images())
+        list(open_container(str(tmp_path / name)).iter_files())
     assert "no zip or tar archive" in error.value.what
 
 
@@ -277,7 +277,7 @@ def test_damage_raises_nothing_but_our_errors(tmp_path, write, data):
     path.write_bytes(damaged)
     try:
         container = open_container(str(path))
-        entries = list(container.iter_images())
+        entries = list(container.iter_files())
     except DataError:
         return
     for name, member in entries:
