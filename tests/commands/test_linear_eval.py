@@ -267,7 +267,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, phot
         (["--data", "train", "--val", "flat"], 3, "no labels"),
         (["--data", "train", "--val", "few"], 3, "different classes"),
         (["--data", "train", "--val", "other"], 3, "only there 'd'"),
-        (["--data", "train"], 2, "--val"),
+        (["--data", "train", "--set", "eval.val_fraction=0"], 2, "--val"),
         (["--data", "train", "--val", "val", "--test", "flat"], 2, "NAME=DATA"),
         (["--data", "train", "--val", "val", "--test", "x=nowhere"], 3, "nowhere"),
         (["--out", "train"], 2, "not empty"),
