@@ -25,25 +25,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-DATA = "shapes:train=640,val=160"
+DATA = "shapes:train=320,val=80"
 CPU = ["--set", "runtime.device=cpu", "--set", "runtime.threads=1", "--workers", "1"]
 TIMES = {"seconds", "minutes", "images_per_s", "data_wait", "eta_s", "run"}
 
 
 def list_commands(place: Path) -> dict[str, list[str]]:
     """Return each command's arguments; the evaluations are of a short run in ``place``, trained here."""
-    sets = ["optim.epochs=20", "eval.every_epochs=2", "checkpoint.every_steps=10", f"data.val={DATA}"]
+    sets = ["optim.epochs=8", "eval.every_epochs=2", "checkpoint.every_steps=10", f"data.val={DATA}"]
     pretrain = ["pretrain", "--preset", "demo", "--data", DATA, *CPU, *(x for key in sets for x in ("--set", key))]
     encoder = place / "encoder"
     call([*pretrain, "--set", "optim.max_steps=20", "--out", str(encoder)]).check_returncode()
-    masks = ["optim.epochs=4", "data.max_train_images=200", "data.max_eval_images=80"]
+    masks = ["optim.epochs=1", "data.max_train_images=64", "data.max_eval_images=16"]
     return {
         "pretrain": pretrain,
         "train-bgmask": [
             "train-bgmask", "--preset", "demo-bgmask", "--data", DATA, "--eval-data", DATA, *CPU,
             *(x for key in masks for x in ("--set", key)),
         ],
-        "linear-eval": ["linear-eval", str(encoder), "--preset", "linear-imagenet", *CPU, "--set", "optim.epochs=6"],
+        "linear-eval": ["linear-eval", str(encoder), "--preset", "linear-imagenet", *CPU, "--set", "optim.epochs=4", "--set", "optim.batch_size=64"],
         "transfer": [
             "transfer", str(encoder), "--baseline", "random", "--data", f"shapes={DATA}", "--protocol", "logistic",
             "--protocol", "knn", "--labels", "all", "--labels", "0.1", *CPU,

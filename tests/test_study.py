@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from relicctl.config.resolve import resolve_config
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study.py"
 STUDY = """
 preset: demo
@@ -113,6 +115,13 @@ def test_finished_runs_are_left_alone_and_interrupted_ones_resumed(
 
     changed = study.Run("preset", 0, first.folder, [*first.arguments, "--set", "loss.alpha=2"])
     assert "other arguments" in changed.train(linear_eval=False)
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("studies/*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_it_have_valid_settings(study: ModuleType, path: Path) -> None:
+    read = study.read_study(path)
+    for settings in read.variants.values():
+        resolve_config(read.preset, sets=[f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
 @pytest.mark.slow
