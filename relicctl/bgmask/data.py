@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from relicctl.config.base import DecodingConfig
+from relicctl.config.base import DecodingConfig, list_specs
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
@@ -26,6 +26,7 @@ from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.datasets.archives import split_spec
 from relicctl.data.datasets.base import ConcatDataset, ImageDataset
+from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.decoding import BadImageError, convert_to_rgb, decode_image, read_values
@@ -77,12 +78,12 @@ def _open_datasets(config: BgmaskConfig, download: bool, console: Console) -> Bg
         train = train.select(rows)
     masks_for = sources[0]
     if config.data.mask_data is not None:
-        masks_for = open_dataset(
-            config.data.mask_data, split="train", download=download, decoding=decoding, warn=console.warn
+        masks_for = open_joined_dataset(
+            list_specs(config.data.mask_data), split="train", download=download, decoding=decoding, warn=console.warn
         )
     truth = None
     if config.data.eval is not None:
-        for spec in filter(None, (*specs, config.data.mask_data)):
+        for spec in (*specs, *list_specs(config.data.mask_data)):
             check_no_leak(config.data.eval, spec)
         truth = open_ground_truth(
             config.data.eval, config.data.max_eval_images, config.seed, console, download=download, decoding=decoding

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from relicctl.bgmask.data import open_bgmask_data
+from relicctl.bgmask.data import BgmaskData, open_bgmask_data
 from relicctl.bgmask.network import SaliencyNet, init_saliency_net
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.bgmask.self_training import count_total_steps, list_stages
+from relicctl.config.base import list_specs
 from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
 from relicctl.core.hardware import count_elements, format_bytes, get_free_memory, pick_precision
+from relicctl.data.datasets.open import check_data_exists
 from relicctl.data.mask_bank import MASK_SIDE
 from relicctl.runs.distributed import Session, resolve_device
 from relicctl.runs.estimate import (
@@ -38,27 +40,37 @@ def format_bgmask_dry_run(resolved: ResolvedConfig, options: TrainingOptions) ->
 
 
 def estimate_bgmask(config: BgmaskConfig, download: bool, console: Console) -> dict[str, Any]:
-    """Return images, stages, steps and bytes of a run as plain data."""
-    device, data = resolve_device(config.runtime.device), open_bgmask_data(config, download, console=console)
-    precision, images = pick_precision(config.runtime.precision, device), len(data.train)
-    net, processes = init_saliency_net(config), int(os.environ.get("WORLD_SIZE", "1"))
-    trainings = [f"{stage.name} ({stage.epochs} epochs)" for stage in list_stages(config, images)]
+    """Return images, stages, steps and bytes of a run as plain data, None for what only the data could say."""
+    device, data = resolve_device(config.runtime.device), _open_images(config, download, console)
+    precision, net = pick_precision(config.runtime.precision, device), init_saliency_net(config, warn=console.warn)
+    images, masks = (len(data.train), len(data.masks_for)) if data is not None else (None, None)
+    trainings = [f"{stage.name} ({stage.epochs} epochs)" for stage in list_stages(config, images or 0)]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "parameters": count_elements(net.parameters()),
         "images": images,
-        "masks": len(data.masks_for),
-        "eval_images": len(data.truth.images) if data.truth is not None else 0,
+        "masks": masks,
+        "eval_images": len(data.truth.images) if data is not None and data.truth is not None else 0,
         "stages": [f"priors ({', '.join(PRIOR_NAMES)})", *trainings, "masks"],
-        "total_steps": count_total_steps(config, images),
+        "total_steps": count_total_steps(config, images) if images is not None else None,
         "device": device.type,
         "precision": precision,
-        "memory": estimate_memory(config, net, images, precision, processes),
+        "memory": estimate_memory(config, net, images or 0, precision, processes),
         "free_memory": get_free_memory(device),
         "disk": {
-            "priors": images * len(PRIOR_NAMES) * config.labels.size**2,
-            "masks": len(data.masks_for) * (MASK_SIDE**2 // 8 + 22),
+            "priors": (images or 0) * len(PRIOR_NAMES) * config.labels.size**2,
+            "masks": (masks or 0) * (MASK_SIDE**2 // 8 + 22),
         },
     }
+
+
+def _open_images(config: BgmaskConfig, download: bool, console: Console) -> BgmaskData | None:
+    """Open the images; None where none to train on are given. Raises DataError for a path that is not there."""
+    if config.data.train:
+        return open_bgmask_data(config, download, console=console)
+    for spec in (*list_specs(config.data.mask_data), *list_specs(config.data.eval)):
+        check_data_exists(spec)
+    return None
 
 
 def check_training_memory(
@@ -90,14 +102,22 @@ def estimate_memory(
 
 def _describe_estimate(estimate: dict[str, Any]) -> dict[str, str]:
     """Return the estimate in words, line by line."""
+    images, steps = "unknown: no --data is given", "unknown"
+    if estimate["images"] is not None:
+        images = (
+            f"{estimate['images']:,} to train on, {estimate['masks']:,} to make masks for, "
+            f"{estimate['eval_images']:,} with true masks to measure on"
+        )
+        steps = f"{estimate['total_steps']:,} in all"
     return {
         "network": f"{estimate['parameters']:,} parameters",
-        "images": f"{estimate['images']:,} to train on, {estimate['masks']:,} to make masks for, "
-        f"{estimate['eval_images']:,} with true masks to measure on",
+        "images": images,
         "stages": ", ".join(estimate["stages"]),
-        "steps": f"{estimate['total_steps']:,} in all",
+        "steps": steps,
         "memory": f"about {format_byte_sum(estimate['memory'])} per process in {estimate['precision']}, if every "
         f"convolution and norm stores its output; {format_bytes(estimate['free_memory'])} free on "
         f"{estimate['device']}",
-        "disk": f"about {format_byte_sum(estimate['disk'])}, and the checkpoints",
+        "disk": f"about {format_byte_sum(estimate['disk'])}, and the checkpoints"
+        if estimate["images"] is not None
+        else "unknown",
     }

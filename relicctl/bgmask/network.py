@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.config.bgmask import BgmaskConfig, MaskNetworkConfig
 from relicctl.core.atomic_io import write_atomically
 from relicctl.core.counter_rng import Stream, derive_seed, fork_seeded_rng
+from relicctl.core.tensor_file import save_tensors
 from relicctl.encoders.file import load_encoder
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ResNet, build_encoder
@@ -49,21 +50,24 @@ class SaliencyNet(nn.Module):
         return list(self.body(x))
 
 
-def init_saliency_net(config: BgmaskConfig, stage: int = 0) -> SaliencyNet:
+def init_saliency_net(
+    config: BgmaskConfig, stage: int = 0, warn: Callable[[str], None] = lambda text: None
+) -> SaliencyNet:
     """Return the network of a ``stage``, initialised from the seed and the weights ``model.init_encoder`` alone.
 
+    ``warn`` gets a sentence where these lie under a prefix in their file.
     Raises UsageError when these cannot be read, or were trained with labels.
     """
     model = config.model
     with fork_seeded_rng(derive_seed(config.seed, Stream.INIT, stage)):
-        encoder = _init_encoder(model) if model.arch == "resnet" else None
+        encoder = _init_encoder(model, warn) if model.arch == "resnet" else None
         return SaliencyNet(model.arch, model.size, encoder, len(PRIOR_NAMES) if model.prior_channels else 0)
 
 
-def _init_encoder(model: MaskNetworkConfig) -> ResNet:
+def _init_encoder(model: MaskNetworkConfig, warn: Callable[[str], None]) -> ResNet:
     if model.init_encoder is None:
         return build_encoder("resnet18")
-    encoder = load_encoder(model.init_encoder)
+    encoder = load_encoder(model.init_encoder, warn=warn)
     if vars(encoder)["metadata"].get("objective") == "supervised":
         what = f"{model.init_encoder} was trained with labels, and masks must not depend on any."
         raise UsageError(what, "Give --init-from a run of another objective.")
@@ -73,7 +77,7 @@ def _init_encoder(model: MaskNetworkConfig) -> ResNet:
 def save_saliency_net(path: Path, net: SaliencyNet) -> None:
     """Write the network to ``path``, wholly or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.body.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=net.metadata))
+    write_atomically(path, lambda temporary: save_tensors(temporary, tensors, net.metadata))
 
 
 def load_saliency_net(path_or_run: str | Path) -> SaliencyNet:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from relicctl.cli import options as opt
-from relicctl.cli.options import option, print_result, resolve_options
+from relicctl.cli.options import join_data, option, print_result, resolve_options
 
 EXAMPLES = """\b
 Examples:
@@ -20,7 +20,9 @@ def bench(
     preset: Annotated[opt.Text, option("NAME", "Preset to benchmark.")] = None,
     config: opt.ConfigFile = None,
     sets: opt.Sets = None,
-    data: Annotated[opt.Text, option("DATA", "Images (default: the preset's, else generated JPEGs).", "--data")] = None,
+    data: Annotated[
+        opt.Texts, option("DATA", "Images (default: the preset's, else generated JPEGs); repeatable.", "--data")
+    ] = None,
     batch: Annotated[
         int | None, option("N", "Batch size (default: the largest that fits and finishes in minutes).")
     ] = None,
@@ -36,7 +38,7 @@ def bench(
     from relicctl.commands import bench as command
     from relicctl.config.pretrain import PretrainConfig
 
-    options = {"data": data, "device": device, "workers": workers}
+    options = {"data": join_data(data), "device": device, "workers": workers}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
     result = command.bench(resolved, batch=batch, repeats=repeats, quiet=quiet, download=download)
     print_result(result["bottleneck"], result if as_json else None)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from relicctl.cli import options as opt
-from relicctl.cli.options import option, print_result, resolve_options
+from relicctl.cli.options import join_data, option, print_result, resolve_options
 
 EXAMPLES = """\b
 Examples:
@@ -21,7 +21,7 @@ def doctor(
     config: opt.ConfigFile = None,
     sets: opt.Sets = None,
     data: Annotated[
-        opt.Text, option("DATA", "Images (default: generated JPEGs and the demo's shapes).", "--data")
+        opt.Texts, option("DATA", "Images (default: generated JPEGs and the demo's shapes); repeatable.", "--data")
     ] = None,
     download: opt.Download = False,
     device: opt.Device = None,
@@ -36,7 +36,7 @@ def doctor(
 
     options = {"device": device, "workers": workers}
     resolved = resolve_options(preset, config, sets, options, PretrainConfig)
-    result = command.doctor(resolved, data, quiet=quiet, download=download)
+    result = command.doctor(resolved, join_data(data), quiet=quiet, download=download)
     print_result(" ".join(result["failed"]) or "ok", result if as_json else None)
     if result["failed"]:
         raise typer.Exit(1)

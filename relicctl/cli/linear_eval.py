@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relicctl.cli import options as opt
-from relicctl.cli.options import option, print_result, print_run, resolve_options, set_option
+from relicctl.cli.options import join_data, option, print_result, print_run, resolve_options, set_option
 
 EXAMPLES = """\b
 Examples:
@@ -30,8 +30,10 @@ def linear_eval(
             "More than one with --analysis.",
         ),
     ] = None,
-    data: Annotated[opt.Text, option("DATA", "Labelled training images (default: the run's).", "--data")] = None,
-    val: Annotated[opt.Text, option("DATA", "Labelled images to test on.")] = None,
+    data: Annotated[
+        opt.Texts, option("DATA", "Labelled training images (default: the run's); repeatable.", "--data")
+    ] = None,
+    val: Annotated[opt.Texts, option("DATA", "Labelled images to test on; repeatable.")] = None,
     tests: Annotated[
         opt.Texts, option("NAME=DATA", "Additional test set, with classes matched by name; repeatable.", "--test")
     ] = None,
@@ -61,12 +63,12 @@ def linear_eval(
     from relicctl.config.linear_eval import LinearEvalConfig
     from relicctl.runs.resume import LinearOptions
 
-    options = {"data": data, "val": val, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve_options(preset, config, sets, options, LinearEvalConfig)
+    options = {"data": join_data(data), "val": join_data(val), "device": device, "workers": workers, "seed": seed}
     linear_options = LinearOptions(
         sources=tuple(sources or ()), network=network, tests=tuple(tests or ()), analysis=analysis,
         out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
+    resolved = resolve_options(preset, config, sets, options, LinearEvalConfig, linear_options)
     if dry_run:
         print_result(command.format_linear_dry_run(resolved, linear_options))
         return

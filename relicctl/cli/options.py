@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relicctl.console import Console
-from relicctl.errors import raise_interrupted
+from relicctl.errors import UsageError, raise_interrupted
 
 if TYPE_CHECKING:
     from relicctl.config.base import CommandConfig
     from relicctl.config.resolve import ResolvedConfig
+    from relicctl.runs.resume import RunOptions
 
 
 def option(metavar: str, help: str, *names: str) -> Any:
@@ -54,16 +55,38 @@ DryRunWithCost = Annotated[
 
 
 def resolve_options(
-    preset: Text, config_file: Path | None, sets: Texts, options: dict[str, Any], schema: type[CommandConfig]
+    preset: Text,
+    config_file: Path | None,
+    sets: Texts,
+    options: dict[str, Any],
+    schema: type[CommandConfig],
+    run: RunOptions | None = None,
 ) -> ResolvedConfig:
-    """``resolve_config``, with one warning that lists the keys given under their old names."""
-    from relicctl.config.resolve import resolve_config
+    """``resolve_config``, with one warning that lists the keys given under their old names.
 
-    resolved = resolve_config(preset, config_file, sets or (), options, schema=schema)
+    ``run``: what the command line says of the run; where it resumes one, that run's values are not the defaults'.
+    """
+    from relicctl.config.resolve import get_command, resolve_config
+    from relicctl.runs.resume import find_run_config
+
+    run_config = None if run is None else find_run_config(run, preset, get_command(schema))
+    resolved = resolve_config(preset, config_file, sets or (), options, schema=schema, run_config=run_config)
     if resolved.renamed and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{old} -> {new}" for old, new in resolved.renamed.items())
         Console().warn(f"config keys have new names: {names}")
     return resolved
+
+
+def join_data(values: Texts) -> tuple[str, ...] | None:
+    """Return the data sets of a repeatable option, None where it is not given."""
+    return tuple(values) if values else None
+
+
+def take_single(values: Texts, name: str) -> Text:
+    """Return the value of an option that names data and takes one: a second one would be ignored in silence."""
+    if values and len(values) > 1:
+        raise UsageError(f"--{name} is given {len(values)} times.", "Give it once.")
+    return values[0] if values else None
 
 
 def handle_early_interrupt() -> AbstractContextManager[None]:

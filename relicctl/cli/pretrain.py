@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from relicctl.cli import options as opt
-from relicctl.cli.options import handle_early_interrupt, option, print_result, print_run, resolve_options
+from relicctl.cli.options import (
+    handle_early_interrupt,
+    join_data,
+    option,
+    print_result,
+    print_run,
+    resolve_options,
+    take_single,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -22,12 +30,17 @@ def pretrain(
     config: opt.ConfigFile = None,
     sets: opt.Sets = None,
     data: Annotated[
-        opt.Text,
-        option("DATA", "Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder].", "--data"),
+        opt.Texts,
+        option(
+            "DATA",
+            "Training images: folder, .zip, .tar, torchvision:NAME or shapes [#subfolder]; repeatable, then all are "
+            "trained on together.",
+            "--data",
+        ),
     ] = None,
-    val: Annotated[opt.Text, option("DATA", "Labelled images to evaluate on.")] = None,
+    val: Annotated[opt.Texts, option("DATA", "Labelled images to evaluate on; repeatable.")] = None,
     bgmask: Annotated[
-        opt.Text,
+        opt.Texts,
         option("RUN|BANK|-", "Background masks of the training images: a run of train-bgmask, or its mask bank."),
     ] = None,
     out: opt.RunFolder = None,
@@ -53,11 +66,12 @@ def pretrain(
         from relicctl.config.pretrain import PretrainConfig
         from relicctl.runs.resume import TrainingOptions
 
-    options = {"data": data, "val": val, "bgmask": bgmask, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve_options(preset, config, sets, options, PretrainConfig)
+    images = {"data": join_data(data), "val": join_data(val), "bgmask": take_single(bgmask, "bgmask")}
+    options = {**images, "device": device, "workers": workers, "seed": seed}
     pretrain_options = TrainingOptions(
         out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
     )
+    resolved = resolve_options(preset, config, sets, options, PretrainConfig, pretrain_options)
     if dry_run:
         from relicctl.pretraining import estimate
 

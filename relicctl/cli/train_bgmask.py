@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from relicctl.cli import options as opt
-from relicctl.cli.options import handle_early_interrupt, option, print_result, print_run, resolve_options, set_option
+from relicctl.cli.options import (
+    handle_early_interrupt,
+    join_data,
+    option,
+    print_result,
+    print_run,
+    resolve_options,
+    set_option,
+    take_single,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -31,14 +40,16 @@ def train_bgmask(
         ),
     ] = None,
     eval_data: Annotated[
-        opt.Text,
+        opt.Texts,
         option(
             "DATA",
             "Images with true masks, to measure on and never to train: a folder or archive with images/ and "
             "masks/, or shapes.",
         ),
     ] = None,
-    masks_for: Annotated[opt.Text, option("DATA", "Images to generate masks for (default: the first --data).")] = None,
+    masks_for: Annotated[
+        opt.Texts, option("DATA", "Images to generate masks for (default: the first --data); repeatable.")
+    ] = None,
     init_from: Annotated[
         opt.Text, option("RUN|WEIGHTS", "Encoder that model.arch=resnet starts from: one trained without labels.")
     ] = None,
@@ -61,12 +72,16 @@ def train_bgmask(
         from relicctl.config.bgmask import BgmaskConfig
         from relicctl.runs.resume import TrainingOptions
 
-    images = {"data": tuple(data) if data else None, "eval-data": eval_data, "masks-for": masks_for}
+    images = {
+        "data": join_data(data),
+        "eval-data": take_single(eval_data, "eval-data"),
+        "masks-for": join_data(masks_for),
+    }
     options = {**images, "init-from": init_from, "device": device, "workers": workers, "seed": seed}
-    resolved = resolve_options(preset, config, sets, options, BgmaskConfig)
     bgmask_options = TrainingOptions(
         out=out, resume=resume, overwrite=overwrite, init_from=init_from, download=download, json=as_json, quiet=quiet
     )
+    resolved = resolve_options(preset, config, sets, options, BgmaskConfig, bgmask_options)
     with handle_early_interrupt():
         from relicctl.bgmask.dry_run import format_bgmask_dry_run
         from relicctl.commands import train_bgmask as command

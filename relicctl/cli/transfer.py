@@ -80,11 +80,11 @@ def transfer(
             raise UsageError(f"--{name} has no effect on --task {task}.", "Leave it out.")
     options: dict[str, Any] = {"device": device, "workers": workers, "seed": seed, **classification}
     options["data"] = parse_named_data(tuple(data or ())) or None
-    resolved = resolve_options(preset, config, sets, options, _get_schema(task))
     transfer_options = TransferOptions(
         sources=tuple(sources or ()), baselines=tuple(baselines or ()), network=network,
         out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
+    resolved = resolve_options(preset, config, sets, options, _get_schema(task), transfer_options)
     if dry_run:
         print_result(command.format_transfer_dry_run(resolved, transfer_options))
         return

@@ -14,7 +14,7 @@ from relicctl.core.distributed import World
 from relicctl.encoders.resolve import read_path_from_stdin
 from relicctl.errors import UsageError
 from relicctl.runs.folder import RunFolder, check_overwrite, find_free_name
-from relicctl.runs.resume import EvaluationOptions
+from relicctl.runs.resume import EvaluationOptions, find_folder_to_resume
 
 
 def resolve_job(job_class: Any, options: EvaluationOptions, world: World) -> tuple[Any, Path | None]:
@@ -28,16 +28,6 @@ def resolve_job(job_class: Any, options: EvaluationOptions, world: World) -> tup
     if options.out is not None:
         check_overwrite(options.out, overwrite=options.overwrite)
     return job, options.out
-
-
-def find_folder_to_resume(options: EvaluationOptions) -> Path | None:
-    """Return the folder of the results that are resumed, None if a new one is started. Raises UsageError."""
-    if options.resume is None:
-        return None
-    out = Path(options.resume) if options.resume else options.out
-    if out is None or not (out / "config.yaml").is_file():
-        raise UsageError(f"--resume names no folder of results{f': {out}' if out else ''}.", "Write --resume DIR.")
-    return out
 
 
 def choose_results_folder(out: Path | None, parent: Path, name: str, world: World) -> Path:

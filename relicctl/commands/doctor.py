@@ -12,6 +12,7 @@ from relicctl.benchmark.data_pipeline import GeneratedPhotos
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
 from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.doctor import environment, smoke_tests
 from relicctl.doctor.environment import CheckResult, run_check
@@ -20,7 +21,9 @@ from relicctl.runs.distributed import resolve_num_workers
 DEMO_DATA = "shapes:train=64"
 
 
-def doctor(resolved: ResolvedConfig, data: str | None, *, quiet: bool, download: bool = False) -> dict[str, Any]:
+def doctor(
+    resolved: ResolvedConfig, data: tuple[str, ...] | None, *, quiet: bool, download: bool = False
+) -> dict[str, Any]:
     """``checks``: name, state (ok, warn, fail), found and fix of each; ``failed`` and ``warned``: their names."""
     config, console = resolved.config, Console(quiet)
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
@@ -32,7 +35,7 @@ def doctor(resolved: ResolvedConfig, data: str | None, *, quiet: bool, download:
     def open_or_default(open_default: Callable[[], ImageDataset]) -> ImageDataset:
         if data is None:
             return open_default()
-        return open_dataset(data, split="train", download=download, decoding=config.data.decoding)
+        return open_joined_dataset(data, split="train", download=download, decoding=config.data.decoding)
 
     checks: dict[str, Callable[[], CheckResult]] = {
         "python": environment.check_python,

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from relicctl.commands import common
 from relicctl.config import yaml_io
-from relicctl.config.base import EncoderConfig
+from relicctl.config.base import EncoderConfig, list_specs
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.config.resolve import ResolvedConfig, dump_yaml, load_run_config, replace_defaults
 from relicctl.console import Console
@@ -23,7 +22,8 @@ from relicctl.core import atomic_io
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
-from relicctl.data.datasets.open import open_dataset
+from relicctl.core.tensor_file import save_tensors
+from relicctl.data.datasets.open import check_data_exists, open_dataset
 from relicctl.data.loader import resolve_cache
 from relicctl.encoders.resolve import BASELINES, BaselineSpec, ResolvedEncoder, open_encoder
 from relicctl.errors import DataError, UsageError
@@ -35,7 +35,7 @@ from relicctl.evaluation.linear import LinearClassifier, LinearTrainer, SweepRes
 from relicctl.evaluation.metrics import ClassificationMetrics
 from relicctl.runs.distributed import RunContext, Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder, check_outside_data
-from relicctl.runs.resume import LinearOptions, resume_config
+from relicctl.runs.resume import LinearOptions, find_folder_to_resume, resume_config
 from relicctl.version import __version__
 
 TEST_FRACTION = 0.1  # of images that are given without others to test on
@@ -79,11 +79,18 @@ def linear_eval(resolved: ResolvedConfig, options: LinearOptions) -> dict[str, A
 
 
 def format_linear_dry_run(resolved: ResolvedConfig, options: LinearOptions) -> str:
-    """Return the resolved config and where each value comes from."""
-    resolved = resolve_linear_config(resolved, options)
-    job, _ = common.resolve_job(LinearJob, options, World())
-    references = open_linear_encoders(job, resolved.config, Console(options.quiet))
-    resolved = add_run_values(resolved, references[0].run, options)
+    """Return the resolved config and where each value comes from; it needs neither encoder nor data.
+
+    Raises UsageError or DataError for an encoder or a path that is named and not there.
+    """
+    resolved, tests = resolve_linear_config(resolved, options), common.parse_named_data(options.tests, "--test")
+    if options.sources or options.resume is not None:
+        job, _ = common.resolve_job(LinearJob, options, World())
+        references = open_linear_encoders(job, resolved.config, Console(options.quiet))
+        resolved, tests = add_run_values(resolved, references[0].run, options), job.tests
+    data = resolved.config.data
+    for spec in (*list_specs(data.train), *list_specs(data.val), *tests.values()):
+        check_data_exists(spec)
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
@@ -94,7 +101,7 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
     config: LinearEvalConfig = add_run_values(resolved, references[0].run, options).config
     out = common.choose_results_folder(out, *get_default_folder(references[0], job), world)
     if options.resume is None:
-        check_outside_data(out, (config.data.train, config.data.val, *job.tests.values()))
+        check_outside_data(out, (*list_specs(config.data.train), *list_specs(config.data.val), *job.tests.values()))
     if config.protocol == "imagenet":
         world.get_local_rows(config.optim.batch_size)  # raises UsageError before anything is computed
     train, test, extra_tests = open_linear_data(config, job, options.download, session)
@@ -145,7 +152,7 @@ def _run_linear_eval(resolved: ResolvedConfig, options: LinearOptions, session: 
 
 def resolve_linear_config(resolved: ResolvedConfig, options: LinearOptions) -> ResolvedConfig:
     """Return the config, that of the folder to resume if there is one."""
-    resumed = common.find_folder_to_resume(options)
+    resumed = find_folder_to_resume(options)
     return resolved if resumed is None else resume_config(resolved, resumed)
 
 
@@ -176,7 +183,7 @@ def add_run_values(resolved: ResolvedConfig, run: Path | None, options: LinearOp
                 values["eval.val_fraction"] = config.eval.val_fraction
     resolved = replace_defaults(resolved, values)
     data = resolved.config.data
-    has_files = data.train is not None and data.train.partition(":")[0] not in ("shapes", "torchvision")
+    has_files = any(spec.partition(":")[0] not in ("shapes", "torchvision") for spec in list_specs(data.train))
     if has_files and data.val is None:
         return replace_defaults(resolved, {"eval.val_fraction": TEST_FRACTION}, "no --val")
     return resolved
@@ -283,7 +290,8 @@ def make_protocol_record(
         "max_steps": config.optim.max_steps,
         "train": config.data.train,
         "train_images": num_train,
-        "test": config.data.val or f"held-out share {config.eval.val_fraction:g} of {config.data.train}",
+        "test": config.data.val
+        or f"held-out share {config.eval.val_fraction:g} of {', '.join(list_specs(config.data.train))}",
         "test_images": num_test_images,
         "size": trainer.extractor.size,
         "crop_ratio": trainer.extractor.crop_ratio,
@@ -294,7 +302,7 @@ def make_protocol_record(
 def save_classifier(path: Path, linear: LinearClassifier, classes: tuple[str, ...]) -> None:
     tensors = {"weight": linear.weight.cpu().contiguous(), "bias": linear.bias.cpu().contiguous()}
     metadata = {"format": "relicctl-classifier", "version": __version__, "classes": json.dumps(classes)}
-    atomic_io.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    atomic_io.write_atomically(path, lambda temporary: save_tensors(temporary, tensors, metadata))
 
 
 def run_cluster_analysis(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relicctl.config.base import list_specs
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
@@ -47,7 +48,7 @@ from relicctl.runs.distributed import (
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
 from relicctl.runs.resume import TrainingOptions, resolve_run
 from relicctl.runs.status import HeartbeatBatches
-from relicctl.runs.training import train_with_progress
+from relicctl.runs.training import train_with_progress, warn_of_late_end
 from relicctl.version import __version__
 
 ACCURACIES = {
@@ -119,7 +120,7 @@ def prepare(resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | 
     check_batch_split(config, world)
     check_same_images(data.train, world)
     out = resumed or options.out or find_free_name(Path("runs"), resolved.preset or "pretrain")
-    check_outside_data(out, (config.data.train, config.data.val))
+    check_outside_data(out, (*list_specs(config.data.train), *list_specs(config.data.val)))
     resolved = resolve_bank_path(resolved)  # may wait for train-bgmask to end, which takes memory until then
     config = resolved.config
     check_view_memory(config, device, world.size)
@@ -129,9 +130,11 @@ def prepare(resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | 
     masking, mask_info = open_masking(config, data.train, console)
     record = open_record(resumed, resolved, options.init_from, data, mask_info, device)
     check_step_memory(config, classes, device, record["precision"], world.size, console)
+    schedule = Schedule(config, sampler.steps_per_epoch)
+    warn_of_late_end(config.optim.max_steps, schedule.total_steps, console)
     return Prepared(
         resolved=resolved, out=out, resumed=resumed is not None, record=record, data=data, sampler=sampler,
-        schedule=Schedule(config, sampler.steps_per_epoch), evaluator=evaluator, masking=masking,
+        schedule=schedule, evaluator=evaluator, masking=masking,
         mask_info=mask_info, bad_images=bad_images,
     )  # fmt: skip
 
@@ -143,7 +146,7 @@ def build_task(prepared: Prepared, session: Session) -> PretrainTask:
         precision=prepared.record["precision"], world=session.world,
     )  # fmt: skip
     if not prepared.resumed:
-        load_initial_weights(prepared.record["init_from"], task)
+        load_initial_weights(prepared.record["init_from"], task, session.console.warn)
     return task
 
 

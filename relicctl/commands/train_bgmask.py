@@ -12,6 +12,7 @@ from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
 from relicctl.bgmask.self_training import count_total_steps
 from relicctl.commands.common import choose_results_folder, save_config
+from relicctl.config.base import list_specs
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.value_range import warn_unused_range
@@ -37,12 +38,12 @@ def _run_bgmask(
     data = open_bgmask_data(config, options.download, world, session.console)
     warn_unused_range(data.train, session.console.warn)
     out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
-    check_outside_data(out, (*config.data.train, config.data.mask_data, config.data.eval))
+    check_outside_data(out, (*config.data.train, *list_specs(config.data.mask_data), config.data.eval))
     record = open_bgmask_record(resumed, resolved, data, session.device)
     total = count_total_steps(config, len(data.train))
     world.get_local_rows(config.optim.batch_size)  # refuses an uneven batch before anything is computed
     if not (out / SALIENCY_FILE_NAME).is_file():  # else all networks are trained
-        net = init_saliency_net(config)
+        net = init_saliency_net(config, warn=session.console.warn)
         check_training_memory(config, net, len(data.train), record["precision"], session)
 
     run = open_or_create_run_folder(

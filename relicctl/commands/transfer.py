@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relicctl.commands.common import choose_results_folder, find_folder_to_resume, resolve_job, save_config
+from relicctl.commands.common import choose_results_folder, resolve_job, save_config
 from relicctl.config.resolve import ResolvedConfig, dump_yaml, resolve_from_run
 from relicctl.config.transfer import TransferConfig
 from relicctl.console import Console
 from relicctl.core.distributed import World
 from relicctl.core.hardware import pick_precision
-from relicctl.encoders.resolve import BaselineSpec, open_encoders
+from relicctl.data.datasets.open import check_data_exists
+from relicctl.encoders.resolve import BaselineSpec, ResolvedEncoder, open_encoders
 from relicctl.errors import UsageError, raise_interrupted
 from relicctl.evaluation import reports
 from relicctl.evaluation.cells import Cell, TransferTask, check_unique_encoders
@@ -23,7 +24,7 @@ from relicctl.evaluation.labelled_data import check_label_subset
 from relicctl.evaluation.transfer import ClassificationTransfer, format_labels
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import RunFolder, check_outside_data
-from relicctl.runs.resume import TransferOptions
+from relicctl.runs.resume import TransferOptions, find_folder_to_resume
 from relicctl.version import __version__
 
 
@@ -63,18 +64,26 @@ def transfer(resolved: ResolvedConfig, options: TransferOptions) -> dict[str, An
 
 
 def format_transfer_dry_run(resolved: ResolvedConfig, options: TransferOptions) -> str:
-    """Return the resolved config and where each value comes from."""
+    """Return the resolved config and where each value comes from; it needs neither encoders nor data.
+
+    Raises UsageError or DataError for an encoder or a path that is named and not there.
+    """
     resolved = resolve_transfer_config(resolved, options)
-    resolve_transfer_job(resolved.config, options, World())
+    config = resolved.config
+    check_labels(config)
+    if options.sources or options.baselines or options.resume is not None:
+        job, _ = resolve_job(TransferJob, options, World())
+        check_named_once(job)
+        open_job_encoders(job, config, Console(options.quiet))
+    for spec in config.data.datasets.values():
+        check_data_exists(spec)
     return dump_yaml(resolved.config, resolved.origin).rstrip()
 
 
 def _run_transfer(task: TransferTask, options: TransferOptions, session: Session) -> dict[str, Any]:
     config, world = task.config, session.world
     job, out = resolve_transfer_job(config, options, world)
-    size = config.eval.size if isinstance(config, TransferConfig) else None
-    baseline = BaselineSpec(config.model, config.seed, size)
-    references = open_encoders(job.encoders, job.network, baseline, session.console.warn)
+    references = open_job_encoders(job, config, session.console)
     encoders = [task.load_encoder(name, r.encoder) for name, r in zip(job.encoders, references, strict=True)]
     task.open_data(session, options.download)
     run = open_or_create_run_folder(
@@ -115,17 +124,30 @@ def resolve_transfer_job(config: Any, options: TransferOptions, world: World) ->
     job, out = resolve_job(TransferJob, options, world)
     if not job.sources:
         raise UsageError("No encoder is named.", "Give runs, files of weights, -, random or torchvision:NAME.")
-    duplicates = [name for number, name in enumerate(job.encoders) if name in job.encoders[:number]]
-    if duplicates:
-        raise UsageError(f"The encoder {duplicates[0]} is named twice.", "Name every encoder once, baselines included.")
+    check_named_once(job)
     if not config.data.datasets:
         raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
-    for labels in getattr(config, "labels", ()):  # dense tasks use all labels
-        check_label_subset(format_labels(labels))
+    check_labels(config)
     folder = choose_results_folder(out, Path("runs"), "transfer", world)
     if options.resume is None:
         check_outside_data(folder, config.data.datasets.values())
     return job, folder
+
+
+def check_named_once(job: TransferJob) -> None:
+    duplicates = [name for number, name in enumerate(job.encoders) if name in job.encoders[:number]]
+    if duplicates:
+        raise UsageError(f"The encoder {duplicates[0]} is named twice.", "Name every encoder once, baselines included.")
+
+
+def check_labels(config: Any) -> None:
+    for labels in getattr(config, "labels", ()):  # dense tasks use all labels
+        check_label_subset(format_labels(labels))
+
+
+def open_job_encoders(job: TransferJob, config: Any, console: Console) -> list[ResolvedEncoder]:
+    size = config.eval.size if isinstance(config, TransferConfig) else None
+    return open_encoders(job.encoders, job.network, BaselineSpec(config.model, config.seed, size), console.warn)
 
 
 def warn_unknown_datasets(resolved: ResolvedConfig, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, Strict, model_validator
 
 from relicctl.errors import UsageError
 
@@ -17,6 +17,19 @@ Pair = Annotated[tuple[Fraction, Fraction], Strict(False)]
 PositivePair = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False)]
 PositiveFloats = Annotated[tuple[PositiveFloat, ...], Strict(False), Field(min_length=1)]
 PositiveInts = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=1)]
+
+
+def _unwrap_single(value: Any) -> Any:
+    return (value[0] if value else None) if isinstance(value, (list, tuple)) and len(value) < 2 else value
+
+
+# One data set, which configs hold as plain text, or several that are joined.
+JoinedData = Annotated[str | Annotated[tuple[str, ...], Strict(False)] | None, BeforeValidator(_unwrap_single)]
+
+
+def list_specs(data: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the data sets that a key of type ``JoinedData`` names."""
+    return (data,) if isinstance(data, str) else data or ()
 
 
 def key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -80,8 +93,10 @@ class DecodingConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | None = key(None, "training images: folder, .zip, .tar, torchvision:NAME or shapes (also --data)")
-    val: str | None = key(None, "labelled images to evaluate on during the run (also --val)")
+    train: JoinedData = key(
+        None, "training images: folder, .zip, .tar, torchvision:NAME or shapes; several are joined (also --data)"
+    )
+    val: JoinedData = key(None, "labelled images to evaluate on during the run; several are joined (also --val)")
     cache: Literal["auto", "none", "memory", "device"] = key(
         "auto", "keep decoded images in host memory or on the device; auto = where they fit"
     )

@@ -95,7 +95,9 @@ class MaskDataConfig(Section):
     eval: str | None = key(
         None, "images with true masks to measure on, never to train: images/ and masks/, or shapes (also --eval-data)"
     )
-    mask_data: str | None = key(None, "images that get masks; null = those of the first train (also --masks-for)")
+    mask_data: base.JoinedData = key(
+        None, "images that get masks, several are joined; null = those of the first train (also --masks-for)"
+    )
     max_train_images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
     max_eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
     max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")

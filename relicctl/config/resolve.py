@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -64,7 +65,8 @@ class _ConfigLayers:
             what = f"{used} and {name} (from {where}) are two names of one key."
             raise UsageError(what, f"Keep {new_name} alone.")
         if new_name != name:
-            self.renamed[name] = new_name
+            if not where.startswith("run"):  # names in a run's own config.yaml are not the user's
+                self.renamed[name] = new_name
             name, value = new_name, rename_value(self.command, name, value)
         if name not in self.values:
             raise _make_unknown_key_error(name, where, self.schema)
@@ -101,21 +103,26 @@ def resolve_config(
     options: dict[str, Any] | None = None,
     *,
     schema: type[CommandConfig] | None = None,
+    run_config: Path | None = None,
 ) -> ResolvedConfig:
-    """Defaults < preset < file < --set < options.
+    """Defaults < preset < the resumed run < file < --set < options.
 
     ``options`` goes by the names of the schema's option_keys, None meaning not given. A preset or a file may say
     ``extends: PRESET``. ``schema``: the keys of the command that asks; None = those of the command that preset
-    or file are for. Raises UsageError for any mistake.
+    or file are for. ``run_config``: config.yaml of the run that is resumed. Raises UsageError for any mistake.
     """
     contents = _load_preset_layers(preset) if preset is not None else []
+    given = []
     if config_file is not None:
         content = _drop_run_record(yaml_io.load_mapping(config_file))
         if (parent := content.pop("extends", None)) is not None:
             if preset is not None:
                 raise UsageError(f"{config_file} already extends preset {parent}.", "Leave out --preset.")
             contents = _load_preset_layers(str(parent))
-        contents.append((f"file {config_file}", content))
+        given.append((f"file {config_file}", content))
+    if run_config is not None:
+        contents.append((f"run {run_config}", _drop_run_record(yaml_io.load_mapping(run_config))))
+    contents += given
     layers = _ConfigLayers(_find_schema(contents, schema))
     for where, content in contents:
         layers.set_values(content, where)
@@ -244,12 +251,15 @@ def _parse_assignment(text: str, schema: type[CommandConfig]) -> tuple[str, Any]
     if not equals or not name:
         raise UsageError(f"--set {text!r} is no KEY=VALUE.", "Write it like --set optim.batch_size=256.")
     info = get_config_fields(schema).get(rename_key(get_command(schema), name))
-    if info is not None and info.annotation == str | None:
-        return name, None if value in ("null", "") else value
     try:
-        return name, yaml_io.parse_yaml(value)
+        parsed = yaml_io.parse_yaml(value)
     except YAMLError:
-        return name, value  # the schema says what is allowed instead
+        parsed = value  # the schema says what is allowed instead
+    choices = get_args(info.annotation) if info is not None else ()
+    takes_list = len(choices) > 2  # of the keys that take text or null: data sets, of which several are joined
+    if {str, NoneType} <= set(choices) and not (takes_list and isinstance(parsed, list)):
+        return name, None if value in ("null", "") else value
+    return name, parsed
 
 
 def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from relicctl.core.atomic_io import write_atomically
+from relicctl.core.tensor_file import save_tensors
 from relicctl.errors import RunFailed, UsageError
 
 FORMAT = "relicctl-checkpoint"
@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], header: dict[s
         "header": text,
         "header_checksum": str(zlib.crc32(text.encode())),
     }
-    write_atomically(path, lambda temporary: save_file(on_host, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_tensors(temporary, on_host, metadata))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

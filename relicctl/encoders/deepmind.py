@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from relicctl.encoders.file import describe_transform
+from relicctl.encoders.file import describe_transform, summarize_misfits
 from relicctl.encoders.safe_pickle import OpaqueInstance, load_pickle
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ARCHITECTURES, build_encoder
@@ -33,7 +33,7 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the online encoder's state dict (float32, torchvision's names, no ``fc``) and its metadata.
 
     Images are prepared as in the authors' evaluation. UsageError if the pickle asks for what it should not, or
-    holds no whole ResNet v1: then every tensor that does not fit is named.
+    holds no whole ResNet v1: then the first tensors that do not fit are named.
     """
     params, state = _extract_online(path, load_pickle(path))
     arrays = {**_flatten_arrays(params), **_flatten_arrays(state)}
@@ -61,7 +61,7 @@ def read_deepmind(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     known |= {key.replace(" average", f" {other}") for key in known for other in ("counter", "hidden")}
     errors += [f"{key} is unexpected" for key in arrays if key.startswith(prefix) and key not in known]
     if errors:
-        listed = ascii(", ".join(errors))[1:-1]  # names from a file may hold anything
+        listed = ascii(summarize_misfits(errors))[1:-1]  # names from a file may hold anything
         raise UsageError(f"The tensors of {path} do not fit {arch} of width {width:g}: {listed}.", FIX)
     network = {"arch": arch, "width": str(width), "stem": "imagenet", "padding": "same"}
     return tensors, {**network, **describe_transform(), "network": "online"}

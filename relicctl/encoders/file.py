@@ -2,15 +2,17 @@
 
 A file of ours is safetensors with torchvision's tensor names; its metadata, all strings, say how to build the
 network (arch, width, stem, padding) and how to prepare an image (size, crop_ratio, mean, std). Torchvision's
-own ResNet weights can be read too.
+own ResNet weights can be read too, also those within checkpoints of other projects.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,15 +20,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from relicctl.config.base import EncoderConfig
 from relicctl.core.atomic_io import write_atomically
+from relicctl.core.tensor_file import save_tensors
 from relicctl.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from relicctl.data.crops import crop_on_host, make_eval_box
 from relicctl.data.decoding import convert_to_rgb
+from relicctl.encoders.foreign import flatten_tensors, select_encoder_tensors
 from relicctl.errors import UsageError
 from relicctl.models.resnet import ARCHITECTURES, ResNet, build_encoder
 from relicctl.version import __version__
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = "relicctl-encoder"
+STATE_DICT_FIX = "Save the network's state_dict() alone, best as safetensors."
+MAX_NAMED_TENSORS = 5  # in a message
 FILE_FIX = "Give the folder of a finished run, its encoder.safetensors, or a torchvision ResNet's weights."
 
 
@@ -75,7 +80,7 @@ def save_encoder(path: Path, encoder: ResNet, metadata: dict[str, str]) -> None:
     """Write the encoder to ``path``, wholly or not at all; ``metadata``: size, crop_ratio, mean, std and more."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
     all_metadata = {"version": __version__, **metadata, "format": FORMAT, **describe_network(encoder)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=all_metadata))
+    write_atomically(path, lambda temporary: save_tensors(temporary, tensors, all_metadata))
 
 
 def describe_network(network: ResNet | EncoderConfig) -> dict[str, str]:
@@ -90,21 +95,24 @@ def describe_transform(size: int = 224, crop_ratio: float = 0.875, white_point: 
     return {"size": str(size), "crop_ratio": str(crop_ratio), "mean": mean, "std": std, **white}
 
 
-def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
+def load_encoder(
+    path_or_run: str | Path, network: str = "online", warn: Callable[[str], None] = lambda text: None
+) -> ResNet:
     """Load an encoder.
 
     Args:
         path_or_run: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or a
-            torch file with tensors alone), whose classifier is left out.
+            torch file), whose classifier is left out; also in a checkpoint of another project, under a prefix.
         network: ``online`` or ``target``: the one that the file must hold.
+        warn: gets a sentence where the encoder was found under a prefix.
 
     Returns:
         A module in eval mode: normalised images [N, 3, s, s] -> features [N, ``feature_dim``]. Its ``transform``
         prepares one image (an ``EvalTransform``), its ``metadata`` say what it is.
 
     Raises:
-        UsageError: there is no such file, it is damaged, holds more than tensors, or does not fit: then every
-            missing, unexpected or misshapen tensor is named.
+        UsageError: there is no such file, it is damaged, could run foreign code, or does not fit: then the first
+            missing, unexpected and misshapen tensors are named.
     """
     path = Path(path_or_run)
     if path.is_dir():
@@ -112,9 +120,10 @@ def load_encoder(path_or_run: str | Path, network: str = "online") -> ResNet:
     if not path.is_file():
         raise UsageError(f"There are no encoder weights at {path}.", FILE_FIX)
     tensors, metadata = _read_weights(path)
+    if not metadata.get("format", "").startswith("relicctl"):
+        tensors = select_encoder_tensors(path, tensors, network, warn)
     if metadata.get("format") != FORMAT:
         metadata = _infer_torchvision_metadata(path, tensors)
-        tensors = {name: t for name, t in tensors.items() if name not in ("fc.weight", "fc.bias")}
     if metadata.get("network", network) != network:
         what = f"{path} holds the {metadata['network']} network's encoder, not the {network} network's."
         raise UsageError(what, "Give a file that holds it, or ask for the one that is there.")
@@ -164,24 +173,30 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:  # torch stores without compressing
                     is_compressed = sum(member.file_size for member in archive.infolist()) > size
+                    is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+                if is_script:
+                    raise UsageError(f"{path} is a TorchScript program, which is not run.", STATE_DICT_FIX)
                 if is_compressed:
                     raise UsageError(f"{path} is a compressed torch file.", "Save it anew by torch.save.")
             file.seek(0)
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain data that many trainings save
+                content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         _raise_pickle_error(path)
     except UsageError:
         raise
     except Exception as reason:  # on damaged files torch raises almost anything
-        raise UsageError(f"{path} is truncated or no torch file ({reason}).", FILE_FIX) from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UsageError(f"{path} is no plain dictionary of tensors.", "Save the network's state_dict() alone.")
-    return content
+        said = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+        raise UsageError(f"{path} is truncated or no torch file ({said}).", FILE_FIX) from None
+    tensors = flatten_tensors(content) if isinstance(content, dict) else {}
+    if not tensors:
+        raise UsageError(f"{path} is no dictionary of tensors.", STATE_DICT_FIX)
+    return tensors
 
 
 def _raise_pickle_error(path: Path) -> NoReturn:
     what = f"{path} is a pickle with more than tensors, and reading it could run foreign code."
-    raise UsageError(what, "Save the network's state_dict() alone, best as safetensors.")
+    raise UsageError(what, STATE_DICT_FIX)
 
 
 def _infer_torchvision_metadata(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -210,7 +225,14 @@ def _match_tensors(path: Path, tensors: dict[str, Tensor], encoder: ResNet) -> d
         if name in tensors and tensors[name].shape != t.shape
     ]
     if errors:
-        raise UsageError(f"The tensors of {path} do not fit {encoder.arch}: {', '.join(errors)}.", FILE_FIX)
+        what = f"The tensors of {path} do not fit {encoder.arch}: {summarize_misfits(errors)}."
+        raise UsageError(what, FILE_FIX)
     if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors.values()):
         raise UsageError(f"{path} holds fewer numbers than its tensors claim.", "Save contiguous tensors.")
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def summarize_misfits(errors: list[str]) -> str:
+    """Return the first of ``errors``, one for each tensor that does not fit, and how many more there are."""
+    more = f" and {len(errors) - MAX_NAMED_TENSORS} more" if len(errors) > MAX_NAMED_TENSORS else ""
+    return ", ".join(errors[:MAX_NAMED_TENSORS]) + more

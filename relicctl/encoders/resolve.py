@@ -100,7 +100,7 @@ def open_trained_encoder(source: str, *, network: str = "online", warn: Callable
             raise UsageError(what, "Give a checkpoint in RUN/checkpoints.")
         return ResolvedEncoder(_extract_encoder(checkpoint.load_checkpoint(path)[0], run, network, path), path, run)
     parent = path.parent if (path.parent / "config.yaml").is_file() else None
-    return ResolvedEncoder(load_encoder(path, network), path, parent)
+    return ResolvedEncoder(load_encoder(path, network, warn), path, parent)
 
 
 def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> ResolvedEncoder:

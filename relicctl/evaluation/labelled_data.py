@@ -6,15 +6,18 @@ import posixpath
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from relicctl.config.base import list_specs
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
 from relicctl.data.datasets.base import ImageDataset, normalize_unicode
-from relicctl.data.datasets.open import decode_text, open_dataset
+from relicctl.data.datasets.joined import list_unlabelled_specs, open_joined_dataset
+from relicctl.data.datasets.open import decode_text
 from relicctl.data.value_range import warn_unused_range
 from relicctl.errors import DataError, UsageError
 
@@ -140,10 +143,11 @@ def open_train_test(
     data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
         raise UsageError("No data is given, and the encoder belongs to no run that has data.", "Give --data and --val.")
-    train = open_dataset(data.train, split="train", download=download, decoding=data.decoding, warn=console.warn)
+    open_split = partial(open_joined_dataset, download=download, decoding=data.decoding, warn=console.warn)
+    train = open_split(list_specs(data.train), split="train")
     _check_labelled(train)
     if data.val is not None:
-        test = open_dataset(data.val, split="val", download=download, decoding=data.decoding, warn=console.warn)
+        test = open_split(list_specs(data.val), split="val")
         _check_labelled(test)
         if set(map(normalize_unicode, test.classes)) != set(map(normalize_unicode, train.classes)):
             difference = _format_class_difference(train.classes, test.classes)
@@ -193,7 +197,8 @@ def match_classes(source: ImageDataset, classes: tuple[str, ...]) -> LabelledDat
 def _check_labelled(source: ImageDataset) -> None:
     if source.labels is None or len(source.classes) < 2:
         problem = "no labels" if source.labels is None else f"only the class {source.classes[0]!r}"
-        what = f"{source.spec} has {problem}, but a classifier needs two classes."
+        spec = ", ".join(list_unlabelled_specs(source)) or source.spec
+        what = f"{spec} has {problem}, but a classifier needs two classes."
         raise DataError(what, "Give one folder per class.")
 
 

@@ -23,7 +23,7 @@ from relicctl.evaluation.cells import open_subfolder
 from relicctl.evaluation.features import FeatureExtractor, LabelledFeatures
 from relicctl.evaluation.labelled_data import LabelledDataset
 from relicctl.runs.distributed import RunContext
-from relicctl.runs.training import restore_or_start, train_with_progress
+from relicctl.runs.training import restore_or_start, train_with_progress, warn_of_late_end
 
 
 @dataclass
@@ -67,14 +67,16 @@ class LinearTrainer:
         batch_size = self.choose_batch_size(len(rows))
         sampler = Sampler(config.seed, len(rows), batch_size)
         batches, scaler = self._build_batches(rows, sampler)
-        schedule_steps = sampler.steps_per_epoch * config.optim.epochs
+        schedule_steps, max_steps = sampler.steps_per_epoch * config.optim.epochs, config.optim.max_steps
+        if context.run is self.extractor.context.run:  # else the sweep, whose schedule is shorter
+            warn_of_late_end(max_steps, schedule_steps, context.console)
         classifiers = LinearClassifierGrid(self.train_features.features.shape[1], len(self.images.classes), rates)
         task = LinearTask(
             classifiers.to(context.device), batch_size=batch_size, momentum=config.optim.momentum,
             total_steps=schedule_steps, split=config.protocol == "imagenet" and world.size > 1,
         )  # fmt: skip
         loop_config = LoopConfig.from_sections(
-            config.checkpoint, config.runtime, total=min(schedule_steps, config.optim.max_steps or schedule_steps),
+            config.checkpoint, config.runtime, total=min(schedule_steps, max_steps or schedule_steps),
             steps_per_epoch=sampler.steps_per_epoch, batch_size=batch_size,
             resume_command=f"relicctl linear-eval {self.extractor.context.run.resume_option}",
         )  # fmt: skip

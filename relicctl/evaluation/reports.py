@@ -79,17 +79,20 @@ def plot_transfer_chart(path: Path, cells: Sequence[Cell], encoders: Sequence[st
     figure = new_figure(max(5.0, 1.5 + most * (0.5 + 0.35 * len(bars))) * columns, 3.8 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (baseline, kind) in zip(grid, panels, strict=False):
-        here = {key: values for key, values in groups.items() if key[1:3] == kind}
+        here, drawn_heights = {key: values for key, values in groups.items() if key[1:3] == kind}, []
         for number, encoder in enumerate(bars):
             heights = [100 * values[encoder] for values in here.values()]
             if baseline:
                 heights = [compute_relative_improvement(v[encoder], v[baseline]) or 0.0 for v in here.values()]
             width = 0.8 / len(bars)
             places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(here))]
+            drawn_heights += heights
             drawn = axes.bar(places, heights, width * 0.92, label=names[encoder], color=f"C{number}")
             axes.bar_label(drawn, fmt="%+.1f" if baseline else "%.1f", fontsize=8, padding=2)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.margins(x=0.05, y=0.15)
+        if not any(round(height, 1) for height in drawn_heights):  # else the axis would magnify rounding errors
+            axes.set_ylim(-1 if baseline else 0, 1)
         axes.set_xticks(range(len(here)), [f"{data}\n{metric}" for data, _, _, metric in here])
         axes.set_title(f"{kind[0]}, {kind[1]} labels")
         axes.set_ylabel(f"improvement over\n{names[baseline]}, % of its value" if baseline else "%")

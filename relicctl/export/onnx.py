@@ -36,7 +36,7 @@ def write(bundle: ExportBundle, path: Path) -> None:
             verbose=False,
         )
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, bundle.metadata)
+    onnx.helper.set_model_props(model, dict(sorted(bundle.metadata.items())))  # the same bytes every time
     onnx.save(model, path)
     onnx.checker.check_model(path)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from relicctl.core.tensor_file import save_tensors
 from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
 
 _BYOB_STEMS = {"imagenet": ("7x7", "maxpool", "stem.conv1"), "stride2": ("3x3", "", "stem")}
@@ -38,7 +39,7 @@ def write(bundle: ExportBundle, path: Path) -> None:
     tensors = bundle.state_dict()
     if not _is_torchvision_resnet(bundle):
         tensors = {_to_byobnet_name(name, bundle.encoder.stem): tensor for name, tensor in tensors.items()}
-    save_file(tensors, path / WEIGHTS_FILE, metadata={**bundle.metadata, "format": "pt"})
+    save_tensors(path / WEIGHTS_FILE, tensors, {**bundle.metadata, "format": "pt"})
     (path / "config.json").write_text(json.dumps(_build_timm_config(bundle), indent=2) + "\n", "utf-8")
 
 

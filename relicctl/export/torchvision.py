@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from relicctl.core.tensor_file import save_tensors
 from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
 
 
@@ -21,7 +22,7 @@ def get_unsupported_reason(bundle: ExportBundle) -> str | None:
 
 
 def write(bundle: ExportBundle, path: Path) -> None:
-    save_file(bundle.state_dict(), path, metadata={**bundle.metadata, "format": "pt"})
+    save_tensors(path, bundle.state_dict(), {**bundle.metadata, "format": "pt"})
 
 
 def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> EncoderOutputs:

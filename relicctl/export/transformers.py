@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from relicctl.core.tensor_file import save_tensors
 from relicctl.export.bundle import WEIGHTS_FILE, EncoderOutputs, ExportBundle, quote_python_string
 
 
@@ -27,7 +27,7 @@ def get_unsupported_reason(bundle: ExportBundle) -> str | None:
 def write(bundle: ExportBundle, path: Path) -> None:
     prefix = "resnet." if bundle.head else ""
     tensors = {_to_transformers_name(name, prefix): tensor for name, tensor in bundle.state_dict().items()}
-    save_file(tensors, path / WEIGHTS_FILE, metadata={**bundle.metadata, "format": "pt"})
+    save_tensors(path / WEIGHTS_FILE, tensors, {**bundle.metadata, "format": "pt"})
     configs = {"config": _build_transformers_config(bundle), "preprocessor_config": _build_processor_config(bundle)}
     for name, content in configs.items():
         (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from relicctl.config.base import DecodingConfig
+from relicctl.config.base import DecodingConfig, list_specs
 from relicctl.config.resolve import load_run_config
 from relicctl.core.atomic_io import to_os_error
-from relicctl.data.datasets.open import open_dataset
+from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.decoding import load_or_next
 from relicctl.encoders.resolve import ResolvedEncoder
 from relicctl.errors import RelicError, RunFailed, UsageError
@@ -36,13 +36,13 @@ def sample_images(reference: ResolvedEncoder) -> tuple[Tensor, str]:
     if run is not None and (run / "config.yaml").is_file():
         try:
             data = load_run_config(run / "config.yaml").data
-            for spec, split in ((data.val, "val"), (data.train, "train")):
-                if spec is not None:
-                    images = _load_sample_images(transform, spec, split, data.decoding)
-                    return images, f"{NUM_IMAGES} images of {spec}"
+            for specs, split in ((list_specs(data.val), "val"), (list_specs(data.train), "train")):
+                if specs:
+                    images = _load_sample_images(transform, specs, split, data.decoding)
+                    return images, f"{NUM_IMAGES} images of {', '.join(specs)}"
         except RelicError:
             pass  # moved, or of another machine
-    images = _load_sample_images(transform, "shapes", "val", DecodingConfig())
+    images = _load_sample_images(transform, ("shapes",), "val", DecodingConfig())
     return images, f"{NUM_IMAGES} images of the demo data, as the run's data cannot be read here"
 
 
@@ -64,8 +64,10 @@ def format_padding_change(original: torch.nn.Module, changed: ExportBundle, imag
     return f"mean cosine {cosine:.4f} to the original features, mean relative difference {relative.mean():.1%}"
 
 
-def _load_sample_images(transform: Callable[[Any], Tensor], spec: str, split: Any, decoding: DecodingConfig) -> Tensor:
-    source = open_dataset(spec, split=split, decoding=decoding)
+def _load_sample_images(
+    transform: Callable[[Any], Tensor], specs: tuple[str, ...], split: Any, decoding: DecodingConfig
+) -> Tensor:
+    source = open_joined_dataset(specs, split=split, decoding=decoding)
     chosen = np.linspace(0, len(source) - 1, NUM_IMAGES).astype(int)
     return torch.stack([transform(load_or_next(source, int(index))[0]) for index in chosen])
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from relicctl.config.base import list_specs
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
@@ -18,7 +19,7 @@ from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import World
 from relicctl.data.background_removal import AlphaMasks, BackgroundRemoval, BankMasks, MaskSource
 from relicctl.data.datasets.base import ImageDataset
-from relicctl.data.datasets.open import open_dataset
+from relicctl.data.datasets.joined import list_unlabelled_specs, open_joined_dataset
 from relicctl.data.decoding import BadImageError, BadImages
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.photometric import AugmentConfig
@@ -120,10 +121,13 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
     """Return the images to train on and, if there are labelled ones, those to evaluate on."""
     if config.data.train is None:
         raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
-    open_split = partial(open_dataset, download=download, decoding=config.data.decoding, warn=console.warn)
-    train, val = open_split(config.data.train, split="train"), None
+    open_split = partial(open_joined_dataset, download=download, decoding=config.data.decoding, warn=console.warn)
+    train, val = open_split(list_specs(config.data.train), split="train"), None
+    unlabelled = list_unlabelled_specs(train)
+    if train.labels is None and unlabelled != [train.spec]:
+        console.info(f"{', '.join(unlabelled)} has no labels, so none of the joined images counts as labelled.")
     if config.data.val is not None:
-        val = open_split(config.data.val, split="val")
+        val = open_split(list_specs(config.data.val), split="val")
     elif config.eval.every_epochs and config.eval.val_fraction and len(train.classes) > 1:
         train, val = split_holdout(train, config.eval.val_fraction, config.seed)
         console.info(f"{len(val)} labelled images are held out for evaluation (eval.val_fraction).")
@@ -133,7 +137,7 @@ def open_pretrain_data(config: PretrainConfig, download: bool, console: Console)
             raise UsageError(what, "Lower data.subset.")
         train = train.select(permutation(len(train), config.seed, Stream.SUBSET)[: config.data.subset])
     if config.objective == "supervised" and train.labels is None:
-        what = f"{config.data.train} has no labels, which supervised training needs."
+        what = f"{', '.join(unlabelled)} has no labels, which supervised training needs."
         raise DataError(what, "Give one folder per class.")
     warn_unused_range(train, console.warn)
     return PretrainData(train, val)

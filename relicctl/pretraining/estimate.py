@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from relicctl.config.base import list_specs
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import ResolvedConfig
 from relicctl.console import Console
 from relicctl.core.hardware import count_elements, format_bytes, get_free_memory
 from relicctl.data.datasets.base import ImageDataset
+from relicctl.data.datasets.open import check_data_exists
+from relicctl.data.mask_bank import MaskBank
 from relicctl.data.sampler import Sampler
+from relicctl.encoders.file import load_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.models.resnet import ResNet
 from relicctl.models.siamese import Siamese
@@ -36,7 +41,10 @@ ASSUMED_STEPS_PER_EPOCH = 1000  # while the size of the data is unknown
 
 def format_pretrain_dry_run(resolved: ResolvedConfig, options: TrainingOptions) -> str:
     """Return the resolved config and its estimate: YAML with comments, or with ``options.json`` one JSON object."""
-    resolved = resolve_bank_path(resolve_run(resolved, options)[0])
+    resolved, resumed = resolve_run(resolved, options)
+    if options.init_from is not None and resumed is None:
+        load_encoder(options.init_from)  # raises UsageError, as the run would
+    resolved = resolve_bank_path(resolved)
     estimate = estimate_pretrain(resolved.config, download=options.download)
     return format_dry_run(resolved, estimate, _describe_estimate(resolved.config, estimate), options.json)
 
@@ -44,7 +52,7 @@ def format_pretrain_dry_run(resolved: ResolvedConfig, options: TrainingOptions) 
 def estimate_pretrain(config: PretrainConfig, *, download: bool = False) -> dict[str, Any]:
     """Return bytes, steps and images of a run as plain data, None for what only the data could say.
 
-    Raises UsageError when a batch exceeds the data or the memory, DataError for masks that cannot be used.
+    Raises UsageError when a batch exceeds the data or the memory, DataError for data or masks that cannot be used.
     """
     device, processes = resolve_device(config.runtime.device), int(os.environ.get("WORLD_SIZE", "1"))
     check_view_memory(config, device, processes)
@@ -160,12 +168,21 @@ def count_activations(networks: Siamese, size: int, checkpointing: bool) -> int:
 
 
 def _open_training_images(config: PretrainConfig, download: bool) -> tuple[ImageDataset | None, str | None]:
-    """Return the images to train on, or why they are unknown."""
+    """Return the images to train on, or why they are unknown: not given, or not downloaded yet."""
+    specs = (*list_specs(config.data.train), *list_specs(config.data.val))
     if config.data.train is None:
+        for spec in specs:
+            check_data_exists(spec)
+        if config.bgmask.bank is not None:
+            MaskBank.open(Path(config.bgmask.bank))
         return None, "no --data is given"
     try:
         return open_pretrain_data(config, download, Console(quiet=True)).train, None
     except DataError as error:
+        if download or not any(spec.startswith("torchvision:") for spec in specs):
+            raise
+        for spec in specs:
+            check_data_exists(spec)
         return None, error.what
 
 

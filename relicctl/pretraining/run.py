@@ -69,7 +69,7 @@ def resume_training(task: PretrainTask, init_from: str | None, context: RunConte
             raise UsageError(f"No checkpoint in {run.checkpoints_dir} can be read.", "Start another run.")
         console.info(f"{run.path} has no checkpoint yet: starting at step 0")
         run.truncate_metrics(-1)
-        load_initial_weights(init_from, task)
+        load_initial_weights(init_from, task, console.warn)
         return None
     path, tensors, header = loaded
     state = restore_state(task, tensors, header, str(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -181,11 +183,11 @@ def build_networks(config: PretrainConfig, classes: int = 0) -> Siamese:
     return networks
 
 
-def load_initial_weights(weights: str | None, task: PretrainTask) -> None:
+def load_initial_weights(weights: str | None, task: PretrainTask, warn: Callable[[str], None]) -> None:
     """Load the encoder of ``weights``, if given, into both networks. Raises UsageError if it does not fit."""
     if weights is None:
         return
-    initial, current = load_encoder(weights).state_dict(), task.encoder.state_dict()
+    initial, current = load_encoder(weights, warn=warn).state_dict(), task.encoder.state_dict()
     if {name: t.shape for name, t in initial.items()} != {name: t.shape for name, t in current.items()}:
         what = f"The weights of {weights} do not fit this encoder."
         raise UsageError(what, "Set model.arch, model.width and model.stem to theirs.")

@@ -72,14 +72,37 @@ class TransferOptions(EvaluationOptions):
     baselines: tuple[str, ...] = ()
 
 
+def find_run_config(options: RunOptions, preset: str | None, command: str) -> Path | None:
+    """Return config.yaml of the run that --resume means; None where there is none, of which the command tells."""
+    run = None
+    with suppress(UsageError):
+        if isinstance(options, EvaluationOptions):
+            run = find_folder_to_resume(options)
+        elif isinstance(options, TrainingOptions) and options.resume is not None:
+            run = find_run_to_resume(options, preset, command)
+    return run / "config.yaml" if run is not None and (run / "config.yaml").is_file() else None
+
+
+def find_folder_to_resume(options: EvaluationOptions) -> Path | None:
+    """Return the folder of the results that are resumed, None if a new one is started. Raises UsageError."""
+    if options.resume is None:
+        return None
+    out = Path(options.resume) if options.resume else options.out
+    if out is None or not (out / "config.yaml").is_file():
+        raise UsageError(f"--resume names no folder of results{f': {out}' if out else ''}.", "Write --resume DIR.")
+    return out
+
+
 def resolve_run(resolved: ResolvedConfig, options: TrainingOptions) -> tuple[ResolvedConfig, Path | None]:
     """Return the config, and the run that is resumed if one is; raise UsageError where the two contradict."""
-    run = None if options.resume is None else find_run_to_resume(options, resolved)
+    run = None
+    if options.resume is not None:
+        run = find_run_to_resume(options, resolved.preset, get_command(type(resolved.config)))
     return resolved if run is None else resume_config(resolved, run), run
 
 
-def find_run_to_resume(options: TrainingOptions, resolved: ResolvedConfig) -> Path | None:
-    """Return the folder that --resume means: its value, --out, or the newest run of the command and preset.
+def find_run_to_resume(options: TrainingOptions, preset: str | None, command: str) -> Path | None:
+    """Return the folder that --resume means: its value, --out, or the newest run of ``command`` and ``preset``.
 
     None for a bare --resume with an --out that holds no run yet, which starts one.
     """
@@ -93,19 +116,19 @@ def find_run_to_resume(options: TrainingOptions, resolved: ResolvedConfig) -> Pa
             raise UsageError("--resume continues in the run's folder, but --out names another.", "Omit --out.")
         return Path(options.resume)
     configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    runs = [path.parent for path in configs if _is_same_kind(_load_run_config(path.parent), resolved)]
+    runs = [path.parent for path in configs if _is_same_kind(_load_run_config(path.parent), preset, command)]
     if not runs:
-        of = f" of preset {resolved.preset}" if resolved.preset else ""
+        of = f" of preset {preset}" if preset else ""
         raise UsageError(f"There is no run{of} to resume under runs/.", "Name its folder: --resume RUN.")
     return runs[-1]
 
 
-def _is_same_kind(content: dict[str, Any], resolved: ResolvedConfig) -> bool:
+def _is_same_kind(content: dict[str, Any], preset: str | None, command: str) -> bool:
     """Return whether the ``content`` of a config.yaml is of a run of the same command and, if one is given, preset."""
-    record, command = content.get("run") or {}, content.get("command", "pretrain")
-    if command != get_command(type(resolved.config)) or "preset" not in record:
+    record = content.get("run") or {}
+    if content.get("command", "pretrain") != command or "preset" not in record:
         return False
-    return resolved.preset in (None, record["preset"])
+    return preset in (None, record["preset"])
 
 
 def _find_run_at(out: Path, init_from: str | None) -> Path | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from relicctl.console import Console
 from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
 from relicctl.runs.distributed import RunContext, load_newest_checkpoint, select_progress_metrics
 
@@ -39,6 +40,8 @@ def train_with_progress(
     on_log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
 ) -> TrainState:
     """Call ``core.loop.train`` with a progress bar; ``on_log`` gets the metrics of every log line."""
+    if state.step >= config.total:
+        context.console.info(f"nothing is left to train: step {state.step} of {config.total}")
     with context.console.progress(config.total, state.step) as bar:
 
         def show(step: int, metrics: dict[str, Any]) -> None:
@@ -49,6 +52,15 @@ def train_with_progress(
             task, batches, config, context.run, state=state, device=context.device, world=context.world,
             evaluate=evaluate, on_log=show,
         )  # fmt: skip
+
+
+def warn_of_late_end(max_steps: int | None, last_step: int, console: Console) -> None:
+    """Warn where optim.max_steps lies after the last step of the schedule, which ends the training all the same."""
+    if max_steps is not None and max_steps > last_step:
+        console.warn(
+            f"optim.max_steps {max_steps} only cuts a training short, and the schedule ends at step {last_step} "
+            "(optim.epochs): to train longer, start another one"
+        )
 
 
 def resume_and_train(task: Task, batches: Batches, config: LoopConfig, context: RunContext) -> TrainState:

@@ -18,7 +18,7 @@ import pytest
 import relicctl
 from relicctl import cli
 from relicctl.config.presets import list_presets, read_preset_header
-from relicctl.config.resolve import ResolvedConfig
+from relicctl.config.resolve import ResolvedConfig, resolve_config
 from relicctl.errors import DataError
 from relicctl.runs.resume import TrainingOptions
 
@@ -245,3 +245,69 @@ def test_failures_become_exit_codes(
     assert "Traceback" not in capsys.readouterr().err
     assert cli.run(["pretrain", "--debug"]) == code
     assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+# ---------------------------------------------------------------- dry runs
+
+COMMANDS = [
+    ["pretrain"], ["train-bgmask"], ["linear-eval"], ["transfer"], ["transfer", "--task", "segmentation"],
+    ["transfer", "--task", "detection"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_keys_of_every_command_can_be_listed_without_data(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This is what the message about an unknown key advises."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*command, "--set", "zzzz=1"]) == 2
+    (advised,) = re.findall(r"`relicctl (.*)` lists all keys", capsys.readouterr().err)
+    assert shlex.split(advised) == [*command, "--dry-run"]
+    assert cli.run(shlex.split(advised)) == 0
+    (tmp_path / "listed.yaml").write_text(capsys.readouterr().out)
+    resolved = resolve_config(config_file=tmp_path / "listed.yaml")
+    assert resolved.config == type(resolved.config)()
+    assert len(set(resolved.origin.values())) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--data", "WRONG"],
+        ["pretrain", "--data", "shapes", "--data", "WRONG"],
+        ["pretrain", "--preset", "demo", "--val", "WRONG"],
+        ["pretrain", "--val", "WRONG"],
+        ["pretrain", "--data", "torchvision:CIFAR10", "--val", "WRONG"],
+        ["pretrain", "--bgmask", "WRONG"],
+        ["pretrain", "--init-from", "WRONG"],
+        ["train-bgmask", "--data", "WRONG"],
+        ["train-bgmask", "--masks-for", "WRONG"],
+        ["train-bgmask", "--eval-data", "WRONG"],
+        ["linear-eval", "--data", "WRONG"],
+        ["linear-eval", "--data", "shapes", "--val", "WRONG"],
+        ["linear-eval", "--test", "x=WRONG"],
+        ["linear-eval", "WRONG"],
+        ["transfer", "--data", "x=WRONG"],
+        ["transfer", "--data", "x={split}/WRONG"],
+        ["transfer", "WRONG"],
+        ["transfer", "--baseline", "WRONG"],
+        ["transfer", "--task", "detection", "--data", "x=WRONG"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_is_given_must_exist_in_a_dry_run_too(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*arguments, "--dry-run"]) in (2, 3)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "WRONG" in said.err.splitlines()[-2]
+    assert said.err.splitlines()[-2].startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["pretrain", "--preset", "cifar10-r18"], ["transfer", "--preset", "byol-suite"]])
+def test_a_dry_run_needs_no_download(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*arguments, "--dry-run"]) == 0

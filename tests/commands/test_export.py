@@ -181,3 +181,15 @@ def test_the_run_s_own_images_are_compared_where_they_can_be_read(run, tmp_path,
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
     return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+
+
+@pytest.mark.parametrize("format", sorted(command.FORMATS))
+def test_exporting_twice_gives_the_same_bytes(format, run, tmp_path):
+    target = command.FORMATS[format]
+    for package in (*target.read_packages, *target.write_packages):
+        pytest.importorskip(package)
+    outs = [tmp_path / number / "export" for number in ("0", "1")]
+    results = [exported(run, out, format=format) for out in outs]
+    assert results[0]["sha256"] == results[1]["sha256"]
+    contents = [{p.name: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()} for out in outs]
+    assert contents[0] == contents[1]

@@ -173,6 +173,18 @@ def test_a_finished_evaluation_is_not_trained_again_but_scores_further_sets(run,
     assert before == after
 
 
+def test_the_evaluations_own_values_count_when_it_is_resumed(run, evaluate, tmp_path, capsys):
+    """data.cache has no effect on the default protocol, but on this one."""
+    assert evaluate(run, "out", form="imagenet") == 0
+    resume = ["linear-eval", "--resume", str(tmp_path / "out")]
+    assert relicctl([*resume, "--set", "data.cache=memory", "--set", "optim.max_steps=99"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("the schedule ends at step 10") == 1
+    assert "nothing is left to train: step 10 of 10" in said
+    assert relicctl([*resume, "--set", "crop.hflip_prob=0"]) == 2
+    assert "crop.hflip_prob is 0.5" in capsys.readouterr().err
+
+
 # Other encoders.
 
 
@@ -249,6 +261,22 @@ def test_further_test_sets_go_by_class_names_and_say_what_is_missing(run, evalua
     assert (other["images"], other["missing_classes"], other["unknown_classes"]) == (8, ["a"], ["d"])
     assert {name: row["images"] for name, row in other["per_class"].items()} == {"a": 0, "b": 4, "c": 4}
     assert found["tests"]["again"]["top1"] == found["top1"]
+
+
+def test_several_data_sets_are_joined_by_their_class_names(run, evaluate, photos):
+    told = ["--data", str(photos / "train"), "--data", str(photos / "other"), "--set", "sweep.lrs=[0.1]"]
+    assert evaluate(run, "out", *told, "--val", str(photos / "val"), "--val", str(photos / "other")) == 0
+    found = results(photos / "out")
+    assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (24, 24)
+    assert found["protocol"]["train"] == [str(photos / "train"), str(photos / "other")]
+    assert {name: row["images"] for name, row in found["per_class"].items()} == {"a": 4, "b": 8, "c": 8, "d": 4}
+    assert relicctl(["linear-eval", "--resume", str(photos / "out"), "--quiet"]) == 0
+
+
+def test_of_joined_data_sets_the_one_without_labels_is_named(run, evaluate, photos, capsys):
+    told = ["--data", str(photos / "train"), "--data", str(photos / "flat"), "--val", str(photos / "val")]
+    assert evaluate(run, "out", *told) == 3
+    assert f"error: {photos / 'flat'} has no labels" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_listed(run, evaluate, photos):

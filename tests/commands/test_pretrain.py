@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from relicctl.cli import run as relicctl
 from relicctl.core import checkpoint
+from relicctl.data.datasets.open import open_dataset
 from tests.helpers.configs import tiny_pretrain_yaml
 from tests.helpers.ports import free_ports
 
@@ -593,3 +595,52 @@ def torchrun(tiny: Path, out: Path, *arguments: str) -> subprocess.CompletedProc
     ]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], env=alone, capture_output=True, text=True, check=False)
+
+
+def test_the_runs_own_values_count_when_it_is_resumed(tiny, tmp_path, capsys):
+    """The defaults' warm-up of ten epochs is longer than two; the run's is not."""
+    run = tmp_path / "run"
+    assert pretrain(tiny, run, "--set", "optim.max_steps=2") == 0
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.epochs=2", "--set", "optim.max_steps=4"]) == 0
+    assert json.loads((run / "results.json").read_text())["steps"] == 4
+    assert relicctl(["pretrain", "--resume", str(run), "--set", "optim.epochs=3"]) == 2
+    assert "optim.epochs is 2" in capsys.readouterr().err
+
+
+def test_a_resumed_run_that_has_nothing_left_to_train_says_so(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert pretrain(tiny, run) == 0
+    before = (run / "encoder.safetensors").read_bytes()
+    for added, said in (
+        (["--set", f"optim.max_steps={STEPS + 5}"], f"the schedule ends at step {STEPS}"),
+        (["--set", f"optim.max_steps={STEPS - 5}"], f"nothing is left to train: step {STEPS} of {STEPS - 5}"),
+        (["--set", "optim.max_steps=null"], f"nothing is left to train: step {STEPS} of {STEPS}"),
+    ):
+        capsys.readouterr()
+        assert relicctl(["pretrain", "--resume", str(run), *added]) == 0
+        assert said in capsys.readouterr().err
+        assert (run / "encoder.safetensors").read_bytes() == before
+
+
+# Several data sets.
+
+
+def test_several_data_sets_are_trained_on_together(tiny, tmp_path, photos, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    several = ["--data", str(photos), "--data", str(other), "--val", str(photos), "--val", str(other)]
+    assert pretrain(tiny, tmp_path / "run", *several, "--set", "optim.epochs=1") == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["data"]["train"] == config["data"]["val"] == [str(photos), str(other)]
+    one = len(open_dataset(str(photos)))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["images"] == config["run"]["images"] == 2 * one
+    assert relicctl(["pretrain", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert relicctl(["pretrain", "--resume", str(tmp_path / "run"), "--data", str(photos)]) == 3
+    assert "not those" in capsys.readouterr().err
+    assert pretrain(tiny, photos / "run", "--data", "shapes", "--data", str(photos)) == 2
+    assert "inside the data" in capsys.readouterr().err
+
+
+def test_a_second_bank_is_not_ignored(tiny, tmp_path, capsys):
+    assert pretrain(tiny, tmp_path / "run", "--bgmask", "a", "--bgmask", "b") == 2
+    assert "--bgmask is given 2 times" in capsys.readouterr().err

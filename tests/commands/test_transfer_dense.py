@@ -168,6 +168,7 @@ def test_bad_input_gets_two_sentences_and_its_code(encoders, tmp_path, monkeypat
 
 def test_a_dry_run_prints_the_config(encoders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "VOC2012").mkdir()
     told = ["--preset", "voc-segmentation", "--data", "voc=VOC2012", "--dry-run"]
     assert relicctl(["transfer", "--task", "segmentation", encoders[0], *told]) == 0
     said = capsys.readouterr().out

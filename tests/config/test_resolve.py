@@ -305,3 +305,52 @@ def test_an_endless_config_file_is_read_to_a_limit(tmp_path: Path) -> None:
     for path in (tmp_path / "long.yaml", Path("/dev/zero")):
         with pytest.raises(UsageError, match="KiB"):
             load_mapping(path)
+
+
+@pytest.fixture
+def masked_run(tmp_path: Path) -> Path:
+    """The config.yaml of a run whose values contradict the defaults'."""
+    sets = ["optim.warmup_epochs=1", "optim.epochs=5", "objective=byol"]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(resolve_config("demo", sets=sets, options={"bgmask": "masks.bank"}).config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", ["optim.epochs=3", "bgmask.bank=other.bank", "bgmask.fill=gray", "optim.batch_size=4", "seed=2"]
+)
+def test_what_is_added_to_a_run_is_checked_against_the_run(masked_run: Path, text: str) -> None:
+    key, _, given = text.partition("=")
+    resolved = resolve_config(sets=[text], schema=PretrainConfig, run_config=masked_run)
+    assert str(value(resolved.config, key)) == given
+    assert resolved.origin[key] == "--set"
+    others = {name: v for name, v in flatten(resolved.config.model_dump()).items() if name != key}
+    before = flatten(load_run_config(masked_run).model_dump())
+    assert others == {name: v for name, v in before.items() if name != key}
+
+
+@pytest.mark.parametrize("text", ["optim.epochs=0", "optim.warmup_epochs=6", "loss.beta=1", "optim.epoch=3"])
+def test_what_contradicts_the_run_is_refused(masked_run: Path, text: str) -> None:
+    assert text.partition("=")[0] in refusal(sets=[text], run_config=masked_run).what
+
+
+# ---------------------------------------------------------------- several data sets
+
+
+@pytest.mark.parametrize("given", [("a",), ["a"], "a"])
+def test_one_data_set_is_text_however_it_is_given(given: Any) -> None:
+    config = resolve_config(options={"data": given}).config
+    assert config.data.train == "a"
+    assert "\n  train: a\n" in dump_yaml(config)
+
+
+def test_several_data_sets_are_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "several.yaml"
+    path.write_text(dump_yaml(resolve_config(options={"data": ("a", "b,{1,2}.tar"), "val": ["c", "d"]}).config))
+    for config in (
+        resolve_config(config_file=path).config,
+        resolve_config(sets=["data.train=[a, 'b,{1,2}.tar']", "data.val=[c, d]"]).config,
+    ):
+        assert (config.data.train, config.data.val) == (("a", "b,{1,2}.tar"), ("c", "d"))
+    assert resolve_config(options={"data": ()}).config.data.train is None
+    assert "data.train cannot be" in refusal(sets=["data.train=[1, 2]"]).what

@@ -245,11 +245,6 @@ def test_pickles_are_refused_and_never_run(tmp_path, capsys, protocol):
     assert capsys.readouterr().out == ""
 
 
-def test_a_torch_file_with_more_than_tensors_is_refused(tmp_path, torchvision_weights):
-    torch.save({"state_dict": torchvision_weights, "epoch": 3}, tmp_path / "w.pth")
-    assert "plain dictionary" in refusal(tmp_path / "w.pth")
-
-
 def test_foreign_networks_are_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     assert "neither" in refusal(tmp_path / "w.safetensors")

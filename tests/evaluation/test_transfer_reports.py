@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from relicctl.evaluation import reports
 
 CELLS = [
@@ -40,3 +42,15 @@ def test_a_chart_is_drawn_with_and_without_baseline(tmp_path):
     for number, baselines in enumerate(([], ["runs/b"])):
         reports.plot_transfer_chart(tmp_path / f"{number}.png", CELLS, ["runs/a", "runs/b"], baselines)
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-17, 2e-16])
+def test_equal_encoders_are_drawn_on_an_axis_of_percents(noise, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reports, "save_figure", lambda path, figure: drawn.append(figure))
+    cells = [cell | {"value": 0.4 + noise * (cell["encoder"] == "runs/a")} for cell in CELLS]
+    reports.plot_transfer_chart(tmp_path / "c.png", cells, ["runs/a", "runs/b"], ["runs/b"])
+    reports.plot_transfer_chart(tmp_path / "c.png", [c | {"value": noise} for c in cells], ["runs/a", "runs/b"], [])
+    assert [figure.axes[0].get_ylim() for figure in drawn] == [(-1, 1), (0, 1)]
+    reports.plot_transfer_chart(tmp_path / "c.png", CELLS, ["runs/a", "runs/b"], ["runs/b"])
+    assert drawn[-1].axes[0].get_ylim()[1] > 50

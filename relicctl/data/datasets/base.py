@@ -33,6 +33,11 @@ class ImageDataset(ABC):
     labels: np.ndarray | None = None
     decode: Decoder = Decoder()
 
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """What the user named, one by one where it was several data sets."""
+        return (self.spec,)
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -80,6 +85,10 @@ class Subset(ImageDataset):
         self.spec, self.namespace, self.classes = dataset.spec, dataset.namespace, dataset.classes
         self.decode = dataset.decode
         self.labels = None if dataset.labels is None else dataset.labels[indices]
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return self.dataset.specs
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -149,6 +158,10 @@ class ConcatDataset(ImageDataset):
         self.classes = datasets[0].classes if splits else ()
         self.decode = datasets[0].decode
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return (self.spec,) if self._splits else tuple(dataset.spec for dataset in self.datasets)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -200,13 +200,7 @@ def _index_container(path: str, folder: str) -> tuple[Container, list[tuple[str,
     Raises DataError if there are no images, or none that can be unpacked.
     """
     if not os.path.exists(path):
-        parent, name = os.path.split(path.rstrip("/"))
-        siblings: list[str] = []
-        with suppress(OSError):
-            siblings = os.listdir(parent or ".")
-        near = ", ".join(difflib.get_close_matches(name, siblings))
-        fix = f"Check the path; near it are {near}." if near else "Check the path."
-        raise DataError(f"There is no folder or archive '{path}'.", fix)
+        raise _make_missing_path_error(path)
     container = open_container(path)
     if folder and isinstance(container, Folder):
         container = Folder(_find_inner_folder(path, folder))
@@ -274,6 +268,30 @@ def _get_heif_hint(extensions: Iterable[str]) -> str:
     return "; pip install 'relicctl[heif]' to read HEIC" if HEIF_EXTENSIONS & set(extensions) else ""
 
 
+def check_data_exists(spec: str) -> None:
+    """Raise DataError where ``spec`` names a path that is not there; nothing is opened.
+
+    Of a spec with ``{split}`` one split has to be there.
+    """
+    if spec.partition(":")[0] in ("shapes", "torchvision"):
+        return
+    for text in _spell_splits(spec):
+        missing = [path for path, _ in map(split_spec, _expand_spec(text)) if not os.path.exists(path)]
+        if not missing:
+            return
+    raise _make_missing_path_error(split_spec(spec)[0] if "{split}" in spec else missing[0])
+
+
+def _make_missing_path_error(path: str) -> DataError:
+    parent, name = os.path.split(path.rstrip("/"))
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = os.listdir(parent or ".")
+    near = ", ".join(difflib.get_close_matches(name, siblings))
+    fix = f"Check the path; near it are {near}." if near else "Check the path."
+    return DataError(f"There is no folder or archive '{path}'.", fix)
+
+
 def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> DataError:
     near = difflib.get_close_matches(folder, folders) or folders[:5]
     fix = f"Name one that holds images, such as {', '.join(near)}." if near else f"Give {path} alone."
@@ -282,10 +300,16 @@ def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> Da
 
 def find_data_folders(spec: str) -> list[str]:
     """Return the paths of the folders that ``spec`` names; none for archives, the demo data and torchvision's."""
-    splits = itertools.chain(*map(spell_split, itertools.chain(*SPLIT_FOLDERS.values()))) if "{split}" in spec else [""]
-    texts = itertools.chain(*(_expand_spec(spec.replace("{split}", split)) for split in splits))
-    places = map(split_spec, texts)
+    places = map(split_spec, itertools.chain(*map(_expand_spec, _spell_splits(spec))))
     return [os.path.join(path, folder) if folder else path for path, folder in places if os.path.isdir(path)]
+
+
+def _spell_splits(spec: str) -> list[str]:
+    """Return ``spec`` with every name of a split in place of ``{split}``; itself alone where it has none."""
+    if "{split}" not in spec:
+        return [spec]
+    names = itertools.chain(*map(spell_split, itertools.chain(*SPLIT_FOLDERS.values())))
+    return [spec.replace("{split}", name) for name in names]
 
 
 def _expand_spec(spec: str) -> list[str]:
