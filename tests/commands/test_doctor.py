@@ -99,6 +99,7 @@ def test_help_is_light_and_its_examples_run(
     examples = [line.split()[1:] for line in done.stdout.splitlines() if line.strip().startswith("relicctl doctor")]
     assert len(examples) == 3
     monkeypatch.setattr("relicctl.commands.doctor.open_dataset", lambda spec, **more: None)
+    monkeypatch.setattr("relicctl.commands.doctor.open_joined_dataset", lambda specs, **more: None)
     for example in examples:
         assert relicctl(example) == 0, example
 
