@@ -25,7 +25,7 @@ from relicctl.core.counter_rng import Stream, permutation
 from relicctl.core.distributed import SINGLE_PROCESS, World
 from relicctl.core.hardware import pick_precision
 from relicctl.data.datasets.archives import split_spec
-from relicctl.data.datasets.base import ConcatDataset, ImageDataset
+from relicctl.data.datasets.base import ConcatDataset, ImageDataset, find_by_name
 from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
@@ -139,7 +139,8 @@ def open_ground_truth(
         shapes = shapes.select(_sample_rows(len(shapes), max_images, seed))
         return GroundTruth(shapes, shapes.load_mask)
     try:
-        images, masks = (open_dataset(_make_part_spec(spec, part), decoding=decoding) for part in (IMAGES, MASKS))
+        parts = (_make_part_spec(spec, part) for part in (IMAGES, MASKS))
+        images, masks = (open_dataset(part, decoding=decoding, allow_splits=True) for part in parts)
     except DataError as reason:
         fix = f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
         raise DataError(reason.what, fix) from None
@@ -182,18 +183,18 @@ def _match_masks(images: ImageDataset, masks: ImageDataset) -> np.ndarray:
         [str(PurePosixPath(dataset.get_name(index)).with_suffix("")) for index in range(len(dataset))]
         for dataset in (images, masks)
     )
-    stems = {stem: index for index, stem in enumerate(mask_stems)}
-    unmatched = [images.get_name(index) for index, stem in enumerate(image_stems) if stem not in stems]
+    found = find_by_name(mask_stems, image_stems)
+    unmatched = [images.get_name(index) for index, mask in enumerate(found) if mask < 0]
     if unmatched:
         of = f"{len(unmatched)} of {len(images)} images in {images.spec}"
         what = f"{of} have no mask in {masks.spec}, for example {unmatched[0]}."
         raise DataError(what, "Give every image a mask of the same name (the suffix may differ).")
     if len(masks) > len(images):
-        spare = sorted(stems.keys() - set(image_stems))
+        spare = sorted(set(mask_stems).difference(mask_stems[mask] for mask in found))
         example = f", for example {spare[0]}" if spare else ""
         what = f"{len(masks) - len(images)} masks in {masks.spec} have no image{example}."
         raise DataError(what, "Remove them, or add their images.")
-    return np.array([stems[stem] for stem in image_stems])
+    return np.array(found)
 
 
 def _load_mask(masks: ImageDataset, threshold: int, index: int) -> np.ndarray:

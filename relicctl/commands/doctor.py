@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def doctor(
 ) -> dict[str, Any]:
     """``checks``: name, state (ok, warn, fail), found and fix of each; ``failed`` and ``warned``: their names."""
     config, console = resolved.config, Console(quiet)
+    warn = cache(console.warn)  # several checks open the same images
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     workers = resolve_num_workers(config.runtime, device, "none")
@@ -35,7 +37,7 @@ def doctor(
     def open_or_default(open_default: Callable[[], ImageDataset]) -> ImageDataset:
         if data is None:
             return open_default()
-        return open_joined_dataset(data, split="train", download=download, decoding=config.data.decoding)
+        return open_joined_dataset(data, split="train", download=download, decoding=config.data.decoding, warn=warn)
 
     checks: dict[str, Callable[[], CheckResult]] = {
         "python": environment.check_python,

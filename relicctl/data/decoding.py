@@ -45,6 +45,7 @@ with suppress(ImportError):
     _EXTENSIONS["HEIF"] = tuple(sorted(HEIF_EXTENSIONS))
 IMAGE_FORMATS = tuple(_EXTENSIONS)  # recognised by content, whatever a file's name says
 IMAGE_EXTENSIONS = tuple(itertools.chain(*_EXTENSIONS.values()))
+USUAL_EXTENSIONS = tuple(extensions[0] for extensions in _EXTENSIONS.values())
 MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is treated as a decompression bomb
 WHITE_16 = 65535  # the largest value of 16 bits

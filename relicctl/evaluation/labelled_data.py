@@ -15,7 +15,7 @@ from relicctl.config.base import list_specs
 from relicctl.config.linear_eval import LinearEvalConfig
 from relicctl.console import Console
 from relicctl.core.counter_rng import Stream, permutation
-from relicctl.data.datasets.base import ImageDataset, normalize_unicode
+from relicctl.data.datasets.base import ImageDataset, find_by_name, normalize_unicode
 from relicctl.data.datasets.joined import list_unlabelled_specs, open_joined_dataset
 from relicctl.data.datasets.open import decode_text
 from relicctl.data.value_range import warn_unused_range
@@ -107,16 +107,16 @@ def _read_listed_rows(source: ImageDataset, path: Path) -> np.ndarray:
     bare = [posixpath.basename(name) for name in names]
     rows = dict(zip(bare, range(len(bare)), strict=True)) | dict(zip(names, range(len(names)), strict=True))
     shared = {name for name, times in Counter(bare).items() if times > 1} - set(names)
-    if ambiguous := [name for name in wanted if name in shared]:
+    known = list(rows)
+    found = [known[place] if place >= 0 else None for place in find_by_name(known, wanted)]
+    if ambiguous := [name for name in found if name in shared]:
         what = f"{path} names {ambiguous[0]}, and {source.spec} has several images of that name."
         raise DataError(what, f"Write names as the data have them, such as {names[bare.index(ambiguous[0])]}.")
-    composed = {normalize_unicode(name): row for name, row in rows.items()}
-    rows = {name: composed[key] for name in wanted if (key := normalize_unicode(name)) in composed} | rows
-    unknown = [name for name in wanted if name not in rows]
+    unknown = [name for name, match in zip(wanted, found, strict=True) if match is None]
     if unknown or not wanted:
         what = f"{len(unknown)} names that are not in {source.spec}, such as {unknown[0]}" if wanted else "no names"
         raise DataError(f"{path} has {what}.", "Give a list of this data's file names, one per line.")
-    return np.array(sorted({rows[name] for name in wanted}), dtype=np.int64)
+    return np.array(sorted({rows[name] for name in found if name is not None}), dtype=np.int64)
 
 
 @dataclass(frozen=True)

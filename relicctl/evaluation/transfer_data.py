@@ -25,7 +25,14 @@ import numpy as np
 from relicctl.config.transfer import TransferConfig
 from relicctl.core.counter_rng import Stream
 from relicctl.data.datasets.archives import FileReader, split_spec
-from relicctl.data.datasets.base import ConcatDataset, DatasetSplit, ImageDataset, Subset, normalize_unicode
+from relicctl.data.datasets.base import (
+    ConcatDataset,
+    DatasetSplit,
+    ImageDataset,
+    Subset,
+    find_by_name,
+    normalize_unicode,
+)
 from relicctl.data.datasets.open import (
     decode_text,
     join_spec,
@@ -35,6 +42,7 @@ from relicctl.data.datasets.open import (
     summarize_names,
 )
 from relicctl.data.datasets.splits import SPLIT_FOLDERS, get_split, spell_split
+from relicctl.data.datasets.torchvision import has_splits
 from relicctl.data.datasets.voc import find_voc_folder, read_voc
 from relicctl.errors import DataError
 from relicctl.evaluation.labelled_data import (
@@ -118,6 +126,8 @@ def _open_splits(
     if spec.partition(":")[0] == "shapes":
         return open_images(spec, split="train"), None, open_images(spec, split="val"), ""
     spec = find_voc_folder(spec, download) or spec
+    if spec.startswith("torchvision:") and not has_splits(spec):
+        return _draw_test(name, open_images(spec), config, warn)
     folders = [] if "{split}" in spec else list_folders(spec)
     open_split = partial(_open_image_split, spec, folders, open_images)
     _, train = open_split(SPLIT_FOLDERS["train"], ())
@@ -317,7 +327,7 @@ def open_multilabel(
     """
     files = _open_file_reader(spec)
     if files is not None and (listed := files.read(f"ImageSets/Main/{word}.txt")) is not None:
-        images = open_images(join_spec(spec, "JPEGImages"))
+        images = open_images(join_spec(spec, "JPEGImages"), allow_splits=True)
         voc = read_voc(files, images, parse_first_words(listed), classes or None, spec)
         easy, boxes = ~voc.boxes.ignored, voc.boxes
         labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
@@ -333,7 +343,7 @@ def open_multilabel(
         labels = np.full((len(table), len(number)), -1, dtype=np.int8)
         for row, names in enumerate(table.values()):
             labels[row, [number[normalize_unicode(name)] for name in names]] = 1
-        images = _select_listed_images(open_images(place), list(table))
+        images = _select_listed_images(open_images(place, allow_splits=True), list(table))
         return TableDataset(images, tuple(known.values()), labels)
     return None
 
@@ -366,22 +376,24 @@ def _read_label_table(content: bytes, where: str) -> dict[str, set[str]]:
         for cells in csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True):
             if not cells:
                 continue
-            name, classes = cells  # ValueError unless they are two
+            if len(cells) != 2:
+                raise ValueError(f"{len(cells)} columns, where {', '.join(cells)[:50]} stands")
+            name, classes = cells
             if name in table:
                 raise ValueError(f"{name} is listed twice")
             table[name] = {text.strip() for text in classes.split(";")} - {""}
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is no text in UTF-8.", "Save it as UTF-8, or as Unicode text.") from None
     except (ValueError, csv.Error) as reason:
         raise DataError(f"{where} cannot be read ({reason}).", "Write lines like name.jpg,class;class.") from None
     return table
 
 
 def _select_listed_images(images: ImageDataset, names: list[str]) -> ImageDataset:
-    """Return the images of these names, which may be composed otherwise and separate folders as Windows does."""
+    """Return the images of these names."""
     if not names:
         raise DataError(f"A list of {images.spec} is empty.", "Write one image name per line.")
-    rows = {images.get_name(row): row for row in range(len(images))}
-    rows = {normalize_unicode(name): row for name, row in rows.items()} | rows
-    found = [rows.get(name, rows.get(normalize_unicode(name.replace("\\", "/")), -1)) for name in names]
+    found = find_by_name([images.get_name(row) for row in range(len(images))], names)
     missing = [name for name, row in zip(names, found, strict=True) if row < 0]
     if missing:
         what = f"{images.spec} lacks listed images: {summarize_names(missing)}, of {len(names)}."

@@ -229,3 +229,20 @@ def test_composed_and_decomposed_classes_are_the_same(photos):
     assert not warnings
     assert sorted(np.bincount(data.test.labels).tolist()) == [5, 5]
     assert data.trainval.classes == ("café", "tea")
+
+
+def test_a_set_of_torchvision_without_splits_is_divided_and_said_so(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class USPS(datasets.VisionDataset):
+        def __init__(self, root, download=False):
+            self.data = np.zeros((20, 16, 16), dtype=np.uint8)
+            self.targets = [0, 1] * 10
+
+    monkeypatch.setattr(datasets, "USPS", USPS)
+    warnings: list[str] = []
+    data = opened(f"torchvision:USPS:{tmp_path}", warnings)
+    assert (len(data.trainval.labels), len(data.test.labels)) == (16, 4)
+    assert "has no splits" in warnings[0]
+    with pytest.raises(DataError, match="no image data set 'USP'"):
+        opened(f"torchvision:USP:{tmp_path}")

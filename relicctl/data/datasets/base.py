@@ -198,6 +198,18 @@ def normalize_unicode(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def find_by_name(known: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Return where each wanted name stands in ``known``, -1 for nowhere.
+
+    Names are alike if only their letters are composed otherwise, or if ``\\`` separates the folders of the wanted one.
+    """
+    places = {name: place for place, name in enumerate(known)}
+    if places.keys() >= set(wanted):
+        return [places[name] for name in wanted]
+    alike = {normalize_unicode(name): place for name, place in places.items()}
+    return [places.get(name, alike.get(normalize_unicode(name.replace("\\", "/")), -1)) for name in wanted]
+
+
 class PackedNames:
     """Names in one bytes object with offsets.
 

@@ -37,8 +37,8 @@ from relicctl.data.datasets.archives import (
     split_spec,
 )
 from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames, normalize_unicode
-from relicctl.data.datasets.splits import SPLIT_FOLDERS, find_mixed_splits, get_split, spell_split
-from relicctl.data.decoding import HEIF_EXTENSIONS, IMAGE_EXTENSIONS, Decoder
+from relicctl.data.datasets.splits import SPLIT_FOLDERS, find_mixed_splits, get_split, list_split_names
+from relicctl.data.decoding import HEIF_EXTENSIONS, IMAGE_EXTENSIONS, USUAL_EXTENSIONS, Decoder
 from relicctl.errors import DataError
 
 MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
@@ -61,17 +61,10 @@ def infer_classes(
     and ``photos/dog/2.jpg`` are a cat and a dog, and a single folder of images is no class. As soon as one
     image lies beside the class folders, the data count as unlabelled. Names that differ only in how Unicode composes
     a letter are one class.
-    Raises DataError if two of the folders are splits such as train and test: together they would leak.
     """
-    parents = {name.rpartition("/")[0] for name in names}
-    enclosing = posixpath.commonpath(parents)
+    enclosing = posixpath.commonpath({name.rpartition("/")[0] for name in names})
     start = len(enclosing) + 1 if enclosing else 0
     folders = [name[start : name.find("/", start)] if "/" in name[start:] else "" for name in names]
-    for parent, splits in find_mixed_splits(parents).items():
-        if parent == enclosing:
-            raise _make_splits_error(spec, enclosing, splits, set(folders))
-        warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
-        break  # one says it all
     present = sorted(set(folders))
     if present[0] == "":
         if len(present) > 2:
@@ -86,12 +79,25 @@ def infer_classes(
     return tuple(classes.values()), np.array([number[folder] for folder in folders], dtype=np.int64)
 
 
-def _make_splits_error(spec: str, folder: str, splits: list[str], beside: set[str]) -> DataError:
-    first = min(splits, key=lambda name: not name.lower().startswith("train"))
-    place = join_spec(spec, posixpath.join(folder, first))
-    what = f"The folders of {spec} are splits, not classes: {', '.join(splits)}."
-    unless = "; if they are classes, rename them" if beside.difference(splits) else ""
-    return DataError(what, f"Name one of them, for example {place}{unless}.")
+def check_splits(names: Sequence[str], spec: str, warn: Callable[[str], None]) -> None:
+    """Raise DataError if two of the class folders are splits such as train and test: together they would leak.
+
+    Splits further down give a warning.
+    """
+    parents = {name.rpartition("/")[0] for name in names}
+    enclosing = posixpath.commonpath(parents)
+    mixed = find_mixed_splits(parents)
+    if splits := mixed.get(enclosing):
+        first = min(splits, key=lambda name: not name.lower().startswith("train"))
+        start = len(enclosing) + 1 if enclosing else 0
+        others = {name[start:].rpartition("/")[0].partition("/")[0] for name in names}.difference(splits)
+        unless = "; if they are classes, rename them" if others else ""
+        what = f"The folders of {spec} are splits, not classes: {', '.join(splits)}."
+        place = join_spec(spec, posixpath.join(enclosing, first))
+        raise DataError(what, f"Name one of them, for example {place}{unless}.")
+    if mixed:
+        parent, splits = min(mixed.items())  # one says it all
+        warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
 
 
 def expand_braces(text: str) -> list[str]:
@@ -126,6 +132,7 @@ def open_dataset(
     download: bool = False,
     decoding: DecodingConfig = DecodingConfig(),  # noqa: B008 (immutable)
     warn: Callable[[str], None] = lambda text: None,
+    allow_splits: bool = False,
 ) -> ImageDataset:
     """Open the data set that ``spec`` names; the module's docstring lists the forms of specs.
 
@@ -135,6 +142,7 @@ def open_dataset(
         download: Whether torchvision may download what is missing.
         decoding: How image files are read.
         warn: Is called with a sentence about files that are not read, and whatever else one may not expect.
+        allow_splits: Whether folders may be splits: where images are taken from a list, or paired with masks.
 
     Returns:
         The data set. Its images are not read yet.
@@ -142,27 +150,23 @@ def open_dataset(
     Raises:
         DataError: For anything that cannot be used, with what to do about it.
     """
-    dataset = _open_spec(spec, split, download, warn)
-    dataset.decode = Decoder(**decoding.model_dump())
-    return dataset
-
-
-def _open_spec(spec: str, split: DatasetSplit, download: bool, warn: Callable[[str], None]) -> ImageDataset:
+    dataset: ImageDataset
     kind, _, _ = spec.partition(":")
     if kind == "shapes":
         from relicctl.data.datasets.shapes import ShapesDataset
 
-        if os.path.exists(spec):
-            warn(f"{spec} is the embedded demo data, and not what has this name here: that is ./{spec}")
-        return ShapesDataset.from_spec(spec, split)
-    if kind == "torchvision" and not os.path.exists(spec):
+        dataset = ShapesDataset.from_spec(spec, split, warn)
+    elif kind == "torchvision" and not os.path.exists(spec):
         from relicctl.data.datasets.torchvision import open_torchvision  # imports torch
 
-        return open_torchvision(spec, split, download)
-    return _open_files(spec, warn)
+        dataset = open_torchvision(spec, split, download)
+    else:
+        dataset = _open_files(spec, warn, allow_splits)
+    dataset.decode = Decoder(**decoding.model_dump())
+    return dataset
 
 
-def _open_files(spec: str, warn: Callable[[str], None]) -> FileDataset:
+def _open_files(spec: str, warn: Callable[[str], None], allow_splits: bool) -> FileDataset:
     places = list(dict.fromkeys(map(split_spec, _expand_spec(spec))))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
@@ -176,7 +180,10 @@ def _open_files(spec: str, warn: Callable[[str], None]) -> FileDataset:
     names = sorted(images)  # the same order for the same files, however they are packed
     members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
     dataset = FileDataset(spec, containers, PackedNames(names), members)
-    dataset.classes, dataset.labels = infer_classes([images[name][0] for name in names], spec, warn)
+    inner_names = [images[name][0] for name in names]
+    if not allow_splits:
+        check_splits(inner_names, spec, warn)
+    dataset.classes, dataset.labels = infer_classes(inner_names, spec, warn)
     if unread := {extension: number for extension, number in others.items() if extension in _UNREAD_EXTENSIONS}:
         kinds = ", ".join(f"{number} {extension}" for extension, number in sorted(unread.items()))
         warn(f"{sum(unread.values())} files of {spec} are not read: {kinds}{_get_heif_hint(unread)}")
@@ -255,7 +262,7 @@ def _select_inner_files(path: str, folder: str, files: list[tuple[str, Member]])
 def _make_no_images_error(path: str, place: str, others: Counter[str]) -> DataError:
     kinds = ", ".join(f"{extension} ({number})" for extension, number in others.most_common(3) if extension)
     what = f"{place} holds no images{f', but files that end in {kinds}' * bool(kinds)}."
-    fix = f"Give a folder, .zip or .tar with files that end in {', '.join(IMAGE_EXTENSIONS)}."
+    fix = f"Give a folder, .zip or .tar with files that end in {', '.join(USUAL_EXTENSIONS)}."
     if others.keys() & HEIF_EXTENSIONS:
         fix = "Install what reads HEIC: pip install 'relicctl[heif]'."
     elif archives := sorted(others.keys() & {".tar", ".zip"}):
@@ -308,7 +315,7 @@ def _spell_splits(spec: str) -> list[str]:
     """Return ``spec`` with every name of a split in place of ``{split}``; itself alone where it has none."""
     if "{split}" not in spec:
         return [spec]
-    names = itertools.chain(*map(spell_split, itertools.chain(*SPLIT_FOLDERS.values())))
+    names = itertools.chain(*map(list_split_names, SPLIT_FOLDERS))
     return [spec.replace("{split}", name) for name in names]
 
 

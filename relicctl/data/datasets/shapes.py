@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -81,8 +82,15 @@ class ShapesDataset(ImageDataset):
         self.background_ids = self._draw_backgrounds()
 
     @classmethod
-    def from_spec(cls, spec: str, split: Literal["train", "val"]) -> ShapesDataset:
-        """Open ``shapes[:key=value,...]``; see ShapesSpec for the keys. Raises DataError."""
+    def from_spec(
+        cls, spec: str, split: Literal["train", "val"], warn: Callable[[str], None] = lambda text: None
+    ) -> ShapesDataset:
+        """Open ``shapes[:key=value,...]``; see ShapesSpec for the keys. Raises DataError.
+
+        ``warn`` is called if a folder here has the same name.
+        """
+        if os.path.exists(spec):
+            warn(f"{spec} is the embedded demo data, and not what has this name here: that is ./{spec}")
         settings = ShapesSpec.parse(spec)
         return cls(spec, settings, split, np.arange(settings.train if split == "train" else settings.val))
 

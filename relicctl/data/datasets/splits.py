@@ -26,6 +26,12 @@ def spell_split(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, name.capitalize(), name.upper())))
 
 
+def list_split_names(split: str) -> list[str]:
+    """Return what a split may be called, in the usual letter cases; those in lower case come first."""
+    names = SPLIT_FOLDERS[split]
+    return list(dict.fromkeys([*names, *(spelling for name in names for spelling in spell_split(name))]))
+
+
 def find_mixed_splits(folders: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of splits that lie beside each other, by the path of the folder that holds them.
 

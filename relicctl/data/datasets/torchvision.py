@@ -86,6 +86,12 @@ def open_torchvision(spec: str, split: DatasetSplit, download: bool) -> ImageDat
     return opened
 
 
+def has_splits(spec: str) -> bool:
+    """Return whether the data set brings splits; also for one that there is not, whose opening says so."""
+    parameters = _get_parameters(spec.partition("#")[0].split(":")[1])
+    return not parameters or not {"train", "split"}.isdisjoint(parameters)
+
+
 def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, download: bool) -> Any:
     included = [known for known in datasets.__all__ if known not in EXCLUDED_DATASETS]
     usable = [known for known in included if "root" in _get_parameters(known)]
@@ -116,7 +122,7 @@ def _build_dataset(name: str, root: str, split: DatasetSplit, named_split: str, 
 
 
 def _get_parameters(name: str) -> dict[str, inspect.Parameter]:
-    found = getattr(datasets, name)
+    found = getattr(datasets, name, None)
     return dict(inspect.signature(found).parameters) if inspect.isclass(found) else {}
 
 

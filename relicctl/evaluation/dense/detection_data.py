@@ -17,10 +17,10 @@ from relicctl.config.base import DecodingConfig
 from relicctl.config.transfer import DetectionDataConfig
 from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import DatasetSplit, ImageDataset
+from relicctl.data.datasets.base import DatasetSplit, ImageDataset, find_by_name
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.datasets.splits import SPLIT_FOLDERS
+from relicctl.data.datasets.splits import list_split_names
 from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
 from relicctl.data.decoding import BadImageError
 from relicctl.data.value_range import warn_unused_range
@@ -50,10 +50,10 @@ def read_annotations(
     chosen = config.voc_train if part == "train" else config.voc_val
     stems = files.read(f"ImageSets/Main/{chosen}.txt")
     if stems is not None:
-        source = open_dataset(join_spec(spec, "JPEGImages"), decoding=config.decoding)
+        source = open_dataset(join_spec(spec, "JPEGImages"), decoding=config.decoding, allow_splits=True)
         annotations = read_voc(files, source, parse_first_words(stems), classes, spec)
     else:
-        places = [(word, place.format(part=word)) for word in SPLIT_FOLDERS[part] for place in ANNOTATION_FILES]
+        places = [(word, place.format(part=word)) for word in list_split_names(part) for place in ANNOTATION_FILES]
         read = ((word, place, files.read(place)) for word, place in places)
         word, place, content = next((r for r in read if r[2] is not None), ("", "", None))
         if content is None:
@@ -61,12 +61,12 @@ def read_annotations(
         annotations = parse_coco(content, f"{place} in {spec}")
         source, stripped = _find_images(spec, word, posixpath.dirname(place), annotations.files, config.decoding)
         annotations = replace(annotations, files=stripped)
-    rows = {source.get_name(row): row for row in range(len(source))}
-    missing = [file for file in annotations.files if file not in rows]
+    rows = find_by_name([source.get_name(row) for row in range(len(source))], annotations.files)
+    missing = [file for file, row in zip(annotations.files, rows, strict=True) if row < 0]
     if missing:
         what = f"{name} lacks images of {part}'s annotations: {summarize_names(missing)}, of {len(annotations.files)}."
         raise DataError(what, "Put the images where the annotations say, or in a folder of the split's name.")
-    source, boxes = source.select([rows[file] for file in annotations.files]), annotations.boxes
+    source, boxes = source.select(rows), annotations.boxes
     annotations = replace(annotations, sizes=_fill_sizes(annotations.sizes, source))
     if classes is not None and annotations.classes != classes:
         number = {known: label for label, known in enumerate(classes)}
@@ -133,10 +133,11 @@ def _find_images(
     stripped = [posixpath.relpath(file, shared) if shared else file for file in files]
     for folder in dict.fromkeys([*(f.format(part=word) for f in IMAGE_FOLDERS), beside]):
         try:
-            source = open_dataset(join_spec(spec, posixpath.join(folder, shared)), decoding=decoding)
+            place = join_spec(spec, posixpath.join(folder, shared))
+            source = open_dataset(place, decoding=decoding, allow_splits=True)
         except DataError:
             continue
-        if stripped[0] in {source.get_name(row) for row in range(len(source))}:
+        if find_by_name([source.get_name(row) for row in range(len(source))], stripped[:1]) != [-1]:
             return source, stripped
     what = f"{spec} has no image {files[0]}, which the annotations of {word} name."
     raise DataError(what, f"Put the images into a folder {word} or images, or where the annotations say.")
@@ -208,7 +209,8 @@ def open_detection_data(
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """Open the images with boxes to train on, and the images to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
-        train, val = (build_shapes_detection(ShapesDataset.from_spec(spec, part)) for part in ("train", "val"))
+        shapes = ShapesDataset.from_spec(spec, "train", console.warn), ShapesDataset.from_spec(spec, "val")
+        train, val = map(build_shapes_detection, shapes)
     else:
         train = read_annotations(name, spec, "train", config, None, console.warn)
         val = read_annotations(name, spec, "val", config, train.classes, console.warn)

@@ -21,10 +21,10 @@ import numpy as np
 from relicctl.config.transfer import SegmentationDataConfig
 from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
-from relicctl.data.datasets.base import DatasetSplit, ImageDataset
+from relicctl.data.datasets.base import DatasetSplit, ImageDataset, find_by_name
 from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
-from relicctl.data.datasets.splits import SPLIT_FOLDERS
+from relicctl.data.datasets.splits import list_split_names
 from relicctl.data.datasets.voc import VOC_CLASSES
 from relicctl.data.decoding import IMAGE_FORMATS, MAX_PIXELS, decode_image, read_values
 from relicctl.data.value_range import warn_unused_range
@@ -76,8 +76,8 @@ def open_segmentation_data(
 ) -> tuple[DenseDataset, DenseDataset]:
     """Open and check the images to train on and those to test on. Raises DataError."""
     if spec.partition(":")[0] == "shapes":
-        shapes_train, shapes_val = (ShapesDataset.from_spec(spec, part) for part in ("train", "val"))
-        return ShapesSegmentationDataset(shapes_train), ShapesSegmentationDataset(shapes_val)
+        shapes = ShapesDataset.from_spec(spec, "train", console.warn), ShapesDataset.from_spec(spec, "val")
+        return ShapesSegmentationDataset(shapes[0]), ShapesSegmentationDataset(shapes[1])
     train, voc = _open_mask_split(name, spec, "train", config)
     val, _ = _open_mask_split(name, spec, "val", config)
     warn_unused_range(train.source, console.warn)
@@ -163,14 +163,15 @@ def _open_mask_split(
     name: str, spec: str, part: DatasetSplit, config: SegmentationDataConfig
 ) -> tuple[SegmentationDataset, bool]:
     """Open one split; return also whether it is VOC-style."""
-    open_images, values = partial(open_dataset, decoding=config.decoding), config.mask_values.get(name)
+    open_images = partial(open_dataset, decoding=config.decoding, allow_splits=True)
+    values = config.mask_values.get(name)
     if "{split}" not in spec:
         chosen = config.voc_train if part == "train" else config.voc_val
         listed = FileReader(spec).read(f"ImageSets/Segmentation/{chosen}.txt")
         if listed is not None:
             images, masks = (open_images(join_spec(spec, folder)) for folder in ("JPEGImages", config.voc_masks))
             return _pair_masks(name, images, masks, parse_first_words(listed), values), True
-    for word in SPLIT_FOLDERS[part]:
+    for word in list_split_names(part):
         place = spec.replace("{split}", word) if "{split}" in spec else join_spec(spec, word)
         try:
             images = open_images(join_spec(place, "images"))
@@ -184,19 +185,19 @@ def _pair_masks(
     name: str, images: ImageDataset, masks: ImageDataset, stems: list[str] | None, values: dict[int, int] | None
 ) -> SegmentationDataset:
     """Pair each image of ``stems``, or every image, with its mask."""
-    image_rows, mask_rows = (
-        {str(PurePosixPath(s.get_name(row)).with_suffix("")): row for row in range(len(s))} for s in (images, masks)
+    image_stems, mask_stems = (
+        [str(PurePosixPath(s.get_name(row)).with_suffix("")) for row in range(len(s))] for s in (images, masks)
     )
-    stems = list(image_rows) if stems is None else stems
+    stems = list(dict.fromkeys(image_stems)) if stems is None else stems
     if not stems:
         raise DataError(f"{name} has an empty list of images.", "Write one image name per line.")
+    image_rows, mask_rows = find_by_name(image_stems, stems), find_by_name(mask_stems, stems)
     for kind, rows in (("image", image_rows), ("mask", mask_rows)):
-        missing = [stem for stem in stems if stem not in rows]
+        missing = [stem for stem, row in zip(stems, rows, strict=True) if row < 0]
         if missing:
             what = f"{name} lacks the {kind} of {summarize_names(missing)}, of {len(stems)} in {images.spec}."
             raise DataError(what, "Give images and masks the same names but for their suffixes.")
-    images, masks = images.select([image_rows[s] for s in stems]), masks.select([mask_rows[s] for s in stems])
-    return SegmentationDataset(images, masks, (), values)
+    return SegmentationDataset(images.select(image_rows), masks.select(mask_rows), (), values)
 
 
 def _check_mask_files(name: str, samples: SegmentationDataset, classes: int | None) -> np.ndarray:

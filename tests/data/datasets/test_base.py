@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relicctl.data.datasets.base import find_by_name
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.decoding import BadImageError
 from relicctl.errors import DataError
@@ -307,3 +308,13 @@ def test_the_real_archives_open(realdata_dir):
     assert "splits" in refused(realdata_dir / "dtd10.zip").what
     assert len(open_dataset(f"{realdata_dir / 'dtd10.zip'}#test").classes) == 10
     assert open_dataset(f"{realdata_dir / 'ecssd-dev.zip'}#images").labels is None
+
+
+# ---------------------------------------------------------------- names in lists
+
+
+def test_names_are_found_exactly_first_and_then_alike():
+    known = ["cafe\u0301.png", "a/b.png", "café/c.png", "cafe\u0301/c.png"]
+    assert find_by_name(known, ["a/b.png", "nowhere.png"]) == [1, -1]
+    assert find_by_name(known, ["café.png", "a\\b.png"]) == [0, 1]
+    assert find_by_name(known, ["cafe\u0301/c.png", "café/c.png", "a\\b.png"]) == [3, 2, 1]

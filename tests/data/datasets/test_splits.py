@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from relicctl.data.datasets.open import infer_classes
+from relicctl.data.datasets.open import check_splits, infer_classes
 from relicctl.data.datasets.splits import SPLIT_FOLDERS, find_mixed_splits, get_split, spell_split
 from relicctl.errors import DataError
 
 
 def infer(folders, stray=()):
     warnings: list[str] = []
-    return infer_classes([*(f"{folder}/1.jpg" for folder in folders), *stray], "photos", warnings.append), warnings
+    names = [*(f"{folder}/1.jpg" for folder in folders), *stray]
+    check_splits(names, "photos", warnings.append)
+    return infer_classes(names, "photos", warnings.append), warnings
 
 
 @pytest.mark.parametrize("split", SPLIT_FOLDERS)

@@ -265,3 +265,28 @@ def test_what_cannot_be_learned_from_is_refused(coco, what, says):
     with pytest.raises(DataError) as refused:
         opened(coco)
     assert says in refused.value.what
+
+
+def test_file_names_of_windows_and_macos_are_found(coco):
+    (coco / "train2017/train-0.png").rename(coco / "train2017/cafe\u0301.png")
+    for part in ("train", "val"):
+        content = tree(part)
+        for entry in content["images"]:
+            name = entry["file_name"].replace("train-0", "café")
+            entry["file_name"] = f"{part}2017\\{name}"
+        write(coco, part, content)
+    train, val = opened(coco)
+    assert (len(train), len(val)) == (2, 3)
+    assert train.source.get_name(0) == "train2017/cafe\u0301.png"
+    assert train.source.load(0).shape == (20, 30, 3)
+
+
+def test_a_list_may_name_images_of_several_splits(coco):
+    content = tree("train")
+    for entry in content["images"]:
+        entry["file_name"] = f"train2017/{entry['file_name']}"
+    content["images"][1]["file_name"] = "val2017/val-1.png"
+    write(coco, "train", content)
+    train, _ = opened(coco)
+    names = [train.source.get_name(row) for row in range(len(train))]
+    assert names == ["train2017/train-0.png", "train2017/train-2.png"]

@@ -253,3 +253,14 @@ def test_values_that_may_be_no_classes_are_told_once_and_usual_masks_are_not(fol
     (told,) = find_warnings(folders)
     assert "255, which is ignored" in told
     assert "data.mask_values" in told
+
+
+def test_splits_in_any_case_and_names_composed_otherwise_are_found(folders):
+    for part, other in (("train", "Training"), ("val", "Validation")):
+        (folders / part).rename(folders / other)
+        first = min((folders / other / "images").iterdir())
+        mask = next((folders / other / "masks").glob(f"{first.stem}.*"))
+        first.rename(first.with_name(f"café{first.suffix}"))
+        mask.rename(mask.with_name(f"cafe\u0301{mask.suffix}"))
+    train, val = opened(folders)
+    assert (len(train), len(val.masks)) == (4, 2)
