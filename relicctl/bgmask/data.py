@@ -224,8 +224,10 @@ def _read_mask_values(image: Image.Image) -> np.ndarray:
     if image.mode == "P" and _is_class_palette(image):
         indices = read_values(image)
         return np.where((indices > 0) & (indices < VOID), np.uint8(255), np.uint8(0))
-    if image.mode.startswith("I") and (values := read_values(image)).max() <= 255 and values.min() >= 0:
-        return values.astype(np.uint8)  # 8 bits saved in 16: scaled as an image they would be black
+    if image.mode.startswith("I") or (image.format == "PPM" and image.mode == "L"):
+        values = read_values(image)
+        if values.max() <= 255 and values.min() >= 0:
+            return values.astype(np.uint8)  # few values of a wide range: scaled as an image they would be black
     return np.asarray(convert_to_rgb(image).max(axis=2))
 
 

@@ -84,8 +84,9 @@ class DecodingConfig(Section):
 
     white_point: PositiveFloat | None = key(
         None,
-        "value of white in images of more than 8 bits, such as 4095 for 12 bits in 16; null = the largest of 16 bits, "
-        "of 32 bits and floats the smallest of 1, 255, 65535 and their maximum that holds them",
+        "value of white in grey images of more than 8 bits, and PNG and TIFF of 16 per colour, such as 4095 for 12 "
+        "bits; null = the largest of 16 bits, of 32 bits and floats the smallest of 1, 255, 65535 and their maximum "
+        "that holds them",
     )
     max_pixels: PositiveInt = key(
         178_956_970, "most pixels of an image; one that claims more is not decoded (a decompression bomb)"

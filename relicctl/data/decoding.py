@@ -132,9 +132,13 @@ def convert_to_rgb(image: Image.Image, *, keep_alpha: bool = False, white_point:
 
 def read_values(image: Image.Image) -> np.ndarray:
     """Return the values that an image stores, upright: of a palette the indices, not its colours."""
+    maximum = next((tile.args[-1] for tile in getattr(image, "tile", []) if image.format == "PPM"), None)
     image.load()
     turn = _ORIENTATION_TRANSPOSES.get(_read_orientation(image))
-    return np.array(image if turn is None else image.transpose(turn))
+    values = np.array(image if turn is None else image.transpose(turn))
+    if isinstance(maximum, int):  # Pillow has scaled what the file calls its largest value to that of the mode
+        values = np.rint(values * (maximum / (WHITE_16 if image.mode == "I" else 255))).astype(values.dtype)
+    return values
 
 
 def decode_image(

@@ -161,6 +161,19 @@ def test_class_indices_are_objects_whatever_they_are(pairs, draw):
         np.testing.assert_array_equal(truth.load_mask(index), inside)
 
 
+@pytest.mark.parametrize("largest", [1, 20, 255, 65535])
+def test_a_pgm_of_class_indices_is_read_as_they_are(pairs, largest):
+    objects = draw_true_masks(pairs, lambda inside: Image.fromarray(inside.astype(np.uint8)))
+    kind, index = ">u2" if largest > 255 else "u1", min(largest, 3)
+    for number, inside in enumerate(objects):
+        (pairs / f"masks/{number}.png").unlink()
+        header = f"P5 16 {len(inside)} {largest}\n".encode()
+        (pairs / f"masks/{number}.pgm").write_bytes(header + (inside * index).astype(kind).tobytes())
+    truth = open_ground_truth(str(pairs), 100, 0)
+    for number, inside in enumerate(objects):
+        np.testing.assert_array_equal(truth.load_mask(number), inside)
+
+
 def test_soft_masks_are_cut_at_half(pairs):
     shades = np.arange(16, dtype=np.uint8) * 17
     draw_true_masks(pairs, lambda inside: Image.fromarray(np.tile(shades // 2 + 20, (len(inside), 1))))

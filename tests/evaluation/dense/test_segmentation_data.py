@@ -173,6 +173,15 @@ def test_a_mask_turned_by_its_exif_stands_upright(folders):
     np.testing.assert_array_equal(opened(folders)[0].load_target(0), mask(0))
 
 
+@pytest.mark.parametrize("largest", [2, 20, 255, 4000, 65535])
+def test_a_pgm_has_the_indices_of_its_file_whatever_it_calls_white(folders, largest):
+    kind = ">u2" if largest > 255 else "u1"
+    (folders / "train/masks/00.png").unlink()
+    header = f"P5 24 20 {largest}\n".encode()
+    (folders / "train/masks/00.pgm").write_bytes(header + mask(0).astype(kind).tobytes())
+    np.testing.assert_array_equal(opened(folders)[0].load_target(0), mask(0))
+
+
 def draw_masks(folders, draw) -> None:
     """Draw every mask anew from a disc: bool [20, 24]."""
     y, x = np.mgrid[:20, :24]
