@@ -43,7 +43,10 @@ def list_commands(place: Path) -> dict[str, list[str]]:
             "train-bgmask", "--preset", "demo-bgmask", "--data", DATA, "--eval-data", DATA, *CPU,
             *(x for key in masks for x in ("--set", key)),
         ],
-        "linear-eval": ["linear-eval", str(encoder), "--preset", "linear-imagenet", *CPU, "--set", "optim.epochs=4", "--set", "optim.batch_size=64"],
+        "linear-eval": [
+            "linear-eval", str(encoder), "--preset", "linear-imagenet", *CPU, "--set", "optim.epochs=4",
+            "--set", "optim.batch_size=64",
+        ],
         "transfer": [
             "transfer", str(encoder), "--baseline", "random", "--data", f"shapes={DATA}", "--protocol", "logistic",
             "--protocol", "knn", "--labels", "all", "--labels", "0.1", *CPU,
