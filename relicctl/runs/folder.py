@@ -280,4 +280,4 @@ def check_outside_data(out: Path, specs: Iterable[str | None]) -> None:
     for spec in filter(None, specs):
         for folder in find_data_folders(spec):
             if out.resolve().is_relative_to(Path(folder).resolve()):
-                raise UsageError(f"The run folder {out} lies inside the data, {folder}.", "Choose another --out.")
+                raise UsageError(f"The run folder {out} lies inside the data ({folder}).", "Choose another --out.")

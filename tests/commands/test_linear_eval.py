@@ -374,5 +374,5 @@ def test_results_are_never_written_into_the_images(run, evaluate, tmp_path, caps
         make_photos(tmp_path / name, each=3)
     told = ["--data", f"{tmp_path}/train", "--val", f"{tmp_path}/val", "--test", f"more={tmp_path}/extra"]
     assert evaluate(run, f"{place}/results", *told) == 2
-    assert f"lies inside the data, {tmp_path}/{place}." in capsys.readouterr().err
+    assert f"lies inside the data ({tmp_path}/{place})." in capsys.readouterr().err
     assert not (tmp_path / place / "results").exists()

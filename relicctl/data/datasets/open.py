@@ -186,7 +186,7 @@ def _open_files(spec: str, warn: Callable[[str], None], allow_splits: bool) -> F
     dataset.classes, dataset.labels = infer_classes(inner_names, spec, warn)
     if unread := {extension: number for extension, number in others.items() if extension in _UNREAD_EXTENSIONS}:
         kinds = ", ".join(f"{number} {extension}" for extension, number in sorted(unread.items()))
-        warn(f"{sum(unread.values())} files of {spec} are not read: {kinds}{_get_heif_hint(unread)}")
+        warn(f"{spec} has pictures or archives that are not read: {kinds}{_get_heif_hint(unread)}")
     if dataset.labels is None and others[".cls"]:
         warn(f"{spec} counts as unlabelled: the labels in its {others['.cls']} .cls files are not read")
     return dataset
