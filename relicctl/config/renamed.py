@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from relicctl.config import yaml_io
+from relicctl.errors import UsageError
+
 
 def _rename(old_section: str, new_section: str | None = None, /, **names: str) -> dict[str, str]:
     """Return the table of a section's keys, given as ``old="new"``."""
@@ -80,9 +83,16 @@ def rename_key(command: str, name: str) -> str:
 
 
 def rename_value(command: str, name: str, value: Any) -> Any:
-    """Return the present form of a value that was given under the name ``name``."""
-    new = RENAMED[command].get(name, name)
-    return value if isinstance(new, str) or not isinstance(value, str) else new[1].get(value, value)
+    """Return the present form of a value that was given under the old name ``name``. UsageError if it was none."""
+    new = RENAMED[command][name]
+    if isinstance(new, str):
+        return value
+    new_name, values = new
+    if not isinstance(value, str) or value not in values:
+        present = " or ".join(f"{yaml_io.dump_value(after)} for {before}" for before, after in values.items())
+        what = f"{name} cannot be {yaml_io.dump_value(value)[:80]}."
+        raise UsageError(what, f"It is {new_name} now: give {present}.")
+    return values[value]
 
 
 def rename_metrics(record: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class _ConfigLayers:
             for name in self.values:
                 if self.origin[name] == "--set" and name.startswith(unused.get(str(self.values[key]), ())):
                     self._refuse_unused(name, key)
-        return _validate(self.values, self.origin, self.schema)
+        given_as = {name: self._given_as.get((where, name), name) for name, where in self.origin.items()}
+        return _validate(self.values, self.origin, given_as, self.schema)
 
     def _refuse_unused(self, name: str, key: str) -> None:
         if name in self.schema.harmless_values and self.values[name] == self.schema.harmless_values[name]:
@@ -273,7 +274,9 @@ def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[CommandConfig]) -> CommandConfig:
+def _validate(
+    values: dict[str, Any], origin: dict[str, str], given_as: dict[str, str], schema: type[CommandConfig]
+) -> CommandConfig:
     try:
         return schema.model_validate(_unflatten(values))
     except ValidationError as reason:
@@ -282,7 +285,8 @@ def _validate(values: dict[str, Any], origin: dict[str, str], schema: type[Comma
             key for size in range(len(loc), 0, -1) if (key := ".".join(loc[:size])) in get_config_fields(schema)
         )
         info = get_config_fields(schema)[name]
-        what = f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]})."
+        old_name = "" if given_as[name] == name else f", given there as {given_as[name]}"
+        what = f"{name} cannot be {yaml_io.dump_value(values[name])[:80]} (from {origin[name]}{old_name})."
         raise UsageError(what, f"Give {format_allowed_values(name, schema)}: {info.description}.") from None
 
 

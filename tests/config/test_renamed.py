@@ -218,3 +218,24 @@ def test_a_mistyped_old_name_suggests_the_present_one(mistyped, meant):
     with pytest.raises(UsageError) as refused:
         resolve_config(sets=[f"{mistyped}=0.3"], schema=PretrainConfig)
     assert meant in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("transfer --task detection", "model.norm=frozn", "model.norm cannot be frozn"),
+        ("transfer --task detection", "model.norm=true", "model.norm cannot be true"),
+        (
+            "pretrain",
+            "data.max_bad=7",
+            "cannot be 7 (from --set, given there as data.max_bad)",
+        ),
+        ("pretrain", "data.max_corrupt_fraction=7", "data.max_corrupt_fraction cannot be 7 (from --set)"),
+    ],
+)
+def test_a_wrong_value_of_an_old_name_is_told_with_both_names(command, text, said):
+    with pytest.raises(UsageError) as caught:
+        resolve_config(sets=[text], schema=SCHEMAS[command])
+    assert said in caught.value.what
+    if "norm" in text:
+        assert caught.value.fix == "It is model.freeze_bn now: give false for batch or true for frozen."
