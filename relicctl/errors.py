@@ -29,6 +29,7 @@ class RelicError(Exception):
     """
 
     code = 1
+    of_one_rank = False  # raised among ranks that have met, so that others may not have the same
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what, fix)  # both, so that the error can be pickled in a worker process

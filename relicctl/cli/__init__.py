@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Annotated, Any
 
@@ -12,9 +13,10 @@ import typer
 
 from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, train_bgmask, transfer
 from relicctl.console import report_error
-from relicctl.errors import Terminated, UsageError
+from relicctl.errors import RelicError, Terminated, UsageError
 from relicctl.version import __version__
 
+FIRST_RANK_SECONDS = 15.0  # for the first process to report an error; then others do it as well
 # click's base of all wrong usage, wherever this typer keeps click
 _ClickUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 app = typer.Typer(
@@ -98,8 +100,16 @@ def run(arguments: list[str]) -> int:
     except _ClickUsageError as error:
         return _report_usage(error)
     except (Exception, KeyboardInterrupt, Terminated) as error:
+        if isinstance(error, RelicError) and not error.of_one_rank:
+            _wait_for_first_rank()
         is_abort = isinstance(error, typer.Abort)  # what click makes of ^C
         return report_error(KeyboardInterrupt() if is_abort else error, debug="--debug" in arguments)
+
+
+def _wait_for_first_rank() -> None:
+    """Leave it to the first process of this host to report an error that all have: torchrun then ends the others."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_RANK_SECONDS)
 
 
 def _normalize_arguments(arguments: list[str]) -> list[str]:
@@ -116,5 +126,6 @@ def _report_usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return int(error.exit_code)
+    _wait_for_first_rank()
     what = error.format_message().rstrip(".")
     return report_error(UsageError(f"{what}.", f"See `{command} --help`."))

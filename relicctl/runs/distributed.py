@@ -21,7 +21,7 @@ from relicctl.core import checkpoint
 from relicctl.core.distributed import World, destroy_distributed, init_distributed
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.data.decoding import BadImages, is_decodable
-from relicctl.errors import Interrupted, UsageError
+from relicctl.errors import Interrupted, RelicError, UsageError
 from relicctl.runs.folder import RunFolder
 
 LoadedCheckpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]
@@ -77,6 +77,9 @@ def open_distributed_session(runtime: RuntimeConfig, quiet: bool) -> Iterator[Se
         if world.is_main:
             raise
         raise SystemExit(stop.code) from None  # all stop together, and the main process reports it
+    except RelicError as error:
+        error.of_one_rank = True
+        raise
     finally:
         destroy_distributed()
 

@@ -17,9 +17,11 @@ import pytest
 
 import relicctl
 from relicctl import cli
+from relicctl.config.base import RuntimeConfig
 from relicctl.config.presets import list_presets, read_preset_header
 from relicctl.config.resolve import ResolvedConfig, resolve_config
 from relicctl.errors import DataError
+from relicctl.runs.distributed import open_distributed_session
 from relicctl.runs.resume import TrainingOptions
 
 Calls = list[tuple[ResolvedConfig, TrainingOptions]]
@@ -311,3 +313,32 @@ def test_a_path_that_is_given_must_exist_in_a_dry_run_too(
 def test_a_dry_run_needs_no_download(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.run([*arguments, "--dry-run"]) == 0
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_an_error_that_all_have_is_left_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait to be ended by their launcher; where they are not, nothing is lost."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank, waited in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        for arguments in (["pretrain", "--nope"], ["pretrain", "--preset", "dem"]):
+            waits.clear()
+            assert cli.run(arguments) == 2
+            assert len(waits) == waited
+            assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_an_error_of_one_process_is_told_by_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_in_session(*_: object) -> None:
+        with open_distributed_session(RuntimeConfig(device="cpu"), quiet=True):
+            raise DataError("One rank sees nothing.", "Mount it.")
+
+    monkeypatch.setattr("relicctl.commands.pretrain.pretrain", fail_in_session)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.run(["pretrain"]) == 3

@@ -130,6 +130,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert pretrain(tiny, tmp_path / name, "--seed", seed) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
+    for written in ("encoder.safetensors", f"checkpoints/{checkpoint.format_checkpoint_name(STEPS)}"):
+        assert (tmp_path / "a" / written).read_bytes() == (tmp_path / "b" / written).read_bytes()
     assert not torch.equal(encoder_of(tmp_path / "a")["conv1.weight"], encoder_of(tmp_path / "c")["conv1.weight"])
 
 
@@ -577,6 +579,14 @@ def test_a_batch_that_cannot_be_split_over_processes_is_refused(tiny, tmp_path):
     assert two.returncode != 0
     assert "cannot be split evenly over 2 processes" in two.stderr
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["--set=optim.batch_sise=8", "--nope", "--preset=dem"])
+def test_an_error_of_all_processes_is_told_once(tiny, tmp_path, argument):
+    two = torchrun(tiny, tmp_path / "two", argument)
+    assert two.returncode != 0
+    assert len([line for line in two.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
 def torchrun(tiny: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -24,6 +24,7 @@ from relicctl.bgmask.prior_cache import PriorCache
 from relicctl.bgmask.priors.maps import PRIOR_NAMES
 from relicctl.cli import run as relicctl
 from relicctl.data import mask_bank, memmap_table
+from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.mask_bank import MaskBank, MaskBankWriter
@@ -379,6 +380,9 @@ def test_the_first_of_several_data_sets_gets_the_masks_and_others_can_later(tiny
     assert (found.identity, list(rows)) == (bank.identity, list(range(8)))
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("done", status["last_checkpoint_step"])
+    both = ("shapes:size=32,train=8,val=4", second)
+    assert resume(run, "--masks-for", both[0], "--masks-for", both[1]) == 0
+    assert list(MaskBank.open(run).find_rows(open_joined_dataset(both))) == list(range(8 + 6))
     assert resume(run, "--data", second, "--data", "shapes:size=32,train=8,val=4") == 3
     assert "images are not those" in capsys.readouterr().err
 

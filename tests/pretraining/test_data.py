@@ -20,6 +20,7 @@ from relicctl.config import yaml_io
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import resolve_config
 from relicctl.core import checkpoint
+from relicctl.data.datasets.joined import open_joined_dataset
 from relicctl.data.datasets.shapes import ShapesDataset
 from relicctl.data.mask_bank import MaskBank, MaskBankWriter
 from relicctl.errors import UsageError
@@ -268,6 +269,22 @@ def test_a_bank_of_other_images_is_refused_before_a_run_is_made(tiny, tmp_path, 
     assert pretrain(tiny, tmp_path / "run", "--bgmask", str(tmp_path / "nothing"), *dry) == 3
     assert "There is no mask bank" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_joined_data_take_a_bank_that_was_made_for_all_of_them(tiny, tmp_path, masks, capsys):
+    specs = ("shapes:size=32,train=16,val=8", "shapes:size=32,train=16,val=8,seed=1")
+    several = [argument for spec in specs for argument in ("--data", spec)]
+    assert pretrain(tiny, tmp_path / "run", *several, "--bgmask", str(masks)) == 3
+    assert capsys.readouterr().err.rstrip().endswith(f"--masks-for {specs[0]} --masks-for {specs[1]}")
+    joined = open_joined_dataset(specs)
+    with MaskBankWriter(tmp_path / "masks.bank", joined, made_by="the true masks") as writer:
+        for index in range(len(joined)):
+            writer.write_mask(index, np.eye(128, dtype=bool) | (index % 2 == 0))
+    assert pretrain(tiny, tmp_path / "run", *several, "--bgmask", str(tmp_path / "masks.bank")) == 0
+    assert results(tmp_path / "run")["usable"] == 0
+    foreground = ["--set", "bgmask.foreground_range=[0.001,1]", "--set", "data.subset=20"]
+    assert pretrain(tiny, tmp_path / "all", *several, "--bgmask", str(tmp_path / "masks.bank"), *foreground) == 0
+    assert results(tmp_path / "all")["usable"] == 1
 
 
 def test_a_dry_run_tells_of_the_masks(tiny, tmp_path, masks, capsys):
