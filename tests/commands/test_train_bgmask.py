@@ -345,7 +345,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(tiny, tmp_path, whole, monk
     arguments = ["--config", str(tiny), "--out", str(run), "--eval-data", EVAL]
     for owner, name in (
         (memmap_table, "write_at"),
-        (self_training.checkpoint, "save_file"),
+        (self_training.checkpoint, "save_tensors"),
         (memmap_table, "write_at"),
     ):
         with monkeypatch.context() as broken:
