@@ -220,10 +220,10 @@ def _load_mask_values(masks: ImageDataset, index: int) -> np.ndarray:
 
 
 def _read_mask_values(image: Image.Image) -> np.ndarray:
-    """Return the brightness, or the class index as 0 or 255 where colours stand for indices."""
+    """Return the brightness; of a palette that colours classes 1 for the object and 0, of wide ranges class indices."""
     if image.mode == "P" and _is_class_palette(image):
         indices = read_values(image)
-        return np.where((indices > 0) & (indices < VOID), np.uint8(255), np.uint8(0))
+        return ((indices > 0) & (indices < VOID)).astype(np.uint8)
     if image.mode.startswith("I") or (image.format == "PPM" and image.mode == "L"):
         values = read_values(image)
         if values.max() <= 255 and values.min() >= 0:

@@ -151,8 +151,21 @@ def to_palette(inside: np.ndarray) -> Image.Image:
         lambda inside: Image.fromarray(inside.astype(np.uint16) * 65535),
         lambda inside: Image.fromarray(inside.astype(np.float32)),
         to_palette,
+        lambda inside: to_palette(inside) if len(inside) % 2 else Image.fromarray(inside.astype(np.uint8) * 8),
+        lambda inside: to_palette(inside) if len(inside) % 2 else Image.fromarray(inside),
     ],
-    ids=["index", "indices", "index and void", "16 bits", "255 of 16", "white of 16", "fraction", "palette"],
+    ids=[
+        "index",
+        "indices",
+        "index and void",
+        "16 bits",
+        "255 of 16",
+        "white of 16",
+        "fraction",
+        "palette",
+        "palette and index",
+        "palette and bits",
+    ],
 )
 def test_class_indices_are_objects_whatever_they_are(pairs, draw):
     objects = draw_true_masks(pairs, draw)
