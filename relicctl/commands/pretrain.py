@@ -120,7 +120,8 @@ def prepare(resolved: ResolvedConfig, options: TrainingOptions, resumed: Path | 
     check_batch_split(config, world)
     check_same_images(data.train, world)
     out = resumed or options.out or find_free_name(Path("runs"), resolved.preset or "pretrain")
-    check_outside_data(out, (*list_specs(config.data.train), *list_specs(config.data.val)))
+    if resumed is None:
+        check_outside_data(out, (*list_specs(config.data.train), *list_specs(config.data.val)))
     resolved = resolve_bank_path(resolved)  # may wait for train-bgmask to end, which takes memory until then
     config = resolved.config
     check_view_memory(config, device, world.size)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from relicctl.bgmask.data import open_bgmask_data, open_bgmask_record
+from relicctl.bgmask.data import IMAGES, MASKS, open_bgmask_data, open_bgmask_record
 from relicctl.bgmask.dry_run import check_training_memory
 from relicctl.bgmask.network import SALIENCY_FILE_NAME, init_saliency_net
 from relicctl.bgmask.pipeline import MaskPipeline, report_bgmask, summarize_masks, summarize_priors
@@ -14,6 +14,7 @@ from relicctl.bgmask.self_training import count_total_steps
 from relicctl.commands.common import choose_results_folder, save_config
 from relicctl.config.base import list_specs
 from relicctl.config.resolve import ResolvedConfig
+from relicctl.data.datasets.open import join_spec
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.value_range import warn_unused_range
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
@@ -38,7 +39,9 @@ def _run_bgmask(
     data = open_bgmask_data(config, options.download, world, session.console)
     warn_unused_range(data.train, session.console.warn)
     out = choose_results_folder(resumed or options.out, Path("runs"), resolved.preset or "train-bgmask", world)
-    check_outside_data(out, (*config.data.train, *list_specs(config.data.mask_data), config.data.eval))
+    if resumed is None:
+        truth = [join_spec(config.data.eval, part) for part in (IMAGES, MASKS)] if config.data.eval else []
+        check_outside_data(out, (*config.data.train, *list_specs(config.data.mask_data), *truth))
     record = open_bgmask_record(resumed, resolved, data, session.device)
     total = count_total_steps(config, len(data.train))
     world.get_local_rows(config.optim.batch_size)  # refuses an uneven batch before anything is computed

@@ -156,7 +156,8 @@ def _is_without_splits(folders: Sequence[str], train: ImageDataset | DataError) 
         return False
     if isinstance(train, DataError):
         return not splits
-    return splits == {"train"} and train.labels is None  # trains, the vehicles
+    is_flat = all("/" not in train.get_name(row) for row in range(len(train)))
+    return splits == {"train"} and train.labels is None and is_flat  # trains, the vehicles
 
 
 def _draw_test(

@@ -360,6 +360,9 @@ def test_auto_cache_takes_images_of_several_sizes(tiny, tmp_path, photos):
 def test_a_run_inside_its_own_data_is_refused(tiny, photos):
     assert pretrain(tiny, photos / "run", "--data", str(photos), "--set", "eval.every_epochs=0") == 2
     assert not (photos / "run").exists()
+    val = shutil.copytree(photos, photos.parent / "val")
+    assert pretrain(tiny, val / "run", "--data", str(photos), "--val", str(val)) == 2
+    assert not (val / "run").exists()
 
 
 def test_the_device_and_the_host_make_the_same_views_up_to_rounding(tiny, tmp_path, photos):

@@ -499,6 +499,11 @@ def test_a_run_does_not_write_into_its_own_images(tiny, tmp_path, capsys):
     photos(tmp_path / "photos", 4)
     assert train_bgmask(tiny, tmp_path / "photos" / "run", "--data", str(tmp_path / "photos")) == 2
     assert "lies inside the data" in capsys.readouterr().err
+    photos(tmp_path / "truth" / "images", 4)
+    data = ("--data", str(tmp_path / "photos"), "--eval-data", str(tmp_path / "truth"))
+    shutil.copytree(tmp_path / "truth/images", tmp_path / "truth/masks")
+    assert train_bgmask(tiny, tmp_path / "truth/masks/run", *data) == 2
+    assert "truth/masks)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,15 @@ def test_trains_are_a_class_where_nothing_is_a_split(photos):
     assert data.draw
 
 
+def test_a_stray_image_in_train_makes_no_classes_of_the_splits(photos):
+    folder = photos({"train": "ab", "extra": "ab"})
+    Image.new("RGB", (8, 8)).save(folder / "train/cover.png")
+    warnings: list[str] = []
+    with pytest.raises(DataError, match="no test split"):
+        opened(folder, warnings)
+    assert "cover.png" in warnings[0]
+
+
 def test_folders_of_another_task_are_no_classes(photos):
     with pytest.raises(DataError, match="no train split"):
         opened(photos({"": ["images", "masks"]}))
