@@ -104,7 +104,7 @@ def load_encoder(
         path_or_run: a run's folder, a file of ``save_encoder``, or torchvision's ResNet weights (safetensors or a
             torch file), whose classifier is left out; also in a checkpoint of another project, under a prefix.
         network: ``online`` or ``target``: the one that the file must hold.
-        warn: gets a sentence where the encoder was found under a prefix.
+        warn: gets a sentence where the encoder was found under a prefix or beside other tensors.
 
     Returns:
         A module in eval mode: normalised images [N, 3, s, s] -> features [N, ``feature_dim``]. Its ``transform``
@@ -124,6 +124,7 @@ def load_encoder(
         tensors = select_encoder_tensors(path, tensors, network, warn)
     if metadata.get("format") != FORMAT:
         metadata = _infer_torchvision_metadata(path, tensors)
+        metadata |= {"network": network} if network == "target" else {}
     if metadata.get("network", network) != network:
         what = f"{path} holds the {metadata['network']} network's encoder, not the {network} network's."
         raise UsageError(what, "Give a file that holds it, or ask for the one that is there.")

@@ -17,6 +17,7 @@ from relicctl.errors import UsageError
 
 MAX_DEPTH = 5  # of nested dictionaries
 SIGNS = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")  # every ResNet has them
+CLASSIFIER = {"fc.weight", "fc.bias"}  # of torchvision's own weights
 HEADS = {"fc", "head", "classifier", "projector", "projection_head", "predictor", "prototypes"}
 _TARGET = re.compile(r"encoder_k|teacher|target|momentum|ema")
 
@@ -35,7 +36,7 @@ def flatten_tensors(content: dict[Any, Any], depth: int = MAX_DEPTH) -> dict[str
 def select_encoder_tensors(
     path: Path, tensors: dict[str, Tensor], network: str, warn: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Return the encoder's tensors by torchvision's names, without heads; ``warn`` of a prefix that was removed.
+    """Return the encoder's tensors by torchvision's names, without heads; ``warn`` of what was removed.
 
     Of several encoders in the file it is that of ``network``: online (query, student) or target (key, teacher).
     Returns {} if there is none. Raises UsageError where it is unclear which one is meant.
@@ -54,7 +55,9 @@ def select_encoder_tensors(
     prefix = prefixes[0]
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     encoder = {name: tensor for name, tensor in named.items() if name.partition(".")[0] not in HEADS}
+    others = len(tensors) - len(encoder)
     if prefix:
-        others = len(tensors) - len(encoder)
         warn(f"{path}: the encoder is what lies under {prefix!r}; {others} other tensors are left out")
+    elif others > len(CLASSIFIER & tensors.keys()):
+        warn(f"{path}: {others} tensors that are not the encoder's are left out")
     return encoder

@@ -85,6 +85,19 @@ def test_of_two_networks_the_one_that_is_asked_for_is_taken(
     torch.save(put_under(online, weights) | put_under(target, weights, 2.0), tmp_path / "w.pth")
     assert_equal(load(tmp_path / "w.pth")[0], weights)
     assert_equal(load(tmp_path / "w.pth", "target")[0], put_under("", weights, 2.0))
+    assert load_encoder(tmp_path / "w.pth", "target").metadata["network"] == "target"
+
+
+def test_heads_beside_the_encoder_are_left_out_and_reported_but_for_torchvisions_classifier(
+    weights: Tensors, tmp_path: Path
+) -> None:
+    classifier = {"fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}
+    torch.save(weights | classifier, tmp_path / "w")
+    assert load(tmp_path / "w")[1] == []
+    torch.save(weights | {"fc.0.weight": torch.zeros(3), "prototypes.weight": torch.zeros(3)}, tmp_path / "v")
+    found, said = load(tmp_path / "v")
+    assert_equal(found, weights)
+    assert said == [f"{tmp_path / 'v'}: 2 tensors that are not the encoder's are left out"]
 
 
 def refusal(path: Path) -> str:
