@@ -37,15 +37,15 @@ def before_the_first_checkpoint() -> None:
 
 
 def in_half_a_checkpoint() -> None:
-    genuine = checkpoint.save_file
+    genuine = checkpoint.save_tensors
 
-    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
-        genuine(tensors, path, metadata)
+    def save_tensors(path: Path, tensors: dict, metadata: dict) -> None:
+        genuine(path, tensors, metadata)
         if checkpoint.format_checkpoint_name(6) in path.name:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    checkpoint.save_file = save_file
+    checkpoint.save_tensors = save_tensors
 
 
 def _around_replace(name: str, *, after: bool) -> None:
