@@ -140,7 +140,7 @@ def open_ground_truth(
         return GroundTruth(shapes, shapes.load_mask)
     try:
         parts = (_make_part_spec(spec, part) for part in (IMAGES, MASKS))
-        images, masks = (open_dataset(part, decoding=decoding, allow_splits=True) for part in parts)
+        images, masks = (open_dataset(part, decoding=decoding, class_folders=False) for part in parts)
     except DataError as reason:
         fix = f"Give --eval-data a folder or archive that holds {IMAGES}/ and {MASKS}/ with the same names, or shapes."
         raise DataError(reason.what, fix) from None

@@ -328,7 +328,7 @@ def open_multilabel(
     """
     files = _open_file_reader(spec)
     if files is not None and (listed := files.read(f"ImageSets/Main/{word}.txt")) is not None:
-        images = open_images(join_spec(spec, "JPEGImages"), allow_splits=True)
+        images = open_images(join_spec(spec, "JPEGImages"), class_folders=False)
         voc = read_voc(files, images, parse_first_words(listed), classes or None, spec)
         easy, boxes = ~voc.boxes.ignored, voc.boxes
         labels = np.full((len(voc.files), len(voc.classes)), -1, dtype=np.int8)
@@ -344,7 +344,7 @@ def open_multilabel(
         labels = np.full((len(table), len(number)), -1, dtype=np.int8)
         for row, names in enumerate(table.values()):
             labels[row, [number[normalize_unicode(name)] for name in names]] = 1
-        images = _select_listed_images(open_images(place, allow_splits=True), list(table))
+        images = _select_listed_images(open_images(place, class_folders=False), list(table))
         return TableDataset(images, tuple(known.values()), labels)
     return None
 

@@ -52,9 +52,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def infer_classes(
-    names: Sequence[str], spec: str, warn: Callable[[str], None]
-) -> tuple[tuple[str, ...], np.ndarray | None]:
+def infer_classes(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
     """Return the sorted class names and the label of every name, int64 ``[N]``; ``(), None`` if unlabelled.
 
     The class is the first folder level. Folders that enclose everything are removed first: ``photos/cat/1.jpg``
@@ -62,14 +60,9 @@ def infer_classes(
     image lies beside the class folders, the data count as unlabelled. Names that differ only in how Unicode composes
     a letter are one class.
     """
-    enclosing = posixpath.commonpath({name.rpartition("/")[0] for name in names})
-    start = len(enclosing) + 1 if enclosing else 0
-    folders = [name[start : name.find("/", start)] if "/" in name[start:] else "" for name in names]
+    _, folders = _split_top_folders(names)
     present = sorted(set(folders))
     if present[0] == "":
-        if len(present) > 2:
-            stray = summarize_names([name for name, folder in zip(names, folders, strict=True) if not folder])
-            warn(f"{spec} counts as unlabelled, as not all images are in class folders: {stray} lies beside them")
         return (), None
     classes: dict[str, str] = {}
     for folder in present:
@@ -79,25 +72,31 @@ def infer_classes(
     return tuple(classes.values()), np.array([number[folder] for folder in folders], dtype=np.int64)
 
 
+def _split_top_folders(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the folder that encloses all ``names``, and for each the folder in it that holds it; "" for none."""
+    enclosing = posixpath.commonpath({name.rpartition("/")[0] for name in names})
+    start = len(enclosing) + 1 if enclosing else 0
+    return enclosing, [name[start : name.find("/", start)] if "/" in name[start:] else "" for name in names]
+
+
 def check_splits(names: Sequence[str], spec: str, warn: Callable[[str], None]) -> None:
     """Raise DataError if two of the class folders are splits such as train and test: together they would leak.
 
     Splits further down give a warning.
     """
-    parents = {name.rpartition("/")[0] for name in names}
-    enclosing = posixpath.commonpath(parents)
-    mixed = find_mixed_splits(parents)
+    mixed = find_mixed_splits({name.rpartition("/")[0] for name in names})
+    if not mixed:
+        return
+    enclosing, folders = _split_top_folders(names)
     if splits := mixed.get(enclosing):
         first = min(splits, key=lambda name: not name.lower().startswith("train"))
-        start = len(enclosing) + 1 if enclosing else 0
-        others = {name[start:].rpartition("/")[0].partition("/")[0] for name in names}.difference(splits)
+        others = set(folders).difference(splits)
         unless = "; if they are classes, rename them" if others else ""
         what = f"The folders of {spec} are splits, not classes: {', '.join(splits)}."
         place = join_spec(spec, posixpath.join(enclosing, first))
         raise DataError(what, f"Name one of them, for example {place}{unless}.")
-    if mixed:
-        parent, splits = min(mixed.items())  # one says it all
-        warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
+    parent, splits = min(mixed.items())  # one says it all
+    warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
 
 
 def expand_braces(text: str) -> list[str]:
@@ -132,7 +131,7 @@ def open_dataset(
     download: bool = False,
     decoding: DecodingConfig = DecodingConfig(),  # noqa: B008 (immutable)
     warn: Callable[[str], None] = lambda text: None,
-    allow_splits: bool = False,
+    class_folders: bool = True,
 ) -> ImageDataset:
     """Open the data set that ``spec`` names; the module's docstring lists the forms of specs.
 
@@ -142,7 +141,8 @@ def open_dataset(
         download: Whether torchvision may download what is missing.
         decoding: How image files are read.
         warn: Is called with a sentence about files that are not read, and whatever else one may not expect.
-        allow_splits: Whether folders may be splits: where images are taken from a list, or paired with masks.
+        class_folders: Whether the folders are meant to be classes, so that they may not be splits; they are not where
+            images are taken from a list, or paired with masks.
 
     Returns:
         The data set. Its images are not read yet.
@@ -161,12 +161,12 @@ def open_dataset(
 
         dataset = open_torchvision(spec, split, download)
     else:
-        dataset = _open_files(spec, warn, allow_splits)
+        dataset = _open_files(spec, warn, class_folders)
     dataset.decode = Decoder(**decoding.model_dump())
     return dataset
 
 
-def _open_files(spec: str, warn: Callable[[str], None], allow_splits: bool) -> FileDataset:
+def _open_files(spec: str, warn: Callable[[str], None], class_folders: bool) -> FileDataset:
     places = list(dict.fromkeys(map(split_spec, _expand_spec(spec))))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
@@ -181,15 +181,26 @@ def _open_files(spec: str, warn: Callable[[str], None], allow_splits: bool) -> F
     members = np.array([(images[name][1], *images[name][2]) for name in names], dtype=np.int64)
     dataset = FileDataset(spec, containers, PackedNames(names), members)
     inner_names = [images[name][0] for name in names]
-    if not allow_splits:
+    dataset.classes, dataset.labels = infer_classes(inner_names)
+    if class_folders:
         check_splits(inner_names, spec, warn)
-    dataset.classes, dataset.labels = infer_classes(inner_names, spec, warn)
+        _warn_unlabelled(dataset, inner_names, others[".cls"], warn)
     if unread := {extension: number for extension, number in others.items() if extension in _UNREAD_EXTENSIONS}:
         kinds = ", ".join(f"{number} {extension}" for extension, number in sorted(unread.items()))
         warn(f"{spec} has pictures or archives that are not read: {kinds}{_get_heif_hint(unread)}")
-    if dataset.labels is None and others[".cls"]:
-        warn(f"{spec} counts as unlabelled: the labels in its {others['.cls']} .cls files are not read")
     return dataset
+
+
+def _warn_unlabelled(dataset: FileDataset, names: Sequence[str], cls_files: int, warn: Callable[[str], None]) -> None:
+    """Warn of what makes images unlabelled though they seem to have labels: a few beside class folders, .cls files."""
+    if dataset.labels is not None:
+        return
+    _, folders = _split_top_folders(names)
+    if len(set(folders)) > 2:
+        stray = summarize_names([name for name, folder in zip(names, folders, strict=True) if not folder])
+        warn(f"{dataset.spec} counts as unlabelled, as not all images are in class folders: {stray} lies beside them")
+    if cls_files:
+        warn(f"{dataset.spec} counts as unlabelled: the labels in its {cls_files} .cls files are not read")
 
 
 def _make_prefixes(places: list[tuple[str, str]]) -> list[str]:

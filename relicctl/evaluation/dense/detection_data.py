@@ -50,7 +50,7 @@ def read_annotations(
     chosen = config.voc_train if part == "train" else config.voc_val
     stems = files.read(f"ImageSets/Main/{chosen}.txt")
     if stems is not None:
-        source = open_dataset(join_spec(spec, "JPEGImages"), decoding=config.decoding, allow_splits=True)
+        source = open_dataset(join_spec(spec, "JPEGImages"), decoding=config.decoding, class_folders=False)
         annotations = read_voc(files, source, parse_first_words(stems), classes, spec)
     else:
         places = [(word, place.format(part=word)) for word in list_split_names(part) for place in ANNOTATION_FILES]
@@ -134,7 +134,7 @@ def _find_images(
     for folder in dict.fromkeys([*(f.format(part=word) for f in IMAGE_FOLDERS), beside]):
         try:
             place = join_spec(spec, posixpath.join(folder, shared))
-            source = open_dataset(place, decoding=decoding, allow_splits=True)
+            source = open_dataset(place, decoding=decoding, class_folders=False)
         except DataError:
             continue
         if find_by_name([source.get_name(row) for row in range(len(source))], stripped[:1]) != [-1]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -78,8 +79,9 @@ def open_segmentation_data(
     if spec.partition(":")[0] == "shapes":
         shapes = ShapesDataset.from_spec(spec, "train", console.warn), ShapesDataset.from_spec(spec, "val")
         return ShapesSegmentationDataset(shapes[0]), ShapesSegmentationDataset(shapes[1])
-    train, voc = _open_mask_split(name, spec, "train", config)
-    val, _ = _open_mask_split(name, spec, "val", config)
+    warn = cache(console.warn)  # of several splits once
+    train, voc = _open_mask_split(name, spec, "train", config, warn)
+    val, _ = _open_mask_split(name, spec, "val", config, warn)
     warn_unused_range(train.source, console.warn)
     given = config.classes.get(name)
     number = given or (len(VOC_CLASSES) + 1 if voc else None)
@@ -160,10 +162,10 @@ def _check_mask_values(
 
 
 def _open_mask_split(
-    name: str, spec: str, part: DatasetSplit, config: SegmentationDataConfig
+    name: str, spec: str, part: DatasetSplit, config: SegmentationDataConfig, warn: Callable[[str], None]
 ) -> tuple[SegmentationDataset, bool]:
     """Open one split; return also whether it is VOC-style."""
-    open_images = partial(open_dataset, decoding=config.decoding, allow_splits=True)
+    open_images = partial(open_dataset, decoding=config.decoding, warn=warn, class_folders=False)
     values = config.mask_values.get(name)
     if "{split}" not in spec:
         chosen = config.voc_train if part == "train" else config.voc_val

@@ -291,3 +291,12 @@ def test_text_is_decoded_by_its_mark():
         assert parse_first_words("é.png 1\n\nb\n".encode(encoding)) == ["é.png", "b"]
     with pytest.raises(UnicodeDecodeError):
         decode_text(b"\xe9")
+
+
+def test_nothing_is_said_of_classes_where_folders_are_none(tmp_path):
+    spec = make_folder(tmp_path / "photos", ["train/1.png", "test/2.png", "a/3.png", "4.png", "5.cls", "6.xcf"])
+    warnings: list[str] = []
+    source = open_dataset(spec, warn=warnings.append, class_folders=False)
+    assert len(source) == 4
+    assert len(warnings) == 1
+    assert "1 .xcf" in warnings[0]

@@ -13,7 +13,7 @@ def infer(folders, stray=()):
     warnings: list[str] = []
     names = [*(f"{folder}/1.jpg" for folder in folders), *stray]
     check_splits(names, "photos", warnings.append)
-    return infer_classes(names, "photos", warnings.append), warnings
+    return infer_classes(names), warnings
 
 
 @pytest.mark.parametrize("split", SPLIT_FOLDERS)
