@@ -14,7 +14,7 @@ from relicctl.bgmask.self_training import count_total_steps
 from relicctl.commands.common import choose_results_folder, save_config
 from relicctl.config.base import list_specs
 from relicctl.config.resolve import ResolvedConfig
-from relicctl.data.datasets.open import join_spec
+from relicctl.data.datasets.specs import join_spec
 from relicctl.data.mask_bank import MaskBank
 from relicctl.data.value_range import warn_unused_range
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder

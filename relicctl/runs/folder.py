@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from relicctl.core import atomic_io, checkpoint
-from relicctl.data.datasets.open import find_data_folders
+from relicctl.data.datasets.specs import find_data_folders
 from relicctl.errors import RunFailed, Terminated, UsageError
 from relicctl.runs.status import Status
 

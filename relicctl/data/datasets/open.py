@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import itertools
-import math
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -37,19 +34,17 @@ from relicctl.data.datasets.archives import (
     split_spec,
 )
 from relicctl.data.datasets.base import DatasetSplit, FileDataset, ImageDataset, PackedNames, normalize_unicode
-from relicctl.data.datasets.splits import SPLIT_FOLDERS, find_mixed_splits, get_split, list_split_names
+from relicctl.data.datasets.specs import expand_spec, join_spec, spell_splits
+from relicctl.data.datasets.splits import find_mixed_splits, get_split
 from relicctl.data.decoding import HEIF_EXTENSIONS, IMAGE_EXTENSIONS, USUAL_EXTENSIONS, Decoder
 from relicctl.errors import DataError
 
-MAX_SHARDS = 100_000  # a mistyped range must not fill the memory
 # Pictures and archives, which somebody may take for images that are used; other kinds of files are no surprise.
 _ARCHIVE_EXTENSIONS = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _UNREAD_EXTENSIONS = _ARCHIVE_EXTENSIONS | {
     *HEIF_EXTENSIONS, ".avif", ".jxl", ".psd", ".tga", ".pcx", ".svg", ".eps", ".ico", ".dds", ".exr", ".hdr", ".xcf",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".dcm", ".pfm", ".dib", ".qoi", ".sgi",
 }  # fmt: skip
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def infer_classes(names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
@@ -99,31 +94,6 @@ def check_splits(names: Sequence[str], spec: str, warn: Callable[[str], None]) -
     warn(f"{spec} mixes splits: the images of {' and '.join(splits)} in {parent} are used alike")
 
 
-def expand_braces(text: str) -> list[str]:
-    """Expand ``a{0..2}`` -> a0 a1 a2, ``{08..10}`` -> 08 09 10, ``{x,y}`` -> x y: every combination, as in a shell.
-
-    Braces without a range or a comma stand for themselves; braces within braces are not expanded.
-    Raises DataError beyond MAX_SHARDS names.
-    """
-    pieces = _BRACES.split(text)  # literal, inside, literal, inside, ..., literal
-    choices = [_expand_brace(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
-    if math.prod(map(len, choices)) > MAX_SHARDS:
-        raise DataError(f"{text} stands for more than {MAX_SHARDS} names.", "Check the numbers in the braces.")
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _expand_brace(inside: str) -> Sequence[str]:
-    if bounds := _RANGE.fullmatch(inside):
-        first, last = int(bounds[1]), int(bounds[2])
-        padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())
-        width = max(map(len, bounds.groups())) if padded else 0
-        step = 1 if last >= first else -1
-        # One more than allowed is enough for the error; the whole range might not fit in memory.
-        numbers = itertools.islice(range(first, last + step, step), MAX_SHARDS + 1)
-        return [f"{number:0{width}d}" for number in numbers]
-    return inside.split(",") if "," in inside else [f"{{{inside}}}"]
-
-
 def open_dataset(
     spec: str,
     *,
@@ -167,7 +137,7 @@ def open_dataset(
 
 
 def _open_files(spec: str, warn: Callable[[str], None], class_folders: bool) -> FileDataset:
-    places = list(dict.fromkeys(map(split_spec, _expand_spec(spec))))
+    places = list(dict.fromkeys(map(split_spec, expand_spec(spec))))
     prefixes = _make_prefixes(places)
     containers: list[tuple[str, Container]] = []
     images: dict[str, tuple[str, int, Member]] = {}  # by name; of two members with one name the later counts
@@ -293,8 +263,8 @@ def check_data_exists(spec: str) -> None:
     """
     if spec.partition(":")[0] in ("shapes", "torchvision"):
         return
-    for text in _spell_splits(spec):
-        missing = [path for path, _ in map(split_spec, _expand_spec(text)) if not os.path.exists(path)]
+    for text in spell_splits(spec):
+        missing = [path for path, _ in map(split_spec, expand_spec(text)) if not os.path.exists(path)]
         if not missing:
             return
     raise _make_missing_path_error(split_spec(spec)[0] if "{split}" in spec else missing[0])
@@ -316,31 +286,12 @@ def _make_missing_folder_error(path: str, folder: str, folders: list[str]) -> Da
     return DataError(f"{path} has no folder {folder}.", fix)
 
 
-def find_data_folders(spec: str) -> list[str]:
-    """Return the paths of the folders that ``spec`` names; none for archives, the demo data and torchvision's."""
-    places = map(split_spec, itertools.chain(*map(_expand_spec, _spell_splits(spec))))
-    return [os.path.join(path, folder) if folder else path for path, folder in places if os.path.isdir(path)]
-
-
-def _spell_splits(spec: str) -> list[str]:
-    """Return ``spec`` with every name of a split in place of ``{split}``; itself alone where it has none."""
-    if "{split}" not in spec:
-        return [spec]
-    names = itertools.chain(*map(list_split_names, SPLIT_FOLDERS))
-    return [spec.replace("{split}", name) for name in names]
-
-
-def _expand_spec(spec: str) -> list[str]:
-    """Expand the braces of ``spec``, unless a file has them in its name."""
-    return [spec] if os.path.lexists(spec) else expand_braces(spec)
-
-
 def list_folders(spec: str) -> list[str]:
     """Return the folders at the top of the folder or archive ``spec``, as paths in it; none if it cannot be opened.
 
     Where a single folder encloses everything and is no split by its name, they are those in it.
     """
-    path, folder = split_spec(_expand_spec(spec)[0])
+    path, folder = split_spec(expand_spec(spec)[0])
     try:
         if os.path.isdir(path):
             list_level = partial(_list_subfolders, _find_inner_folder(path, folder) if folder else path)
@@ -366,11 +317,6 @@ def _list_subfolders(path: str, inner: str) -> list[str]:
 def _list_children(folders: set[str], inner: str) -> list[str]:
     start = f"{inner}/" if inner else ""
     return sorted({folder[len(start) :].split("/")[0] for folder in folders if folder.startswith(start)} - {""})
-
-
-def join_spec(spec: str, folder: str) -> str:
-    """Return the spec of ``folder`` within the data that ``spec`` names."""
-    return f"{spec}{'/' if '#' in spec else '#'}{folder}" if folder else spec
 
 
 def decode_text(content: bytes, errors: str = "strict") -> str:

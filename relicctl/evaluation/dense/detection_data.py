@@ -18,8 +18,9 @@ from relicctl.config.transfer import DetectionDataConfig
 from relicctl.console import Console
 from relicctl.data.datasets.archives import FileReader
 from relicctl.data.datasets.base import DatasetSplit, ImageDataset, find_by_name
-from relicctl.data.datasets.open import join_spec, open_dataset, parse_first_words, summarize_names
+from relicctl.data.datasets.open import open_dataset, parse_first_words, summarize_names
 from relicctl.data.datasets.shapes import ShapesDataset
+from relicctl.data.datasets.specs import join_spec
 from relicctl.data.datasets.splits import list_split_names
 from relicctl.data.datasets.voc import BoxAnnotations, Boxes, read_voc
 from relicctl.data.decoding import BadImageError

@@ -15,8 +15,6 @@ from relicctl.data.datasets.archives import FileReader, normalize_file_name
 from relicctl.data.datasets.base import PackedNames
 from relicctl.data.datasets.open import (
     decode_text,
-    expand_braces,
-    find_data_folders,
     list_folders,
     open_dataset,
     parse_first_words,
@@ -31,39 +29,6 @@ def test_packed_names_are_a_list_of_names(names):
     assert list(pickle.loads(pickle.dumps(packed))) == names
     with pytest.raises(IndexError):
         packed[len(names)]
-
-
-BRACES = {
-    "plain": ["plain"],
-    "{0..2}": ["0", "1", "2"],
-    "a{08..11}b": ["a08b", "a09b", "a10b", "a11b"],
-    "{8..11}": ["8", "9", "10", "11"],
-    "{2..0}": ["2", "1", "0"],
-    "{5..5}": ["5"],
-    "{x,y}-{0..1}": ["x-0", "x-1", "y-0", "y-1"],
-    "{a,}": ["a", ""],
-    "{a}{}{0...2}{-1..2}": ["{a}{}{0...2}{-1..2}"],
-    "{": ["{"],
-    "}{": ["}{"],
-}
-
-
-@pytest.mark.parametrize("text", BRACES)
-def test_braces_expand_as_in_a_shell(text):
-    assert expand_braces(text) == BRACES[text]
-
-
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 5))
-def test_a_range_counts_every_number_once(first, last, width):
-    names = expand_braces(f"{{{first:0{width}d}..{last:0{width}d}}}")
-    assert sorted(map(int, names)) == list(range(min(first, last), max(first, last) + 1))
-    assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("text", ["{0..99999999999999999999999}", "{0..999}{0..999}"])
-def test_a_mistyped_range_is_refused(text):
-    with pytest.raises(DataError, match="more than"):
-        expand_braces(text)
 
 
 @given(st.text(alphabet="ab./\\:C", max_size=12))
@@ -275,14 +240,6 @@ def test_folders_are_listed_below_what_encloses_them(tmp_path):
         assert list_folders(f"{tmp_path / 'data'}#in") == ["photos/test", "photos/train"]
         assert list_folders(make(tmp_path / "one", ["test/a/1.png", "test/b/1.png"])) == ["test"]
     assert list_folders(str(tmp_path / "nowhere")) == []
-
-
-def test_the_folders_of_data_are_those_of_every_split_and_shard(tmp_path):
-    for name in ("x-train", "x-Test", "a1", "a2"):
-        make_folder(tmp_path / name, ["1.png"])
-    assert find_data_folders(f"{tmp_path}/x-{{split}}") == [f"{tmp_path}/x-train", f"{tmp_path}/x-Test"]
-    assert find_data_folders(f"{tmp_path}/a{{1..2}}#in") == [f"{tmp_path}/a1/in", f"{tmp_path}/a2/in"]
-    assert find_data_folders("shapes") == find_data_folders(make_zip(tmp_path / "a", ["1.png"])) == []
 
 
 def test_text_is_decoded_by_its_mark():
