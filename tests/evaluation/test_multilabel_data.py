@@ -157,6 +157,14 @@ def test_tables_are_read_as_spreadsheets_save_them(table, text, encoding):
     assert data.trainval.labels.tolist() == data.test.labels.tolist() == [[1, 1], [-1, 1]]
 
 
+def test_a_table_in_another_encoding_is_refused_with_the_one_to_save_it_in(table):
+    spec = table("train", "")
+    (spec / "train/labels.csv").write_bytes("é.png,sea\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"labels\.csv.* is no text in UTF-8") as refused:
+        opened(table("test", "a.png,sea\n"))
+    assert "UTF-8" in refused.value.fix
+
+
 def test_classes_without_an_image_are_told(voc):
     warnings: list[str] = []
     opened(voc, warnings)
