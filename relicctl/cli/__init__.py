@@ -13,7 +13,7 @@ import typer
 
 from relicctl.cli import bench, doctor, export, linear_eval, presets, pretrain, train_bgmask, transfer
 from relicctl.console import report_error
-from relicctl.errors import RelicError, Terminated, UsageError
+from relicctl.errors import DataError, Terminated, UsageError
 from relicctl.version import __version__
 
 FIRST_RANK_SECONDS = 15.0  # for the first process to report an error; then others do it as well
@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> int:
     except _ClickUsageError as error:
         return _report_usage(error)
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        if isinstance(error, RelicError) and not error.of_one_rank:
+        if isinstance(error, (UsageError, DataError)) and not error.of_one_rank:
             _wait_for_first_rank()
         is_abort = isinstance(error, typer.Abort)  # what click makes of ^C
         return report_error(KeyboardInterrupt() if is_abort else error, debug="--debug" in arguments)

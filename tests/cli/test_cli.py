@@ -20,7 +20,7 @@ from relicctl import cli
 from relicctl.config.base import RuntimeConfig
 from relicctl.config.presets import list_presets, read_preset_header
 from relicctl.config.resolve import ResolvedConfig, resolve_config
-from relicctl.errors import DataError
+from relicctl.errors import DataError, Terminated
 from relicctl.runs.distributed import open_distributed_session
 from relicctl.runs.resume import TrainingOptions
 
@@ -333,12 +333,17 @@ def test_an_error_that_all_have_is_left_to_the_first(
             assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_an_error_of_one_process_is_told_by_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_and_an_error_of_one_process_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_in_session(*_: object) -> None:
         with open_distributed_session(RuntimeConfig(device="cpu"), quiet=True):
             raise DataError("One rank sees nothing.", "Mount it.")
 
+    def stop_before(*_: object) -> None:
+        raise Terminated
+
     monkeypatch.setattr("relicctl.commands.pretrain.pretrain", fail_in_session)
+    monkeypatch.setattr("relicctl.commands.train_bgmask.train_bgmask", stop_before)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.run(["pretrain"]) == 3
+    assert cli.run(["train-bgmask"]) == 143
