@@ -86,9 +86,9 @@ def stop_at_random(arguments: list[str], folder: Path, stops: int, whole_s: floa
 
 
 def read_end(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return all tensors of a finished folder and its results without times."""
-    tensors = {}
-    for path in sorted(folder.rglob("*.safetensors")):
+    """Return the tensors of a finished folder, of checkpoints only the newest one's, and its results without times."""
+    tensors, earlier = {}, sorted(folder.rglob("checkpoints/*.safetensors"))[:-1]
+    for path in sorted(set(folder.rglob("*.safetensors")) - set(earlier)):
         tensors |= {f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()}
     return tensors, remove_times(json.loads((folder / "results.json").read_text("utf-8")), str(folder))
 
