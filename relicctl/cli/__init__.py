@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Annotated, Any
@@ -62,9 +63,10 @@ app.add_typer(presets.app, name="presets")
 def main() -> None:
     """The console entry point: every failure ends here, as two sentences and an exit code."""
     _open_standard_streams()
-    _raise_on_sigterm()
+    _raise_on_signals()
     code = run(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written: a late signal must not change the exit code
+    for number in (signal.SIGTERM, signal.SIGINT):  # all is written: a late signal must not change the exit code
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -77,17 +79,48 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
-def _raise_on_sigterm() -> None:
-    """SIGTERM becomes an exception, as ^C is one, until a training loop takes it over. Child processes die of it."""
+def _raise_on_signals() -> None:
+    """SIGTERM and ^C become exceptions until a training loop takes them over. Child processes die of them.
+
+    In the middle of an import they wait until it is over: an exception there may come out as quite another error, or
+    abort the process in the C++ code that imports a module. Importing torch takes seconds, before anything is written:
+    then the process ends at once.
+    """
     owner = os.getpid()
 
-    def handle_sigterm(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            raise Terminated
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif _is_importing_torch():
+            os._exit(report_error(_make_stop(number)))
+        elif _is_importing(frame):
+            again = threading.Timer(0.05, os.kill, (owner, number))
+            again.daemon = True
+            again.start()
+        else:
+            raise _make_stop(number)
 
-    signal.signal(signal.SIGTERM, handle_sigterm)
+    signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell's background job ignores it
+        signal.signal(signal.SIGINT, handle)
+
+
+def _make_stop(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+
+
+def _is_importing_torch() -> bool:
+    return getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that led to it, is of Python's import system."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run(arguments: list[str]) -> int:
