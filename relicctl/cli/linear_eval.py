@@ -61,12 +61,12 @@ def linear_eval(
     """Train a linear classifier on an encoder's frozen features; prints the folder of the results."""
     from relicctl.commands import linear_eval as command
     from relicctl.config.linear_eval import LinearEvalConfig
-    from relicctl.runs.resume import LinearOptions
+    from relicctl.runs.resume import LinearOptions, find_resume_of_results
 
     options = {"data": join_data(data), "val": join_data(val), "device": device, "workers": workers, "seed": seed}
     linear_options = LinearOptions(
         sources=tuple(sources or ()), network=network, tests=tuple(tests or ()), analysis=analysis,
-        out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
+        out=out, resume=find_resume_of_results(resume, out), overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
     resolved = resolve_options(preset, config, sets, options, LinearEvalConfig, linear_options)
     if dry_run:

@@ -72,7 +72,7 @@ def transfer(
     """Compare encoders on other data sets; prints the folder of the results."""
     from relicctl.commands import transfer as command
     from relicctl.commands.common import parse_named_data
-    from relicctl.runs.resume import TransferOptions
+    from relicctl.runs.resume import TransferOptions, find_resume_of_results
 
     classification = {"protocol": protocol or None, "labels": labels or None}
     for name, value in classification.items():
@@ -82,7 +82,7 @@ def transfer(
     options["data"] = parse_named_data(tuple(data or ())) or None
     transfer_options = TransferOptions(
         sources=tuple(sources or ()), baselines=tuple(baselines or ()), network=network,
-        out=out, resume=resume, overwrite=overwrite, download=download, quiet=quiet,
+        out=out, resume=find_resume_of_results(resume, out), overwrite=overwrite, download=download, quiet=quiet,
     )  # fmt: skip
     resolved = resolve_options(preset, config, sets, options, _get_schema(task), transfer_options)
     if dry_run:

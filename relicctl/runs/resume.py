@@ -83,6 +83,15 @@ def find_run_config(options: RunOptions, preset: str | None, command: str) -> Pa
     return run / "config.yaml" if run is not None and (run / "config.yaml").is_file() else None
 
 
+def find_resume_of_results(resume: str | None, out: Path | None) -> str | None:
+    """Return --resume's value; None for a bare one with an --out that holds no results yet.
+
+    That starts an evaluation: the same command line resumes it when executed again, as with ``pretrain``.
+    """
+    nothing_yet = resume == "" and out is not None and not (out / "config.yaml").is_file()
+    return None if nothing_yet else resume
+
+
 def find_folder_to_resume(options: EvaluationOptions) -> Path | None:
     """Return the folder of the results that are resumed, None if a new one is started. Raises UsageError."""
     if options.resume is None:

@@ -161,6 +161,16 @@ def test_cut_at_any_step_and_resumed_is_never_cut(run, evaluate, tmp_path, form,
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
 
 
+def test_the_same_command_line_starts_an_evaluation_and_resumes_it(run, evaluate, tmp_path):
+    """As a scheduler executes it again. An empty folder may be left of a start that was stopped."""
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / ".lock").touch()
+    assert evaluate(run, "whole", form="imagenet") == 0
+    assert evaluate(run, "again", "--resume", "--set", "optim.max_steps=3", form="imagenet") == 0
+    assert evaluate(run, "again", "--resume", "--set", "optim.max_steps=null", form="imagenet") == 0
+    assert results(tmp_path / "whole") == results(tmp_path / "again")
+
+
 def test_a_finished_evaluation_is_not_trained_again_but_scores_further_sets(run, evaluate, tmp_path):
     assert evaluate(run, "out", form="imagenet") == 0
     before, metrics = results(tmp_path / "out"), (tmp_path / "out" / "metrics.jsonl").read_bytes()

@@ -142,6 +142,15 @@ def test_killed_and_resumed_is_never_killed_and_computes_nothing_twice(encoders,
     assert (tmp_path / "cut" / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
 
 
+def test_the_same_command_line_starts_a_comparison_and_resumes_it(encoders, compare, tmp_path):
+    told = [*encoders, "--data", f"one={DATA}", "--protocol=knn", "--resume"]
+    assert compare("again", *told) == 0
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "again" / "cells").rglob("*")}
+    assert finished
+    assert compare("again", *told) == 0
+    assert finished == {path: path.stat().st_mtime_ns for path in (tmp_path / "again" / "cells").rglob("*")}
+
+
 def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(encoders, compare, tmp_path, monkeypatch):
     from relicctl.evaluation import finetune as tuning
 
