@@ -128,7 +128,8 @@ def report_error(error: BaseException, *, debug: bool = False) -> int:
     if debug and not isinstance(error, (Interrupted, KeyboardInterrupt, Terminated)):
         _print_stderr("".join(traceback.format_exception(error)).rstrip())
     what, fix, code = describe_error(error, debug=debug)
-    _print_stderr(f"error: {what}\n  fix: {fix}")
+    stopped = code in (130, 143)  # SIGINT, SIGTERM: no error
+    _print_stderr(f"stopped: {what}\n  {fix}" if stopped else f"error: {what}\n  fix: {fix}")
     return code
 
 

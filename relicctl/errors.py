@@ -80,12 +80,15 @@ class Terminated(SystemExit):
 
 @contextmanager
 def raise_interrupted(what: str, fix: str) -> Iterator[None]:
-    """Raise Interrupted with these sentences for a signal that ends the block."""
+    """Raise Interrupted for a signal that ends the block: its name and ``what``, as in "SIGINT before the first step".
+
+    ``fix`` says how to go on.
+    """
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
         signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise Interrupted(what, fix, signum) from None
+        raise Interrupted(f"{signum.name} {what}", fix, signum) from None
 
 
 def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, str, int]:
@@ -93,9 +96,9 @@ def describe_error(error: BaseException, *, debug: bool = False) -> tuple[str, s
     if isinstance(error, RelicError):
         return error.what, error.fix, error.code
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted.", "Start it again.", 130
+        return "SIGINT before anything was saved.", "Start it again.", 130
     if isinstance(error, Terminated):
-        return "Terminated.", "Start it again.", 143
+        return "SIGTERM before anything was saved.", "Start it again.", 143
     return *_describe_failure(error, debug), 1
 
 

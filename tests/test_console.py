@@ -137,8 +137,6 @@ def test_a_closed_stderr_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> 
         (UsageError("It broke.", "Mend it."), 2),
         (DataError("It broke.", "Mend it."), 3),
         (Diverged("It broke.", "Mend it."), 4),
-        (Interrupted("It broke.", "Mend it.", 2), 130),
-        (Interrupted("It broke.", "Mend it.", 15), 143),
     ],
 )
 def test_expected_errors_are_two_sentences_and_their_exit_code(
@@ -146,6 +144,12 @@ def test_expected_errors_are_two_sentences_and_their_exit_code(
 ) -> None:
     assert report_error(error) == code
     assert capsys.readouterr().err == "error: It broke.\n  fix: Mend it.\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_a_stop_by_a_signal_is_no_error(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_error(Interrupted("It ended.", "Resume it.", number)) == code
+    assert capsys.readouterr().err == "stopped: It ended.\n  Resume it.\n"
 
 
 def test_unexpected_errors_mention_debug(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +171,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_is_reported_with_exit_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_error(KeyboardInterrupt()) == 130
-    assert "Interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("stopped: SIGINT before")
 
 
 class OutOfMemoryError(RuntimeError):

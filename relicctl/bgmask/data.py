@@ -101,7 +101,7 @@ def open_bgmask_record(
     precision = pick_precision(resolved.config.runtime.precision, device)
     if resumed is None:
         return make_record(resolved, data.train, precision=precision)
-    fix = "Give --data the same images in the same order, or start another run."
+    fix = "Give --data the same images in the same order, or start a new run with another --out."
     record = read_resumable_record(resumed, data.train, fix)
     return record if resolved.origin["runtime.precision"] == "run" else record | {"precision": precision}
 

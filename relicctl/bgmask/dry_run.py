@@ -105,8 +105,8 @@ def _describe_estimate(estimate: dict[str, Any]) -> dict[str, str]:
     images, steps = "unknown: no --data is given", "unknown"
     if estimate["images"] is not None:
         images = (
-            f"{estimate['images']:,} to train on, {estimate['masks']:,} to make masks for, "
-            f"{estimate['eval_images']:,} with true masks to measure on"
+            f"{estimate['images']:,} to train on, {estimate['masks']:,} to create masks for, "
+            f"{estimate['eval_images']:,} with ground-truth masks for evaluation"
         )
         steps = f"{estimate['total_steps']:,} in all"
     return {

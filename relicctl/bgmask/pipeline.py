@@ -148,7 +148,8 @@ class MaskPipeline:
                 self._listed_bad_images.add(name)
                 self._context.run.add_bad_image(name, reason)
 
-        return BadImages(len(source), self._config.data.max_corrupt_fraction, report_bad_image)
+        limit, listed_in = self._config.data.max_corrupt_fraction, str(self._context.run.bad_images_path)
+        return BadImages(len(source), limit, report_bad_image, listed_in)
 
     @contextmanager
     def _show_progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:

@@ -38,7 +38,7 @@ def linear_eval(
         opt.Texts, option("NAME=DATA", "Additional test set, with classes matched by name; repeatable.", "--test")
     ] = None,
     analysis: Annotated[
-        bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a map.")
+        bool, typer.Option("--analysis", help="Cluster analysis of the test images' features, with a t-SNE plot.")
     ] = False,
     network: opt.NetworkChoice = "online",
     preset: Annotated[

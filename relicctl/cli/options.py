@@ -38,11 +38,11 @@ RunFolder = Annotated[Path | None, option("DIR", "The run's folder.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision:NAME data.")]
 Device = Annotated[Text, option("auto|cpu|cuda", "Device to compute on.")]
 Workers = Annotated[int | None, option("N", "Worker processes that decode and crop images.")]
-Seed = Annotated[int | None, option("N", "Seed of every random draw.")]
+Seed = Annotated[int | None, option("N", "Random seed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only print warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NetworkChoice = Annotated[str, option("online|target", "Which network's encoder.")]
+NetworkChoice = Annotated[str, option("online|target", "Encoder of which network.")]
 OverwriteRun = Annotated[bool, typer.Option("--overwrite", help="Delete the run that --out holds.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the results that --out holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the config and where it comes from; then stop.")]
@@ -91,7 +91,7 @@ def take_single(values: Texts, name: str) -> Text:
 
 def handle_early_interrupt() -> AbstractContextManager[None]:
     """Report a signal that arrives before training; once a run's folder exists, the run reports it itself."""
-    return raise_interrupted("Stopped before the first step; nothing was lost.", "Start it again.")
+    return raise_interrupted("before the first step; nothing was lost.", "Start it again.")
 
 
 def print_result(text: str, record: dict[str, Any] | None = None) -> None:

@@ -10,7 +10,7 @@ import typer
 from relicctl.cli.options import print_result
 
 app = typer.Typer(
-    help="The experiments that come with relicctl.",
+    help="Built-in presets.",
     epilog="""\b
 Examples:
   relicctl presets ls

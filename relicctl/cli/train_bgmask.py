@@ -43,8 +43,8 @@ def train_bgmask(
         opt.Texts,
         option(
             "DATA",
-            "Images with true masks, to measure on and never to train: a folder or archive with images/ and "
-            "masks/, or shapes.",
+            "Images with ground-truth masks, for evaluation only: a folder or archive with images/ and masks/, "
+            "or shapes.",
         ),
     ] = None,
     masks_for: Annotated[
@@ -67,7 +67,7 @@ def train_bgmask(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Learn masks of objects from unlabelled images and make one for each; prints the run's folder."""
+    """Learn object masks from unlabelled images and create one for each image; prints the run's folder."""
     with handle_early_interrupt():
         from relicctl.config.bgmask import BgmaskConfig
         from relicctl.runs.resume import TrainingOptions

@@ -32,6 +32,7 @@ def doctor(
     device = torch.device("cuda" if on_gpu else "cpu")
     workers = resolve_num_workers(config.runtime, device, "none")
     usable = environment.count_usable_cores()
+    is_chosen = any(origin.startswith(("preset", "file", "--set")) for origin in resolved.origin.values())
     run_parent = Path("runs") if Path("runs").is_dir() else Path()
 
     def open_or_default(open_default: Callable[[], ImageDataset]) -> ImageDataset:
@@ -48,7 +49,7 @@ def doctor(
         "cores": environment.check_cores,
         "disk": lambda: environment.check_disk(run_parent.resolve(), config),
         "shared-memory": lambda: environment.check_shared_memory(config, workers),
-        "memory": lambda: environment.check_preset_memory(config, device, wanted=resolved.preset is not None),
+        "memory": lambda: environment.check_preset_memory(config, device, wanted=is_chosen),
         "files": environment.check_open_files,
         "decoders": smoke_tests.check_decoders,
         "loader": lambda: smoke_tests.check_loader(open_or_default(lambda: GeneratedPhotos(64)), config, usable),

@@ -55,7 +55,7 @@ class LinearJob:
     @classmethod
     def start(cls, sources: tuple[str, ...], options: LinearOptions) -> LinearJob:
         if not sources:
-            raise UsageError("No encoder is named.", "Give a run, a file of weights, -, random or torchvision:NAME.")
+            raise UsageError("Missing encoder.", "Give a run, a file of weights, -, random or torchvision:NAME.")
         if len(sources) > 1 and not options.analysis:
             raise UsageError("Several encoders are compared only by --analysis.", "Add --analysis, or give one.")
         tests = common.parse_named_data(options.tests, "--test")

@@ -48,7 +48,7 @@ from relicctl.runs.distributed import (
 from relicctl.runs.folder import check_outside_data, check_overwrite, find_free_name
 from relicctl.runs.resume import TrainingOptions, resolve_run
 from relicctl.runs.status import HeartbeatBatches
-from relicctl.runs.training import train_with_progress, warn_of_late_end
+from relicctl.runs.training import log_start, train_with_progress, warn_of_late_end
 from relicctl.version import __version__
 
 ACCURACIES = {
@@ -107,6 +107,7 @@ def pretrain(resolved: ResolvedConfig, options: TrainingOptions) -> dict[str, An
         with run.track_status():
             context = session.with_run(run, prepared.record["precision"])
             training = build_training(prepared, task, context)
+            log_start(resolved, options, context, images=len(prepared.data.train), steps=training.loop.total)
             state = train(prepared, task, training, context)
             return finish(prepared, task, state, context)
 
@@ -233,7 +234,7 @@ def finish(prepared: Prepared, task: PretrainTask, state: TrainState, context: R
 
 def print_accuracy(results: dict[str, Any], console: Console) -> None:
     if results["knn20"] is None:
-        console.info("No accuracy was measured: that takes labelled training images, and --val or eval.val_fraction.")
+        console.info("Accuracy needs labelled training images and --val or eval.val_fraction.")
         return
     rows = [[title, results[key]] for key, title in ACCURACIES.items() if results[key] is not None]
     console.print_table(["held-out accuracy", ""], rows)

@@ -20,6 +20,7 @@ from relicctl.data.value_range import warn_unused_range
 from relicctl.runs.distributed import Session, open_distributed_session, open_or_create_run_folder
 from relicctl.runs.folder import check_outside_data, check_overwrite
 from relicctl.runs.resume import TrainingOptions, resolve_run
+from relicctl.runs.training import log_start
 from relicctl.version import __version__
 
 
@@ -56,7 +57,9 @@ def _run_bgmask(
     with run.track_status() as status:
         save_config(run, config, record)
         status.set_total(total=total, steps_per_epoch=0, resume=resume_command)
-        pipeline = MaskPipeline(config, data, session.with_run(run, record["precision"]))
+        context = session.with_run(run, record["precision"])
+        log_start(resolved, options, context, images=len(data.train), steps=total)
+        pipeline = MaskPipeline(config, data, context)
         images, priors = pipeline.load_images(), pipeline.compute_priors()
         table = pipeline.evaluate_priors()
         net = pipeline.train(images, priors, table, resume_command)

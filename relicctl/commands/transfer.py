@@ -90,7 +90,8 @@ def _run_transfer(task: TransferTask, options: TransferOptions, session: Session
         world, out, resumed=options.resume is not None, overwrite=options.overwrite, keep=config.checkpoint.keep
     )
     resume_command = f"relicctl transfer {task.resume_option}--resume {shlex.quote(str(run.path))}"
-    with closing(run), raise_interrupted("Stopped; finished cells are saved.", f"Resume with: {resume_command}"):
+    what_is_saved = "before the end; finished cells are saved."
+    with closing(run), raise_interrupted(what_is_saved, f"Resume with: {resume_command}"):
         save_config(run, config, {"version": __version__, "job": asdict(job)})
         check_unique_encoders(encoders)
         context = session.with_run(run, pick_precision(config.runtime.precision, session.device))
@@ -123,10 +124,10 @@ def resolve_transfer_job(config: Any, options: TransferOptions, world: World) ->
     """Return which encoders are compared and where results go. Raises UsageError for whatever needs no data to see."""
     job, out = resolve_job(TransferJob, options, world)
     if not job.sources:
-        raise UsageError("No encoder is named.", "Give runs, files of weights, -, random or torchvision:NAME.")
+        raise UsageError("Missing encoder.", "Give runs, files of weights, -, random or torchvision:NAME.")
     check_named_once(job)
     if not config.data.datasets:
-        raise UsageError("No data are named.", "Give --data NAME=DATA, or --preset byol-suite.")
+        raise UsageError("Missing --data.", "Give --data NAME=DATA, or --preset byol-suite.")
     check_labels(config)
     folder = choose_results_folder(out, Path("runs"), "transfer", world)
     if options.resume is None:

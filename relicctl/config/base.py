@@ -102,7 +102,9 @@ class DataConfig(Section):
         "auto", "keep decoded images in host memory or on the device; auto = where they fit"
     )
     subset: int | None = key(None, "train on the first so many of a seeded shuffle; null = on all", ge=2)
-    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    max_corrupt_fraction: Fraction = key(
+        0.01, "fraction of undecodable images above which the run stops; three are allowed in any case, unless it is 0"
+    )
     decoding: DecodingConfig = key(DecodingConfig(), "how image files are read")
 
 

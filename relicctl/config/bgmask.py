@@ -93,14 +93,16 @@ class MaskDataConfig(Section):
         (), "unlabelled images: folder, .zip, .tar, torchvision:NAME or shapes; several are joined (also --data)"
     )
     eval: str | None = key(
-        None, "images with true masks to measure on, never to train: images/ and masks/, or shapes (also --eval-data)"
+        None, "images with ground-truth masks for evaluation only: images/ and masks/, or shapes (also --eval-data)"
     )
     mask_data: base.JoinedData = key(
         None, "images that get masks, several are joined; null = those of the first train (also --masks-for)"
     )
     max_train_images: PositiveInt = key(2500, "most images that are trained on, the first of a seeded shuffle")
     max_eval_images: PositiveInt = key(1000, "most images that are measured on, the first of a seeded shuffle")
-    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    max_corrupt_fraction: Fraction = key(
+        0.01, "fraction of undecodable images above which the run stops; three are allowed in any case, unless it is 0"
+    )
     decoding: base.DecodingConfig = key(base.DecodingConfig(), "how image files are read")
 
 
@@ -127,7 +129,7 @@ class BgmaskConfig(base.CommandConfig):
     data: MaskDataConfig = key(MaskDataConfig(), "the images")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> BgmaskConfig:

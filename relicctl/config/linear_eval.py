@@ -66,4 +66,4 @@ class LinearEvalConfig(base.CommandConfig):
     analysis: AnalysisConfig = key(AnalysisConfig(), "cluster analysis")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)

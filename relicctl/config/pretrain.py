@@ -166,7 +166,7 @@ class PretrainConfig(base.CommandConfig):
     eval: EvalConfig = key(EvalConfig(), "evaluation during the run")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: PretrainRuntimeConfig = key(PretrainRuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_keys_agree(self) -> PretrainConfig:

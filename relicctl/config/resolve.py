@@ -7,6 +7,7 @@ says with ``command:`` which command it is for, and so which keys there are; a p
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,6 +37,7 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "transfer --task segmentation": SegmentationConfig,
     "transfer --task detection": DetectionConfig,
 }
+LENGTH_KEYS = ("epochs", "steps", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,17 @@ def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[Comman
             raise UsageError(f"command cannot be {command!r} (from {source}).", f"Write {_format_choices(SCHEMAS)}.")
         if schema not in (None, SCHEMAS[command]):
             what = f"{source} is for `relicctl {command}`, not for {get_command(schema)}."
-            raise UsageError(what, "Give another, or none.")
+            raise UsageError(what, f"Use `relicctl {command} {_format_origin_option(source)}`.")
         schema = SCHEMAS[command]
     return schema or PretrainConfig
+
+
+def _format_origin_option(source: str) -> str:
+    """Return the option that names ``source``: a preset, a file or a run's config.yaml."""
+    kind, _, name = source.partition(" ")
+    if kind in ("preset", "file"):
+        return f"--{'preset' if kind == 'preset' else 'config'} {shlex.quote(name)}"
+    return f"--resume {shlex.quote(str(Path(source).parent))}"
 
 
 def _drop_run_record(content: dict[str, Any]) -> dict[str, Any]:
@@ -302,6 +312,8 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
     matches = difflib.get_close_matches(name, [*known, *old_names], 3, 0.7)
     close = list(dict.fromkeys(rename_key(command, key) for key in matches))
     similar = (key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8)
+    if last in LENGTH_KEYS:  # steps or epochs: what limits the training differs between commands
+        similar = (key for key in known if key.rpartition(".")[2] in LENGTH_KEYS and key != name)
     close += [key for key in similar if key not in close]
     listing = f"`relicctl {command} --dry-run` lists all keys."
     fix = f"Did you mean {_format_choices(close[:3])}?" if close else listing

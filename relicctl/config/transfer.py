@@ -121,7 +121,7 @@ class SegmentationConfig(base.CommandConfig):
     optim: DenseOptimConfig = key(DenseOptimConfig(), "optimiser and schedule")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)
 
 
 class DetectionConfig(base.CommandConfig):
@@ -136,7 +136,7 @@ class DetectionConfig(base.CommandConfig):
     optim: DetectionOptimConfig = key(DetectionOptimConfig(), "optimiser and schedule")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving")
     runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)
 
 
 class TransferDataConfig(Section):
@@ -154,7 +154,9 @@ class TransferDataConfig(Section):
     cache: Literal["auto", "none", "memory", "device"] = key(
         "auto", "keep decoded images while fine-tuning, in host memory or on the device; auto = where they fit"
     )
-    max_corrupt_fraction: Fraction = key(0.01, "fraction of undecodable images above which the run stops")
+    max_corrupt_fraction: Fraction = key(
+        0.01, "fraction of undecodable images above which the run stops; three are allowed in any case, unless it is 0"
+    )
     decoding: base.DecodingConfig = key(base.DecodingConfig(), "how image files are read")
 
 
@@ -203,4 +205,4 @@ class TransferConfig(base.CommandConfig):
     finetune: FinetuneConfig = key(FinetuneConfig(), "fine-tuning")
     checkpoint: base.CheckpointConfig = key(base.CheckpointConfig(), "saving while fine-tuning")
     runtime: base.RuntimeConfig = key(base.RuntimeConfig(), "how it is computed; the method is the same")
-    seed: int = key(0, "of every random draw", ge=0, lt=2**63)
+    seed: int = key(0, "random seed", ge=0, lt=2**63)

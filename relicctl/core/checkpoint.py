@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
     Raises BrokenCheckpoint if the file is foreign, of a newer format, truncated or damaged.
     """
-    fix = "Use another checkpoint, or start another run."
+    fix = "Use another checkpoint, or start a new run."
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}

@@ -244,8 +244,9 @@ class _Loop:
 
     def _make_interrupted(self, signum: int | None) -> Interrupted:
         step, config = self.state.step, self.config
-        what = f"Stopped by a signal after step {step} of {config.total}; everything is saved."
-        return Interrupted(what, f"Resume with: {config.resume_command}", signum or signal.SIGINT)
+        signum = signum or signal.SIGINT
+        what = f"{signal.Signals(signum).name} after step {step} of {config.total}; everything is saved."
+        return Interrupted(what, f"Resume with: {config.resume_command}", signum)
 
 
 def _train_step(task: Task, batch: Any, state: TrainState, bad_step: torch.Tensor) -> torch.Tensor:

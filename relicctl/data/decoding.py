@@ -46,6 +46,7 @@ with suppress(ImportError):
 IMAGE_FORMATS = tuple(_EXTENSIONS)  # recognised by content, whatever a file's name says
 IMAGE_EXTENSIONS = tuple(itertools.chain(*_EXTENSIONS.values()))
 USUAL_EXTENSIONS = tuple(extensions[0] for extensions in _EXTENSIONS.values())
+MIN_ALLOWED = 3  # undecodable images that stop no run, however few images there are
 MAX_SKIPPED = 1000  # samples tried in the place of one that cannot be decoded
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a header that claims more is treated as a decompression bomb
 WHITE_16 = 65535  # the largest value of 16 bits
@@ -287,11 +288,15 @@ class ImageSource(Protocol):
 
 @dataclass
 class BadImages:
-    """Samples that could not be decoded. Raises DataError when they are too many of ``size``."""
+    """Samples that could not be decoded. Raises DataError when they are too many of ``size``.
+
+    Up to MIN_ALLOWED are never too many, so that one bad file among a few photos stops no run, unless ``limit`` is 0.
+    """
 
     size: int
     limit: float
     report: Callable[[str, str], None] = lambda name, reason: None
+    listed_in: str = ""  # the file that lists them, for the message
     seen: set[str] = field(default_factory=set)
 
     def add(self, name: str, reason: str) -> None:
@@ -300,11 +305,14 @@ class BadImages:
             return
         self.seen.add(name)
         self.report(name, reason)
-        if len(self.seen) > self.limit * self.size:
+        if len(self.seen) > max(self.limit * self.size, MIN_ALLOWED if self.limit else 0):
+            ratio = len(self.seen) / self.size
+            enough = next((fraction for fraction in (0.02, 0.05, 0.1, 0.2, 0.5) if fraction >= 1.5 * ratio), 1)
+            files = f"the files listed in {self.listed_in}" if self.listed_in else "the files"
             raise DataError(
                 f"{len(self.seen)} of {self.size} images cannot be decoded, more than the {self.limit:.1%} allowed; "
                 f"the latest is {name} ({reason}).",
-                "Repair or remove the files listed in bad_images.txt, or raise data.max_corrupt_fraction.",
+                f"Repair or remove {files}, or accept them: --set data.max_corrupt_fraction={enough}.",
             )
 
 

@@ -127,8 +127,8 @@ class MaskBank:
             raise DataError(
                 f"The mask bank {self.path} has no mask for {len(missing):,} of the {len(source):,} images, such as "
                 f"{source.get_name(int(missing[0]))}. Names are those below --data, as when the bank was created.",
-                f"Name the images as then, or create masks for these: relicctl train-bgmask --resume "
-                f"{shlex.quote(str(self.path.parent))} "
+                "Use the same names as when the masks were created, or create masks for these images: relicctl "
+                f"train-bgmask --resume {shlex.quote(str(self.path.parent))} "
                 f"{' '.join(f'--masks-for {shlex.quote(spec)}' for spec in source.specs)}",
             )
         return np.asarray(self._rows[at], dtype=np.int64)

@@ -23,6 +23,7 @@ from relicctl.data.loader import ROWS_PER_CHUNK
 from relicctl.errors import describe_error
 from relicctl.pretraining.estimate import compute_checkpoint_bytes, estimate_step_memory, outline_networks
 from relicctl.pretraining.task import resolve_precision
+from relicctl.runs.estimate import REFUSED_RATIO
 
 NUM_PREFETCHED = 4  # units that each data worker holds ready: prefetch_factor of torch's DataLoader
 MAX_BF16_ERROR = 0.05  # largest error of bf16 relative to the result's size: eight bits, summed over hundreds
@@ -112,16 +113,27 @@ def _read_driver_version() -> str:
 
 
 def check_preset_memory(config: PretrainConfig, device: torch.device, wanted: bool = True) -> CheckResult:
-    """Check that a step of the preset fits, by the estimate of ``--dry-run``; warn only if a preset is ``wanted``."""
-    memory = estimate_step_memory(config, outline_networks(config), resolve_precision(config, device))
+    """Check that a step fits, by the estimate of ``--dry-run``; fail if it clearly does not and a preset is ``wanted``.
+
+    The batch is split over all GPUs, as under torchrun.
+    """
+    processes = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+    memory = estimate_step_memory(config, outline_networks(config), resolve_precision(config, device), processes)
     need, free = sum(memory.values()), get_free_memory(device)
     found = (
-        f"a step of {'this preset' if wanted else 'the defaults'} takes about {format_bytes(need)} in one process, "
-        f"{format_bytes(free)} are free"
+        f"a step with {'this preset' if wanted else 'the default settings'} takes about {format_bytes(need)} "
+        f"{'in one process' if processes == 1 else f'in each of {processes} processes'}, {format_bytes(free)} are free"
     )
-    if need <= free or not wanted:
+    if need <= free:
         return ok(found)
-    return warn(f"{found}.", "Use more processes, lower optim.batch_size, or set optim.microbatch.")
+    if not wanted:
+        return warn(f"{found}.", "The default settings are for many GPUs: check your own with --preset NAME.")
+    fix = "Use more processes, lower optim.batch_size, set optim.microbatch, or choose a smaller preset."
+    return (fail if need > REFUSED_RATIO * free else warn)(f"{found}.", fix)
+
+
+def _format_count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def check_nccl() -> CheckResult:
@@ -164,7 +176,7 @@ def check_cores() -> CheckResult:
     """Compare the cores that this process may use with those there are, torch's threads and the load."""
     there, usable = os.cpu_count() or 1, count_usable_cores()
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    found = f"{usable:g} of {there} cores usable, {threads} threads of torch, load {load:.1f}"
+    found = f"{usable:g} of {there} cores usable, {_format_count(threads, 'thread')} of torch, load {load:.1f}"
     if threads > max(1, usable):
         return warn(f"{found}: more threads than cores.", f"export OMP_NUM_THREADS={max(1, int(usable))}.")
     if load > 0.5 * there + 1:
@@ -203,7 +215,7 @@ def check_shared_memory(config: PretrainConfig, workers: int, shm: Path = Path("
     if not shm.is_dir():
         return warn(f"there is no {shm}.", "Use --workers 0 if data workers fail.")
     free, need = shutil.disk_usage(shm).free, compute_prefetch_bytes(config, workers)
-    found = f"{format_bytes(free)} free in {shm}; {workers} workers use {format_bytes(need)} at most"
+    found = f"{format_bytes(free)} free in {shm}; {_format_count(workers, 'worker')} may use {format_bytes(need)}"
     if free < need:
         fix = f"Give the container more (docker run --shm-size={max(1, 2 * need >> 30)}g), or lower --workers."
         return fail(f"{found}.", fix)

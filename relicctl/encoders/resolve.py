@@ -23,6 +23,7 @@ from relicctl.encoders.deepmind import read_deepmind
 from relicctl.encoders.file import build_encoder_from_tensors, describe_network, describe_transform, load_encoder
 from relicctl.errors import DataError, UsageError
 from relicctl.models.resnet import ResNet, build_encoder
+from relicctl.runs.status import read_status
 
 NETWORKS = ("online", "target")
 BASELINES = ("random", "pixels", "torchvision")
@@ -110,7 +111,10 @@ def _open_run_encoder(run: Path, network: str, warn: Callable[[str], None]) -> R
     if loaded is None:
         what = f"{run} has no checkpoint that can be read."
         raise UsageError(what, f"Let the run write one: relicctl pretrain --resume {run}.")
-    path, tensors, _ = loaded
+    path, tensors, header = loaded
+    if not (run / "encoder.safetensors").is_file():
+        total = read_status(run).get("total")
+        warn(f"{run} is not finished: {path} is used, step {header['step']}{f' of {total}' if total else ''}")
     return ResolvedEncoder(_extract_encoder(tensors, run, network, path), path, run)
 
 

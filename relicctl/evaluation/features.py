@@ -155,7 +155,7 @@ def make_bad_images(run: RunFolder, num_images: int, max_fraction: float) -> Bad
             recorded.add(name)
             run.add_bad_image(name, reason)
 
-    return BadImages(num_images, max_fraction, record)
+    return BadImages(num_images, max_fraction, record, str(run.bad_images_path))
 
 
 def get_eval_crop(encoder: Any, config: LinearEvalConfig | TransferConfig) -> tuple[int, float]:

@@ -123,10 +123,12 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
     """Print the tables on stderr, from the content of results.json."""
     named = (("top-1", "top1"), ("top-5", "top5"), ("mean per class", "mean_per_class"))
     rows = [[name, results[key]] for name, key in (*named, ("kNN(20)", "knn20"), ("kNN(200)", "knn200"))]
-    tables = [([f"accuracy on {results['protocol']['test_images']} images", ""], rows)]
+    protocol = results["protocol"]
+    title = f"accuracy of {results['encoder']['source']} on {protocol['test']}, {protocol['test_images']} images"
+    accuracy, tables = ([title, ""], rows), []
     if sweep := results["sweep"]:
         rates = zip(sweep["rates"], sweep["held_out_top1"], strict=True)
-        rows = [[rate, value, "chosen" if rate == sweep["rate"] else ""] for rate, value in rates]
+        rows = [[f"{rate:.3g}", f"{value:.3f}", "chosen" if rate == sweep["rate"] else ""] for rate, value in rates]
         tables.append((["learning rate per 256", "held-out top-1", ""], rows))
     present = [(name, row) for name, row in results["per_class"].items() if row["images"]]
     title = "class"
@@ -142,7 +144,7 @@ def print_linear_results(results: dict[str, Any], console: Console) -> None:
         keys = ("images", *(key for _, key in named))
         rows = [[n, *(t[k] for k in keys), len(t["missing_classes"])] for n, t in results["tests"].items()]
         tables.append((header, rows))
-    for number, (header, rows) in enumerate(tables):
+    for number, (header, rows) in enumerate([*tables, accuracy]):  # the accuracy last, where a terminal shows it
         if number:
             console.info("")
         console.print_table(header, rows)

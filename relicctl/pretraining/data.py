@@ -105,9 +105,9 @@ def _find_usable_masks(masks: MaskSource, images: ImageDataset) -> np.ndarray:
 
 
 def log_missing_masks(resolved: ResolvedConfig, console: Console) -> None:
-    """Log a note where a preset or a file asks for masks and none are given."""
+    """Log a note where the user's file asks for masks and none are given; a preset asks for them only if there are."""
     bgmask, origin = resolved.config.bgmask, resolved.origin["bgmask.probability"]
-    if bgmask.source == "none" and bgmask.probability and origin.startswith(("preset", "file")):
+    if bgmask.source == "none" and bgmask.probability and origin.startswith("file"):
         console.info("no background masks: every view keeps its background (--bgmask RUN gives masks)")
 
 

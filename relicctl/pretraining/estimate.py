@@ -200,7 +200,7 @@ def _describe_estimate(config: PretrainConfig, estimate: dict[str, Any]) -> dict
         f"{views.large.size} px, {views.small.count} of {views.small.size} px",
         "steps": f"{per_epoch} per epoch, {steps} in all",
     }
-    if masks:
+    if masks and masks["source"] != "none":
         lines["masks"] = (
             f"{masks['source']}; {masks['usable']:.1%} of the images have a usable one, "
             f"{masks['masked_views']:.1%} of large views lose their background"

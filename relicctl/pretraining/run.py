@@ -40,11 +40,11 @@ def open_record(
         cache = resolve_cache(resolved.config.data.cache, data.train, device, masks["masked_views"] > 0)
         facts = {"bgmask_sha256": masks.get("sha256"), "init_from": init_from, "cache": cache}
         return make_record(resolved, data.train, **facts, precision=resolve_precision(resolved.config, device))
-    fix = "Give --data the same images, or start another run with --init-from."
+    fix = "Give --data the same images, or start a new run with --init-from."
     record = read_resumable_record(resumed, data.train, fix)
     if record.get("bgmask_sha256") != masks.get("sha256"):
         what = f"The mask bank {masks['bank']} is not the one that {resumed} was started with."
-        raise DataError(what, "Give --bgmask that bank, or start another run with --init-from.")
+        raise DataError(what, "Give --bgmask that bank, or start a new run with --init-from.")
     if resolved.origin["runtime.precision"] != "run":
         record["precision"] = resolve_precision(resolved.config, device)
     return record

@@ -135,7 +135,7 @@ class SharedBadImages:
     def __init__(self, bad: BadImages, run: RunFolder, world: World) -> None:
         self._bad, self._run, self._world = bad, run, world
         self._new: list[tuple[str, str]] = []
-        bad.report = self._record
+        bad.report, bad.listed_in = self._record, str(run.bad_images_path)
 
     def load_recorded(self, source: ImageDataset) -> None:
         """Load what the run has listed before, except images that can be decoded by now."""

@@ -37,8 +37,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
             axes.set_ylabel(", ".join(left))
         if lines:  # the legend stands beside the title, where it hides no curve
             axes.legend(
-                handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines), frameon=False,
-                fontsize="small", handlelength=1, columnspacing=1,
+                handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(lines) if len(lines) < 4 else 2,
+                frameon=False, fontsize="small", handlelength=1, columnspacing=1,
             )  # fmt: skip
     figure.suptitle(title)
     save_figure(path, figure)

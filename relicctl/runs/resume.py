@@ -12,6 +12,7 @@ from relicctl.config.resolve import ResolvedConfig, flatten, get_command, resolv
 from relicctl.data.datasets.base import ImageDataset
 from relicctl.errors import DataError, UsageError
 from relicctl.runs.folder import check_is_run
+from relicctl.runs.status import is_unfinished
 from relicctl.version import __version__
 
 # What may differ between a run and its continuation; everything else would make it another run.
@@ -132,6 +133,13 @@ def find_run_to_resume(options: TrainingOptions, preset: str | None, command: st
     return runs[-1]
 
 
+def find_unfinished_run(preset: str | None, command: str) -> Path | None:
+    """Return the newest run of the command and preset under runs/ that was stopped or killed; none that is running."""
+    configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    unfinished = (path.parent for path in configs if is_unfinished(path.parent))
+    return next((run for run in unfinished if _is_same_kind(_load_run_config(run), preset, command)), None)
+
+
 def _is_same_kind(content: dict[str, Any], preset: str | None, command: str) -> bool:
     """Return whether the ``content`` of a config.yaml is of a run of the same command and, if one is given, preset."""
     record = content.get("run") or {}
@@ -146,8 +154,9 @@ def _find_run_at(out: Path, init_from: str | None) -> Path | None:
         return None
     before = read_run_record(out).get("init_from")
     if init_from not in (None, before):
-        what = f"{out} was started from {before or 'a new network'}, not from {init_from}: that would be another run."
-        raise UsageError(what, "Leave --init-from as it was, or choose another --out.")
+        start = before or "a new network"
+        what = f"{out} was started from {start}, not from {init_from}: this cannot change in a resumed run."
+        raise UsageError(what, "Leave --init-from unchanged, or start a new run with another --out.")
     return out
 
 
@@ -177,7 +186,7 @@ def read_resumable_record(run: Path, images: ImageDataset, fix: str) -> dict[str
     record = read_run_record(run)
     if not {"data_fingerprint", "precision"} <= record.keys():
         what = f"{run}/config.yaml lacks what the run was started with (run.data_fingerprint, run.precision)."
-        raise UsageError(what, "Restore the file, or start another run with --init-from.")
+        raise UsageError(what, "Restore the file, or start a new run with --init-from.")
     if record["data_fingerprint"] != images.compute_fingerprint():
         raise DataError(f"The images are not those that {run} was started with.", fix)
     return record
@@ -192,8 +201,9 @@ def resume_config(resolved: ResolvedConfig, run: Path) -> ResolvedConfig:
     after = flatten(merged.config.model_dump())
     changed = [k for k in after if after[k] != before[k] and not k.startswith(mutable)]
     if changed:
-        what = f"{changed[0]} is {before[changed[0]]} in {run}, not {after[changed[0]]}: that would be another run."
-        raise UsageError(what, "Leave it unchanged, or start another run in another --out.")
+        key = changed[0]
+        what = f"{key} is {before[key]} in {run}, not {after[key]}: this cannot change in a resumed run."
+        raise UsageError(what, "Leave it unchanged, or start a new run with another --out.")
     preset = read_run_record(run).get("preset")
     if resolved.preset not in (None, preset):
         raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Omit --preset.")

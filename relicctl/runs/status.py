@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -95,10 +96,10 @@ class Status:
         """Return the error for a signal that no training loop has handled: it came before the loop or after its end."""
         resume = self._fields["resume"]
         fix = f"Resume with: {resume}" if resume else "Start it again."
-        what = f"Stopped after step {self._step} of {self._fields['total']}; everything is saved."
+        what = f"after step {self._step} of {self._fields['total']}; everything is saved."
         if self._step == self._start:
-            what = "Stopped before the first step; nothing was lost."
-        return Interrupted(what, fix, signum)
+            what = "before the first step; nothing was lost."
+        return Interrupted(f"{signal.Signals(signum).name} {what}", fix, signum)
 
     def write_heartbeat(self, step: int | None = None) -> None:
         """Record that ``step`` steps are done, or as many as before; writes only every HEARTBEAT_SECONDS."""
@@ -120,6 +121,33 @@ class Status:
             if not self._warned:
                 Console().warn(f"{self._path} cannot be written ({reason.strerror or reason}); training continues")
             self._warned = True
+
+
+def is_unfinished(run: Path) -> bool:
+    """Return whether the run at ``run`` was stopped, failed or killed, by its status.json: it can be resumed."""
+    status = read_status(run)
+    if status.get("state") in ("running", "evaluating"):
+        return status.get("host") == socket.gethostname() and not _is_alive(int(status["pid"]))
+    return status.get("state") in ("stopped", "failed")
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return what status.json says; {} where there is none that can be read."""
+    try:
+        status = json.loads((run / "status.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class HeartbeatBatches:

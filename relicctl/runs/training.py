@@ -1,15 +1,30 @@
-"""Every training of every command: resume from the newest checkpoint, train, show progress."""
+"""Every training of every command: say what starts, resume from the newest checkpoint, train, show progress."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from relicctl.config.resolve import ResolvedConfig, get_command
 from relicctl.console import Console
 from relicctl.core.loop import Batches, LoopConfig, Task, TrainState, restore_state, train
 from relicctl.runs.distributed import RunContext, load_newest_checkpoint, select_progress_metrics
+from relicctl.runs.resume import TrainingOptions, find_unfinished_run
+
+
+def log_start(
+    resolved: ResolvedConfig, options: TrainingOptions, context: RunContext, *, images: int, steps: int
+) -> None:
+    """Log what starts; for a new run also an unfinished one of the same preset, which could be resumed instead."""
+    context.console.info(f"{images:,} images, {context.device}, {steps:,} steps, run folder {context.run.path}")
+    if options.resume is None and options.out is None:
+        command = get_command(type(resolved.config))
+        if other := find_unfinished_run(resolved.preset, command):
+            resume = f"relicctl {command} --resume {shlex.quote(str(other))}"
+            context.console.info(f"{other} is not finished; to continue it instead: {resume}")
 
 
 def restore_or_start(

@@ -41,6 +41,7 @@ APPENDED: dict[str, tuple[list[str], list[str]]] = {
 }
 # The same for one example, by a text in it.
 FOR_ONE = {
+    "doctor --preset": ["--set", "optim.batch_size=2"],
     "demo-bgmask": ["--data", DATA, "--set", "data.max_eval_images=4"],
     "byol-suite": ["--data", f"shapes={DATA}"],
     "torchvision:resnet50": ["--set", "eval.size=32"],
@@ -71,7 +72,7 @@ def shorten_command(words: list[str]) -> list[str]:
     if "--resume" in words:  # the run has its settings
         options, sets, more = [], [], []
     if words[0] == "doctor" and not torch.cuda.is_available():
-        more = ["--device", "cpu"]
+        more = [*more, "--device", "cpu"]
     workers = ["--workers", "0"] if words[0] in ("pretrain", "train-bgmask", "linear-eval", "transfer", "bench") else []
     return [*words, *options, *sets, *more, *workers]
 

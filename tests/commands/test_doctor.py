@@ -26,8 +26,8 @@ from relicctl.data.datasets.open import open_dataset
 from relicctl.doctor import environment, smoke_tests
 from relicctl.doctor.environment import CheckResult, fail, ok, run_check, warn
 from relicctl.errors import UsageError
-from relicctl.pretraining.estimate import compute_checkpoint_bytes, outline_networks
-from relicctl.pretraining.task import PretrainTask
+from relicctl.pretraining.estimate import compute_checkpoint_bytes, estimate_step_memory, outline_networks
+from relicctl.pretraining.task import PretrainTask, resolve_precision
 
 CPU = torch.device("cpu")
 SMALL = ("model.arch=resnet18", "model.width=0.125", "views.large.size=32", "views.small.size=16")
@@ -344,8 +344,14 @@ def test_step_that_does_not_fit_is_reported(config: PretrainConfig, monkeypatch:
     assert environment.check_preset_memory(config, CPU).state == "ok"
     monkeypatch.setattr(environment, "get_free_memory", lambda device: 1 << 20)
     found = environment.check_preset_memory(config, CPU)
-    assert found.state == "warn"
+    assert found.state == "fail"
     assert "optim.batch_size" in found.fix
+    unasked = environment.check_preset_memory(config, CPU, wanted=False)
+    assert unasked.state == "warn"
+    assert "--preset" in unasked.fix
+    need = sum(estimate_step_memory(config, outline_networks(config), resolve_precision(config, CPU)).values())
+    monkeypatch.setattr(environment, "get_free_memory", lambda device: int(0.9 * need))  # an estimate is not exact
+    assert environment.check_preset_memory(config, CPU).state == "warn"
 
 
 def test_slow_disk_is_reported(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:

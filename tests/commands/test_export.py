@@ -56,10 +56,14 @@ def test_a_run_that_has_not_ended_gives_its_newest_checkpoint(run):
     expected = load_encoder(run).state_dict()
     (run / "encoder.safetensors").unlink()
     (run / "checkpoints" / "step-00000009.safetensors").write_bytes(b"cut short")
+    (run / "status.json").write_text('{"state": "stopped", "total": 9}')
     warnings: list[str] = []
     found = open_trained_encoder(str(run), warn=warnings.append).encoder.state_dict()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
-    assert len(warnings) == 1
+    assert "step-00000009" in warnings[0]
+    assert len(warnings) == 2
+    assert warnings[1].startswith(f"{run} is not finished: ")
+    assert warnings[1].endswith("is used, step 5 of 9")
 
 
 def test_a_dash_reads_the_last_line_of_stdin(run, tmp_path, monkeypatch):

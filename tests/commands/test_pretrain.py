@@ -316,7 +316,7 @@ def test_a_corrupt_image_is_replaced_listed_and_the_run_goes_on(tiny, tmp_path, 
     listed = (run / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["left/04.png"]
     assert json.loads((run / "results.json").read_text())["bad_images"] == 1
-    assert pretrain(tiny, tmp_path / "strict", *arguments) == 3
+    assert pretrain(tiny, tmp_path / "strict", *arguments, "--set", "data.max_corrupt_fraction=0") == 3
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -551,6 +551,24 @@ def test_a_resumed_run_keeps_its_preset_and_bare_resume_finds_it(tmp_path, monke
     results = json.loads(Path("runs/demo/results.json").read_text())
     assert (results["preset"], results["steps"]) == ("demo", 3)
     assert relicctl(["pretrain", "--preset", "imagenette-r18", "--resume", *more]) == 2
+
+
+def test_a_start_is_announced_with_an_unfinished_run_of_the_preset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["data.train=shapes:size=16,train=64,val=40", "data.val=null", "optim.batch_size=32", "optim.max_steps=1"]
+    command = ["pretrain", "--preset", "demo", *(word for assignment in small for word in ("--set", assignment))]
+
+    def start(*more: str) -> str:
+        assert relicctl([*command, *more]) == 0
+        return capsys.readouterr().err
+
+    assert start().startswith("64 images, cpu, 1 steps, run folder runs/demo\n")
+    assert "not finished" not in start()
+    status = json.loads(Path("runs/demo/status.json").read_text())
+    for state, pid, unfinished in [("stopped", 1, True), ("running", os.getpid(), False), ("running", 2**22, True)]:
+        Path("runs/demo/status.json").write_text(json.dumps({**status, "state": state, "pid": pid}))
+        assert ("continue it instead: relicctl pretrain --resume runs/demo\n" in start()) == unfinished
+    assert "not finished" not in start("--out", "elsewhere")
 
 
 # Several processes.

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relicctl.config.bgmask import BgmaskConfig
 from relicctl.config.pretrain import PretrainConfig
 from relicctl.config.resolve import (
     dump_yaml,
@@ -21,6 +22,7 @@ from relicctl.config.resolve import (
     resolve_config,
     resolve_from_run,
 )
+from relicctl.config.transfer import SegmentationConfig
 from relicctl.config.yaml_io import load_mapping, parse_yaml
 from relicctl.errors import UsageError
 
@@ -135,6 +137,12 @@ def test_unknown_keys_name_the_closest(text: str, suggested: str) -> None:
     error = refusal(sets=[text])
     assert text.partition("=")[0] in error.what
     assert suggested in error.fix
+
+
+def test_a_length_that_a_command_does_not_have_suggests_the_one_it_has() -> None:
+    assert "optim.epochs" in refusal(sets=["optim.max_steps=5"], schema=BgmaskConfig).fix
+    assert "optim.steps" in refusal(sets=["optim.epochs=5"], schema=SegmentationConfig).fix
+    assert "optim.max_steps" in refusal(sets=["optim.steps=5"]).fix
 
 
 def test_an_unknown_key_without_close_names_points_to_the_list() -> None:

@@ -14,7 +14,16 @@ from PIL import Image
 
 from relicctl.config.base import DecodingConfig
 from relicctl.data import decoding
-from relicctl.data.decoding import BadImageError, Decoder, decode_image, decode_rgb, read_upright_size, read_values
+from relicctl.data.decoding import (
+    BadImageError,
+    BadImages,
+    Decoder,
+    decode_image,
+    decode_rgb,
+    read_upright_size,
+    read_values,
+)
+from relicctl.errors import DataError
 
 LOSSLESS = {
     "PNG": {},
@@ -328,3 +337,18 @@ def test_real_photos_decode_as_pillow_does(realdata_dir):
     for index in range(0, len(source), 400):
         reference = Image.open(io.BytesIO(source.read(index))).convert("RGB")
         assert np.array_equal(source.load(index), np.asarray(reference))
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "allowed"), [(60, 0.01, 3), (1000, 0.01, 10), (1000, 0.0, 0), (60, 0.0, 0), (60, 0.5, 30)]
+)
+def test_a_few_bad_images_are_allowed_among_few_unless_none_are(size: int, limit: float, allowed: int) -> None:
+    bad = BadImages(size, limit, listed_in="runs/x/bad_images.txt")
+    for number in range(allowed):
+        bad.add(f"{number}.jpg", "cut")
+    with pytest.raises(DataError, match=f"{allowed + 1} of {size} images") as error:
+        bad.add("one more.jpg", "cut")
+    assert "runs/x/bad_images.txt" in error.value.fix
+    enough = float(error.value.fix.rpartition("=")[2].rstrip("."))
+    assert limit < enough <= 1
+    BadImages(size, enough, seen=set(map(str, range(allowed)))).add("one more.jpg", "cut")  # what it says is enough

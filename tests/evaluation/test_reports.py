@@ -53,11 +53,13 @@ def test_pictures_and_tables_of_few_and_many_classes(classes, tmp_path, capsys):
     choice = SweepResult((0.1, 1.0), (0.2, 0.3)) if classes < 100 else None
     reports.plot_linear_results(tmp_path / "picture.png", scores, names, choice, "title")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    figures = scores.to_dict() | {"knn20": 0.1, "knn200": 0.2, "tests": {}, "protocol": {"test_images": len(labels)}}
+    figures = scores.to_dict() | {"knn20": 0.1, "knn200": 0.2, "tests": {}, "encoder": {"source": "runs/x"}}
+    figures["protocol"] = {"test": "photos/val", "test_images": len(labels)}
     more = {"per_class": scores.get_class_metrics(names), "confusion": scores.confusion.tolist()}
     reports.print_linear_results(figures | more | {"sweep": choice.to_dict() if choice else None}, Console())
     said = capsys.readouterr()
     assert said.out == ""
+    assert f"accuracy of runs/x on photos/val, {len(labels)} images" in said.err.split("\n\n")[-1]  # the last table
     assert ("worst" in said.err) == (classes == 100)
     assert ("chosen" in said.err) == (choice is not None)
     assert ("predicted" in said.err) == (classes == 3)

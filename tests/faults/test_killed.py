@@ -135,7 +135,7 @@ def test_one_command_line_starts_and_resumes_a_run(tiny, whole, tmp_path):
     assert in_a_process(line).code == 0  # there is nothing left to do
     other = in_a_process(command(tiny, run, "--init-from", str(whole / "encoder.safetensors")), log=tmp_path / "log")
     assert other.code == 2
-    assert "another run" in other.err
+    assert "cannot change in a resumed run" in other.err
     uncut = tmp_path / "uncut"
     assert in_a_process(command(tiny, uncut, "--init-from", str(whole))).code == 0
     assert_same_run(run, uncut)

@@ -216,9 +216,11 @@ def test_alpha_that_no_image_has_is_warned_of(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--preset", "demo"], True), ([], False), (["--preset", "demo", *sets("bgmask.probability=0")], False)],
+    [(["--config", "masked.yaml"], True), (["--preset", "demo"], False), ([], False)],
 )
-def test_masks_that_a_preset_asks_for_and_nobody_gives_are_missed(tmp_path, capsys, arguments, said):
+def test_masks_that_a_file_asks_for_and_nobody_gives_are_missed(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    Path("masked.yaml").write_text("bgmask: {probability: 0.5}\n")
     small = sets(
         "optim.max_steps=1", "optim.batch_size=16", "eval.every_epochs=0", "model.arch=resnet18", "model.width=0.125",
         "views.large.size=32", "views.small.size=16", "model.stem=stride2", "optim.warmup_epochs=0",

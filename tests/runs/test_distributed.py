@@ -37,7 +37,7 @@ def test_repaired_images_are_removed_from_the_list(run, tmp_path):
 
 
 def test_bad_images_of_other_ranks_are_listed_once_and_count(run):
-    world, bad = World(0, 2), BadImages(10, 0.25)
+    world, bad = World(0, 2), BadImages(10, 0.35)
     pool, gathered = SharedBadImages(bad, run, world), []
 
     def tell(mine):
@@ -50,5 +50,7 @@ def test_bad_images_of_other_ranks_are_listed_once_and_count(run):
     pool.sync()
     assert gathered == [[("ours", "cut")], []]
     assert run.read_bad_images() == {"ours", "theirs"}
-    with pytest.raises(DataError, match="3 of 10"):
-        bad.add("another", "cut")
+    bad.add("another", "cut")
+    with pytest.raises(DataError, match="4 of 10") as error:
+        bad.add("one more", "cut")
+    assert str(run.bad_images_path) in error.value.fix

@@ -100,9 +100,10 @@ def test_a_signal_outside_the_loop_says_what_is_saved(run: RunFolder, signal_err
             run.write_metrics({"step": step})
             raise signal_error
 
+    name = "SIGTERM" if code == 143 else "SIGINT"
     with pytest.raises(Interrupted) as early:
         stop(0)
-    assert (early.value.what, early.value.code) == ("Stopped before the first step; nothing was lost.", code)
+    assert (early.value.what, early.value.code) == (f"{name} before the first step; nothing was lost.", code)
     assert "go on" in early.value.fix
     assert read_status(run)["state"] == "stopped"
     with pytest.raises(Interrupted, match="after step 4 of 4; everything is saved"):
@@ -255,7 +256,8 @@ def test_signal_before_the_first_step_is_recorded(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
     fix = "Start it again." if moment == "import" else f"Resume with: relicctl pretrain --resume {out}"
-    assert stderr == f"error: Stopped before the first step; nothing was lost.\n  fix: {fix}\n"
+    name = signal.Signals(number).name
+    assert stderr == f"stopped: {name} before the first step; nothing was lost.\n  {fix}\n"
     assert (stdout, process.returncode) == ("", code)
     if moment == "evaluation":
         assert json.loads((out / "status.json").read_text())["state"] == "stopped"
