@@ -64,7 +64,7 @@ def open_bgmask_data(
 def _open_datasets(config: BgmaskConfig, download: bool, console: Console) -> BgmaskData:
     specs = config.data.train
     if not specs:
-        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
+        raise UsageError("Missing --data.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
     decoding = config.data.decoding
     sources = [
         open_dataset(spec, split="train", download=download, decoding=decoding, warn=console.warn) for spec in specs

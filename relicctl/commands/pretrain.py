@@ -165,7 +165,7 @@ def build_training(prepared: Prepared, task: PretrainTask, context: RunContext) 
     bad_images.load_recorded(prepared.data.train)
     evaluate = None
     if (evaluator := prepared.evaluator) is not None:
-        evaluator.bad_held_out.report = run.add_bad_image
+        evaluator.bad_held_out.report, evaluator.bad_held_out.listed_in = run.add_bad_image, str(run.bad_images_path)
         evaluate = run.status.wrap_in_state("evaluating", lambda step: evaluator(task.encoder, world))
     try:
         loader = build_loader(prepared, context)

@@ -142,7 +142,7 @@ def open_train_test(
     """
     data, val_fraction = config.data, config.eval.val_fraction
     if data.train is None:
-        raise UsageError("No data is given, and the encoder belongs to no run that has data.", "Give --data and --val.")
+        raise UsageError("Missing --data: the encoder belongs to no run that has data.", "Give --data and --val.")
     open_split = partial(open_joined_dataset, download=download, decoding=data.decoding, warn=console.warn)
     train = open_split(list_specs(data.train), split="train")
     _check_labelled(train)

@@ -87,6 +87,16 @@ def quote_python_string(text: str | Path) -> str:
     return json.dumps(str(text), ensure_ascii=False)
 
 
+def format_transform(bundle: ExportBundle) -> list[str]:
+    """Return torchvision code that prepares an RGB image, as ``transform``."""
+    side = round(bundle.size / bundle.crop_ratio)
+    return [
+        "from torchvision import transforms as T",
+        f"transform = T.Compose([T.Resize({side}, T.InterpolationMode.BICUBIC), T.CenterCrop({bundle.size}), "
+        f"T.ToTensor(), T.Normalize({bundle.mean}, {bundle.std})])",
+    ]
+
+
 def to_symmetric_padding(encoder: ResNet) -> ResNet:
     """Return the same weights behind PyTorch's padding: another function of the images than with TensorFlow's."""
     converted = build_encoder(encoder.arch, encoder.width, encoder.stem, "symmetric")

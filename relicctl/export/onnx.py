@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, format_transform, quote_python_string
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -54,9 +54,10 @@ def compute_outputs(path: Path, bundle: ExportBundle, images: Tensor) -> Encoder
 
 
 def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
-    shape = f"float32 [n, 3, {bundle.size}, {bundle.size}], normalised"
+    shape = f"float32 [n, 3, {bundle.size}, {bundle.size}], each from transform"
     return [
         "import onnxruntime",
+        *format_transform(bundle),
         f'session = onnxruntime.InferenceSession({quote_python_string(path)}, providers=["CPUExecutionProvider"])',
         f'features = session.run(["features"], {{"images": images}})[0]  # images: {shape}',
     ]

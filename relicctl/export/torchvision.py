@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from relicctl.core.tensor_file import save_tensors
-from relicctl.export.bundle import EncoderOutputs, ExportBundle, quote_python_string
+from relicctl.export.bundle import EncoderOutputs, ExportBundle, format_transform, quote_python_string
 
 
 def get_unsupported_reason(bundle: ExportBundle) -> str | None:
@@ -48,6 +48,7 @@ def format_usage(path: Path, bundle: ExportBundle) -> list[str]:
         "import torch, torchvision, safetensors.torch",
         f"model = {build}{without_head}",
         f"model.load_state_dict(safetensors.torch.load_file({quote_python_string(path)}), strict=True); model.eval()",
+        *format_transform(bundle),
     ]
 
 

@@ -120,7 +120,7 @@ class PretrainData:
 def open_pretrain_data(config: PretrainConfig, download: bool, console: Console) -> PretrainData:
     """Return the images to train on and, if there are labelled ones, those to evaluate on."""
     if config.data.train is None:
-        raise UsageError("No data is given.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
+        raise UsageError("Missing --data.", "Give --data a folder, a .zip, a .tar, torchvision:NAME or shapes.")
     open_split = partial(open_joined_dataset, download=download, decoding=config.data.decoding, warn=console.warn)
     train, val = open_split(list_specs(config.data.train), split="train"), None
     unlabelled = list_unlabelled_specs(train)

@@ -79,7 +79,7 @@ def test_unlabelled_and_single_class_data_are_refused():
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({}, "No data is given"),
+        ({}, "Missing --data"),
         ({"data.train": "shapes"}, "no images to test on"),
         ({"data.train": "shapes:train=5", "data.val": "shapes"}, "no image to train on"),
         ({"data.train": "shapes:train=11", "eval.val_fraction": 0.1}, "no image to test on"),

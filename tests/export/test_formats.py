@@ -20,9 +20,8 @@ def export(source: str, **options: object) -> dict:
 
 
 def export_and_load(source: Path, out: Path, **options: object) -> dict:
-    """What the three printed lines define, with the result of the export under ``result``."""
+    """What the printed lines define, with the result of the export under ``result``."""
     result = export(str(source), out=out, quiet=True, **options)
-    assert len(result["load"]) == 3
     names: dict = {"images": options.get("images"), "result": result}
     exec("\n".join(result["load"]), names)
     return names
@@ -97,6 +96,11 @@ def test_onnx_takes_any_encoder_and_any_batch(make_run, make_classifier, tmp_pat
     for count in (1, 5):
         names: dict = {"images": some_images(count).numpy()}
         exec("\n".join(result["load"]), names)
+        assert names["transform"](Image.new("RGB", (90, 70))).shape == (
+            3,
+            encoder.transform.size,
+            encoder.transform.size,
+        )
         features = encoder(some_images(count))
         torch.testing.assert_close(torch.from_numpy(names["features"]), features, rtol=0, atol=1e-5)
         logits = names["session"].run(["logits"], {"images": names["images"]})[0]
