@@ -152,7 +152,7 @@ def replace_defaults(resolved: ResolvedConfig, values: dict[str, Any], where: st
 def resolve_from_run(resolved: ResolvedConfig, run_config: Path) -> ResolvedConfig:
     """Return the config of an earlier run, overridden by what the user gave by file, --set or option."""
     content = _drop_run_record(yaml_io.load_mapping(run_config))
-    layers = _ConfigLayers(_find_schema([(str(run_config), content)], type(resolved.config)))
+    layers = _ConfigLayers(_find_schema([(f"run {run_config}", content)], type(resolved.config)))
     layers.set_values(content, "run")
     given = flatten(resolved.config.model_dump(), schema=layers.schema)
     for name, where in resolved.origin.items():
@@ -243,11 +243,10 @@ def _find_schema(contents: list[tuple[str, dict[str, Any]]], schema: type[Comman
 
 
 def _format_origin_option(source: str) -> str:
-    """Return the option that names ``source``: a preset, a file or a run's config.yaml."""
+    """Return the option that names ``source``: "preset NAME", "file PATH" or "run RUN/config.yaml"."""
     kind, _, name = source.partition(" ")
-    if kind in ("preset", "file"):
-        return f"--{'preset' if kind == 'preset' else 'config'} {shlex.quote(name)}"
-    return f"--resume {shlex.quote(str(Path(source).parent))}"
+    option = {"preset": "--preset", "file": "--config", "run": "--resume"}[kind]
+    return f"{option} {shlex.quote(str(Path(name).parent) if kind == 'run' else name)}"
 
 
 def _drop_run_record(content: dict[str, Any]) -> dict[str, Any]:

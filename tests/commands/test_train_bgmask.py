@@ -470,7 +470,7 @@ def test_files_with_true_masks_are_measured_on(tiny, tmp_path, pairs):
         (["--data", "EMPTY"], 3, "is empty"),
         (["--data", "ONE"], 3, "one image"),
         (["--data", "THREE"], 2, "batch of 4 images is larger"),
-        (["--set", "data.train=[]"], 2, "No data"),
+        (["--set", "data.train=[]"], 2, "Missing --data"),
         (["--eval-data", "THREE"], 3, "no folder images"),
         (["--masks-for", "NOWHERE"], 3, "no folder or archive"),
         (["--init-from", "THREE"], 2, "no encoder weights"),

@@ -139,7 +139,7 @@ def test_without_pycocotools_a_sentence_says_how_to_get_it(encoders, compare, mo
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--task", "segmentation", "A"], 2, "No data"),
+        (["--task", "segmentation", "A"], 2, "Missing --data"),
         (["--task", "panoptic", "A", "--data", f"x={DATA}"], 2, "no task 'panoptic'"),
         (["--task", "segmentation", "A", "--data", f"x={DATA}", "--labels", "0.1"], 2, "--labels has no effect"),
         (["--task", "detection", "A", "--data", f"x={DATA}", "--protocol", "knn"], 2, "--protocol has no effect"),
