@@ -240,7 +240,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(encoders, compare, p
     ("arguments", "code", "says"),
     [
         (["A"], 2, "Missing --data"),
-        (["--data", "x=full"], 2, "No encoder"),
+        (["--data", "x=full"], 2, "Missing encoder"),
         (["A", "--data", "full"], 2, "NAME=DATA"),
         (["A", "--data", "x=full", "--data", "x=full"], 2, "twice"),
         (["A", "A", "--data", "x=full"], 2, "named twice"),
