@@ -44,7 +44,13 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(
     assert (ended.stdout, ended.stderr, ended.returncode) == (f"imported\n{name}\n", "", 7)
 
 
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, "Terminated."), (signal.SIGINT, "Interrupted.")])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGTERM, "stopped: SIGTERM before anything was saved."),
+        (signal.SIGINT, "stopped: SIGINT before anything was saved."),
+    ],
+)
 def test_a_signal_while_torch_is_imported_ends_at_once(number: int, words: str, tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(MODULE.format(number=int(number), seconds=1000))
