@@ -41,7 +41,7 @@ APPENDED: dict[str, tuple[list[str], list[str]]] = {
 }
 # The same for one example, by a text in it.
 FOR_ONE = {
-    "doctor --preset": ["--set", "optim.batch_size=2"],
+    "doctor --preset": ["--set", "optim.batch_size=16"],
     "demo-bgmask": ["--data", DATA, "--set", "data.max_eval_images=4"],
     "byol-suite": ["--data", f"shapes={DATA}"],
     "torchvision:resnet50": ["--set", "eval.size=32"],
