@@ -310,9 +310,10 @@ def _make_unknown_key_error(name: str, where: str, schema: type[CommandConfig]) 
     last = name.rpartition(".")[2]
     matches = difflib.get_close_matches(name, [*known, *old_names], 3, 0.7)
     close = list(dict.fromkeys(rename_key(command, key) for key in matches))
-    similar = (key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8)
+    similar = [key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8]
     if last in LENGTH_KEYS:  # steps or epochs: what limits the training differs between commands
-        similar = (key for key in known if key.rpartition(".")[2] in LENGTH_KEYS and key != name)
+        lengths = (key for key in known if key.rpartition(".")[2] in LENGTH_KEYS)
+        similar = sorted(lengths, key=lambda key: key.rpartition(".")[0] != name.rpartition(".")[0])
     close += [key for key in similar if key not in close]
     listing = f"`relicctl {command} --dry-run` lists all keys."
     fix = f"Did you mean {_format_choices(close[:3])}?" if close else listing
