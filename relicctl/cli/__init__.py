@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -67,6 +68,12 @@ def main() -> None:
     code = run(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT):  # all is written: a late signal must not change the exit code
         signal.signal(number, signal.SIG_IGN)
+    if code in (130, 143):
+        # All is saved. Threads of libraries that still run could abort the interpreter's own exit.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -204,7 +204,8 @@ def resume_config(resolved: ResolvedConfig, run: Path) -> ResolvedConfig:
         key = changed[0]
         what = f"{key} is {before[key]} in {run}, not {after[key]}: this cannot change in a resumed run."
         raise UsageError(what, "Leave it unchanged, or start a new run with another --out.")
-    preset = read_run_record(run).get("preset")
-    if resolved.preset not in (None, preset):
+    record = read_run_record(run)
+    preset = record.get("preset")
+    if "preset" in record and resolved.preset not in (None, preset):  # evaluations do not record theirs
         raise UsageError(f"{run} is a run of preset {preset}, not {resolved.preset}.", "Omit --preset.")
     return ResolvedConfig(merged.config, merged.origin, preset)

@@ -166,8 +166,9 @@ def test_the_same_command_line_starts_an_evaluation_and_resumes_it(run, evaluate
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / ".lock").touch()
     assert evaluate(run, "whole", form="imagenet") == 0
-    assert evaluate(run, "again", "--resume", "--set", "optim.max_steps=3", form="imagenet") == 0
-    assert evaluate(run, "again", "--resume", "--set", "optim.max_steps=null", form="imagenet") == 0
+    again = ["again", "--resume", "--preset", "linear-imagenet"]
+    assert evaluate(run, *again, "--set", "optim.max_steps=3", form="imagenet") == 0
+    assert evaluate(run, *again, "--set", "optim.max_steps=null", form="imagenet") == 0
     assert results(tmp_path / "whole") == results(tmp_path / "again")
 
 
