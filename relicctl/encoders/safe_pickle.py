@@ -157,6 +157,13 @@ class _StackMachine:
                 known = self.memo[argument]
                 finished = isinstance(known, _PendingObject) and known.value is not None
                 stack.append(known.value if finished else known)
+            case _:
+                self.apply_object_opcode(opcode, argument)
+
+    def apply_object_opcode(self, opcode: str, argument: Any) -> None:
+        """Apply an opcode that names a class or function, calls it, or fills the object that it made."""
+        stack = self.stack
+        match opcode:
             case "GLOBAL":
                 stack.append(_resolve_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
