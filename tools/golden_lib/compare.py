@@ -138,8 +138,9 @@ def count_numbers(text: str) -> Counter[str]:
 def map_record(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
     """A record of the old tree under the keys of the new one."""
     if record["kind"] == "config":
-        parts = {name: record[name] for name in ("config", "origin") if name in record}
-        return record | {name: renames.map_config(record["command"], flat) for name, flat in parts.items()}
+        command = record["command"]
+        parts = {name: renames.map_config(command, record[name]) for name in ("config", "origin") if name in record}
+        return record | parts | {"config": renames.add_defaults(command, parts["config"])}
     if record["kind"] == "json":
         return record | {"content": renames.map_names(record["content"])}
     if record["kind"] == "safetensors":

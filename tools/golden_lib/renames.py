@@ -5,6 +5,8 @@
       train-bgmask: {labels.drop: labels.drop_fraction}                             # of one; wins over "*"
       transfer --task detection:
         model.norm: {key: model.freeze_bn, values: {batch: false, frozen: true}}    # values renamed too
+    added:                            # keys that only the new tree has, with their defaults
+      pretrain: {model.bn_batch: size}
     metrics: {rank_me: rankme}        # names of keys in metrics.jsonl, headers of checkpoints and status.json
     results: {largest_batch_tried: largest_batch_measured}    # names of keys in results.json, cells, --json
 
@@ -27,12 +29,13 @@ class Renames:
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     results: dict[str, str] = field(default_factory=dict)
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | None) -> Renames:
         """Read the table; no path is an empty one."""
         content = yaml.safe_load(path.read_text("utf-8")) or {} if path else {}
-        return cls(content.get("config") or {}, content.get("metrics") or {}, content.get("results") or {})
+        return cls(*(content.get(part) or {} for part in ("config", "metrics", "results", "added")))
 
     def map_config_key(self, command: str, key: str, value: Any) -> tuple[str, Any]:
         """The new key and value of a dotted ``key`` of ``command``'s config; the longest entry that fits wins."""
@@ -46,6 +49,10 @@ class Renames:
             values = new.get("values", {}) if isinstance(value, (str, int, float, bool)) else {}
             return new["key"], values.get(value, value)
         return new + key[len(old) :], value
+
+    def add_defaults(self, command: str, flat: dict[str, Any]) -> dict[str, Any]:
+        """A whole flat config with the keys that were added since."""
+        return {**self.added.get("*", {}), **self.added.get(command, {}), **flat}
 
     def map_config(self, command: str, flat: dict[str, Any]) -> dict[str, Any]:
         """A flat config under its new keys."""
