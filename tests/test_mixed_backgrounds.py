@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,20 +13,15 @@ from PIL import Image
 
 from relicctl.data.datasets.open import open_dataset
 from relicctl.data.mask_bank import MASK_SIDE, MaskBankWriter
+from tests.helpers.scripts import load_benchmark
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mixed_backgrounds.py"
 BACKGROUNDS = {"cat": (200, 40, 40), "dog": (40, 40, 200)}
 SIDE, LEFT, RIGHT = 96, 36, 60  # the foreground is the square from LEFT to RIGHT
 
 
 @pytest.fixture(scope="module")
 def mixed_backgrounds() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mixed_backgrounds", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("mixed_backgrounds")
 
 
 def make_photos(folder: Path, per_class: int) -> None:

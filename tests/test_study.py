@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from relicctl.config.resolve import resolve_config
+from tests.helpers.scripts import BENCHMARKS, load_benchmark
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "study.py"
 STUDY = """
 preset: demo
 arguments: [--data, "shapes:train=64,val=32"]
@@ -29,13 +28,7 @@ grid:
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("study")
 
 
 @pytest.fixture
@@ -117,7 +110,7 @@ def test_finished_runs_are_left_alone_and_interrupted_ones_resumed(
     assert "other arguments" in changed.train(linear_eval=False)
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("studies/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("studies/*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_that_come_with_it_have_valid_settings(study: ModuleType, path: Path) -> None:
     read = study.read_study(path)
     for settings in read.variants.values():

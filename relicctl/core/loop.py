@@ -161,9 +161,10 @@ class _Loop:
     def run(self, signals: StopSignals) -> None:
         """Train to the end. Raises what ``train`` raises."""
         state, config = self.state, self.config
-        if state.evaluation_pending:
+        if state.evaluation_pending and self.evaluate:
             self._evaluate(signals)
             self._save_or_stop(signals)
+        state.evaluation_pending = False  # also where evaluation was switched off since
         batches = self.batches.iter_from_step(state.step, config.total)
         while (batch := self._wait_for_batch(batches, signals)) is not None:
             self._bad_step = _train_step(self.task, batch, state, self._bad_step)
@@ -190,6 +191,7 @@ class _Loop:
             if self.world.size == 1:
                 self._save()
             elif self.world.is_main:
+                self._check_weights()
                 self._save_state()
             raise self._make_interrupted(signals.received) from None
 

@@ -74,7 +74,7 @@ class TransferOptions(EvaluationOptions):
 
 
 def find_run_config(options: RunOptions, preset: str | None, command: str) -> Path | None:
-    """Return config.yaml of the run that --resume means; None where there is none, of which the command tells."""
+    """Return config.yaml of the run that --resume means; None where there is none, which is the command's to report."""
     run = None
     with suppress(UsageError):
         if isinstance(options, EvaluationOptions):

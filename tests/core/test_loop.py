@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from relicctl.config.resolve import resolve_config
+from relicctl.core.distributed import World
 from relicctl.core.loop import LoopConfig, Task, TrainState, restore_state, snapshot_state, train
 from relicctl.core.stop_signals import StopRequested, StopSignals
 from relicctl.data.datasets.shapes import ShapesDataset
@@ -276,6 +277,25 @@ def test_an_evaluation_that_a_signal_ends_is_done_on_resume(step):
     assert rest.saved[20][1] == whole.saved[20][1]
     for name, tensor in whole.saved[20][0].items():
         assert torch.equal(tensor, rest.saved[20][0][name]), name
+
+
+def test_a_pending_evaluation_is_dropped_where_there_is_none_any_more():
+    """Evaluation may be switched off on resume."""
+    journal, task = Journal(), Line()
+    run(task, journal, TrainState(step=0, evaluation_pending=True))
+    assert "evaluation_pending" not in journal.saved[20][1]
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_one_of_several_ranks_saves_after_a_grace_and_nothing_that_is_not_finite(finite, monkeypatch):
+    monkeypatch.setattr("relicctl.core.loop.STOP_GRACE_SECONDS", 0.2)
+    journal, task = Journal(), Line()
+    if not finite:
+        task.after_step = lambda step: task.model.weight.data.fill_(float("nan")) if step == 4 else None
+    config = plan(log_every=100, checkpoint_every=None)
+    with pytest.raises(Interrupted if finite else Diverged):
+        train(task, StoppedBatches(5), config, journal, state=TrainState(), device=CPU, world=World(0, 2))
+    assert list(journal.saved) == ([5] if finite else [])
 
 
 def test_waiting_is_given_up_a_grace_after_the_signal():

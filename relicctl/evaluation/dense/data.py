@@ -55,7 +55,7 @@ class DenseLoader:
         """The batches of steps ``step`` to ``stop - 1``."""
         steps, device = range(step, stop), self._config.device
         on_gpu = device.type == "cuda"
-        # no method of this object: what tells of bad images does not fit into a pickle, which spawned workers need
+        # no method of this object: the callback for bad images does not fit into a pickle, which spawned workers need
         load = partial(
             _build_batch, self._samples, self._sampler, self._rows, self._transform, self._collate, self._config.seed
         )
